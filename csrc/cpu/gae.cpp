@@ -1,0 +1,111 @@
+// Generalised advantage estimation (arXiv 1506.02438, eq. 16) and its adjoint, one sequential pass per row.
+//
+// The carry (next value, running advantage) is kept in double: it costs nothing on a chain that is bound by latency, and
+// lambda = gamma = 1 sums thousands of terms.
+#include "ops.h"
+#include "parallel.h"
+
+namespace rlhf_fast {
+namespace {
+
+constexpr int64_t kGrainTokens = 16384;  // below this a second thread costs more than it saves
+
+struct Row {
+  int64_t begin, end;
+};
+
+template <class Args>
+inline Row row_of(const Args& a, int64_t i) {
+  if (a.cu_seqlens) return {a.cu_seqlens[i], a.cu_seqlens[i + 1]};
+  return {i * a.length, (i + 1) * a.length};
+}
+
+template <class Args>
+inline int64_t row_grain(const Args& a) {
+  const int64_t tokens = a.cu_seqlens ? (a.rows ? a.cu_seqlens[a.rows] / a.rows : 0) : a.length;
+  return tokens >= kGrainTokens ? 1 : kGrainTokens / (tokens + 1) + 1;
+}
+
+template <class T>
+void scan(const GaeArgs& a, Row row, double bootstrap) {
+  const T* rewards = static_cast<const T*>(a.rewards);
+  const T* values = static_cast<const T*>(a.values);
+  T* advantages = static_cast<T*>(a.advantages);
+  T* returns = static_cast<T*>(a.returns);
+  double next = bootstrap, running = 0;
+  bool seen = false;
+  for (int64_t t = row.end - 1; t >= row.begin; --t) {
+    if (a.mask && !a.mask[t]) {
+      if (a.decay_gaps && seen) {
+        running = a.gamma * next + a.gamma * a.lam * running;
+        next = 0;
+      }
+      advantages[t] = returns[t] = 0;
+      continue;
+    }
+    const double value = values[t];
+    running = (static_cast<double>(rewards[t]) + a.gamma * next - value) + a.gamma * a.lam * running;
+    next = value;
+    seen = true;
+    advantages[t] = static_cast<T>(running);
+    returns[t] = static_cast<T>(running + value);
+  }
+}
+
+// With s_t the adjoint of delta_t: s_t = gA_t + gR_t + gamma lam s_{t-1}, dr_t = s_t, dV_t = gR_t - s_t + gamma s_{t-1}.
+template <class T>
+void scan_backward(const GaeBackwardArgs& a, Row row, T* grad_bootstrap) {
+  const T* grad_advantages = static_cast<const T*>(a.grad_advantages);
+  const T* grad_returns = static_cast<const T*>(a.grad_returns);
+  T* grad_rewards = static_cast<T*>(a.grad_rewards);
+  T* grad_values = static_cast<T*>(a.grad_values);
+  int64_t last = row.end;
+  while (last > row.begin && a.mask && !a.mask[last - 1]) --last;
+  double s = 0;
+  for (int64_t t = row.begin; t < last; ++t) {
+    if (a.mask && !a.mask[t]) {
+      if (a.decay_gaps) s *= a.gamma * a.lam;
+      grad_rewards[t] = grad_values[t] = 0;
+      continue;
+    }
+    const double from_previous = a.gamma * s;
+    s = static_cast<double>(grad_advantages[t]) + static_cast<double>(grad_returns[t]) + a.gamma * a.lam * s;
+    grad_rewards[t] = static_cast<T>(s);
+    grad_values[t] = static_cast<T>(static_cast<double>(grad_returns[t]) - s + from_previous);
+  }
+  for (int64_t t = last; t < row.end; ++t) grad_rewards[t] = grad_values[t] = 0;
+  *grad_bootstrap = static_cast<T>(a.gamma * s);
+}
+
+template <class T>
+void forward_rows(const GaeArgs& a) {
+  const T* bootstrap = static_cast<const T*>(a.bootstrap);
+  for_ranges(a.rows, row_grain(a), a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) scan<T>(a, row_of(a, i), bootstrap ? static_cast<double>(bootstrap[i]) : 0.0);
+  });
+}
+
+template <class T>
+void backward_rows(const GaeBackwardArgs& a) {
+  T* grad_bootstrap = static_cast<T*>(a.grad_bootstrap);
+  for_ranges(a.rows, row_grain(a), a.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) scan_backward<T>(a, row_of(a, i), grad_bootstrap + i);
+  });
+}
+
+}  // namespace
+
+namespace RLHF_FAST_ISA {
+
+int64_t gae(const GaeArgs& a) {
+  a.f64 ? forward_rows<double>(a) : forward_rows<float>(a);
+  return -1;
+}
+
+int64_t gae_backward(const GaeBackwardArgs& a) {
+  a.f64 ? backward_rows<double>(a) : backward_rows<float>(a);
+  return -1;
+}
+
+}  // namespace RLHF_FAST_ISA
+}  // namespace rlhf_fast

@@ -1,0 +1,51 @@
+"""rlhf_fast: a kernel-optimised RLHF engine.
+
+The loss backend (this namespace) needs torch alone; `rlhf_fast.model`, `rlhf_fast.rollout` and `rlhf_fast.train` need the
+extra `train`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast._op import backends, use_backend
+from rlhf_fast._version import __version__
+from rlhf_fast.ops import gae
+
+__all__ = [
+    "Advantages",
+    "LoraConfig",
+    "LossOutput",
+    "PreferenceOutput",
+    "SharedModel",
+    "TokenStats",
+    "__version__",
+    "advantages",
+    "backends",
+    "gae",
+    "group_advantages",
+    "kl_estimate",
+    "linear_token_logprobs",
+    "policy_loss",
+    "ppo_loss",
+    "preference_loss",
+    "reward_loss",
+    "token_logprobs",
+    "use_backend",
+    "whiten",
+]
+
+# In a checkout and in an editable install the Triton kernels lie beside this package, not inside it.
+_root = Path(__file__).resolve().parent.parent
+if not (_root / "rlhf_fast" / "kernels").exists() and (_root / "pyproject.toml").is_file():
+    __path__.append(str(_root))
+
+_LAZY = {"SharedModel": "rlhf_fast.model", "LoraConfig": "rlhf_fast.model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'rlhf_fast' has no attribute {name!r}")

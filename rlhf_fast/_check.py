@@ -1,0 +1,129 @@
+"""Argument checks of the public ops, in one wording: op, argument, got, expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def error(kind: type[Exception], op: str, argument: str, got: object, expected: object) -> Exception:
+    """Build (not raise) the exception that every check of the package uses."""
+    return kind(f"{op}: argument '{argument}' got {got}, expected {expected}")
+
+
+def floating(op: str, argument: str, x: object) -> None:
+    """`x` is a float tensor of a supported dtype."""
+    if not isinstance(x, Tensor):
+        raise error(TypeError, op, argument, type(x).__name__, "a torch.Tensor")
+    if x.dtype not in FLOATS:
+        raise error(TypeError, op, argument, x.dtype, f"one of {_names(FLOATS)}")
+
+
+def integer(op: str, argument: str, x: object) -> None:
+    """`x` is an integer tensor (token ids, group ids, cu_seqlens)."""
+    if not isinstance(x, Tensor):
+        raise error(TypeError, op, argument, type(x).__name__, "a torch.Tensor")
+    if x.dtype not in INTS:
+        raise error(TypeError, op, argument, x.dtype, f"one of {_names(INTS)}")
+
+
+def boolean(op: str, argument: str, x: object) -> None:
+    """`x` is a mask: bool (or an integer tensor of zeros and ones)."""
+    if not isinstance(x, Tensor):
+        raise error(TypeError, op, argument, type(x).__name__, "a torch.Tensor")
+    if x.dtype is not torch.bool and x.dtype not in INTS:
+        raise error(TypeError, op, argument, x.dtype, "torch.bool (True = real token)")
+
+
+def shape(op: str, argument: str, x: Tensor, expected: Sequence[int], like: str) -> None:
+    """`x` has exactly the shape `expected`, which is the shape of `like`."""
+    if tuple(x.shape) != tuple(expected):
+        raise error(ValueError, op, argument, f"shape {tuple(x.shape)}", f"{tuple(expected)} (the shape of {like})")
+
+
+def device(op: str, argument: str, x: Tensor, other: Tensor, like: str) -> None:
+    """`x` lives where `other` lives."""
+    if x.device != other.device:
+        raise error(ValueError, op, argument, f"device {x.device}", f"{other.device} (the device of {like})")
+
+
+def like(op: str, argument: str, x: object, other: Tensor, name: str) -> None:
+    """`x` is a float tensor with the shape and the device of `other`."""
+    if isinstance(x, Tensor) and x.shape == other.shape and x.device == other.device and x.dtype in FLOATS:
+        return
+    floating(op, argument, x)
+    shape(op, argument, x, other.shape, name)  # type: ignore[arg-type]
+    device(op, argument, x, other, name)  # type: ignore[arg-type]
+
+
+def mask_like(op: str, x: Tensor | None, other: Tensor, name: str, argument: str = "mask") -> Tensor | None:
+    """Checked mask with the shape of `other`, as bool; None stays None (every position is real)."""
+    if x is None:
+        return None
+    boolean(op, argument, x)
+    if x.shape != other.shape:
+        shape(op, argument, x, other.shape, name)
+    if x.device != other.device:
+        device(op, argument, x, other, name)
+    return x if x.dtype is torch.bool else x != 0
+
+
+def number(
+    op: str, argument: str, x: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    """A finite real number in [low, high] (or (low, high] with open_low), as float."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise error(TypeError, op, argument, f"{x!r} of type {type(x).__name__}", "a number")
+    if not math.isfinite(x) or x < low or x > high or (open_low and x == low):
+        bracket = "(" if open_low else "["
+        raise error(ValueError, op, argument, repr(x), f"a finite number in {bracket}{low}, {high}]")
+    return float(x)
+
+
+def choice(op: str, argument: str, x: object, options: Sequence[str]) -> None:
+    """`x` is one of the named options."""
+    if x not in options:
+        raise error(ValueError, op, argument, repr(x), f"one of {', '.join(map(repr, options))}")
+
+
+def cu_seqlens(op: str, x: Tensor, tokens: int, other: Tensor) -> Tensor:
+    """Checked boundaries (S+1,) of S packed sequences over `tokens` tokens, as contiguous int64.
+
+    The values are read when they lie on the CPU; on an accelerator that would stop the queue, so there
+    only the shape is checked and the kernels clamp.
+    """
+    integer(op, "cu_seqlens", x)
+    if x.dim() != 1 or x.numel() < 1:
+        raise error(ValueError, op, "cu_seqlens", f"shape {tuple(x.shape)}", "(sequences + 1,)")
+    device(op, "cu_seqlens", x, other, "the packed tensor")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor:
+        bounds = x.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise error(ValueError, op, "cu_seqlens", bounds[:8], f"rising boundaries from 0 to {tokens}")
+    return x.to(torch.int64).contiguous()
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 (or fp64 for fp64) and contiguous: what the kernels on per-token tensors take."""
+    if x.dtype is not torch.float64 and x.dtype is not torch.float32:
+        x = x.float()
+    return x.contiguous()
+
+
+def common_wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in one dtype, contiguous: fp64 when any is fp64, otherwise fp32."""
+    dtype = torch.float32
+    for x in tensors:
+        if x is not None and x.dtype is torch.float64:
+            dtype = torch.float64
+    return tuple(x if x is None else (x if x.dtype is dtype else x.to(dtype)).contiguous() for x in tensors)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,0 +1,71 @@
+"""Loads the compiled CPU kernels (rlhf_fast._cpu) and keeps the reason when there are none."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import Tensor
+
+from rlhf_fast import _env
+
+ABI = 1
+"""Version of the argument structs in csrc/cpu/ops.h; the module carries the one it was built with."""
+
+
+class IsaError(RuntimeError):
+    """RLHF_FAST_CPU_ISA names an instruction set that is unknown or that this processor lacks."""
+
+
+@functools.cache
+def load() -> tuple[ModuleType | None, str | None]:
+    """(module, None) or (None, reason). Raises IsaError when a forced instruction set cannot be had."""
+    try:
+        module = importlib.import_module("rlhf_fast._cpu")
+    except ModuleNotFoundError as error:
+        if error.name != "rlhf_fast._cpu":
+            raise
+        return None, "rlhf_fast._cpu was not built (no C++ compiler at install time?)"
+    except ImportError as error:
+        return _fall_back(f"rlhf_fast._cpu does not load: {error}")
+    found = getattr(module, "ABI", None)
+    if found != ABI:
+        return _fall_back(f"rlhf_fast._cpu has ABI version {found}, this package needs {ABI}: reinstall rlhf_fast")
+    forced = _env.get("CPU_ISA")
+    if forced is not None:
+        try:
+            module.select_isa(forced)
+        except ValueError as error:
+            raise IsaError(f"RLHF_FAST_CPU_ISA={forced}: {error}") from None
+    return module, None
+
+
+def _fall_back(reason: str) -> tuple[None, str]:
+    warnings.warn(f"rlhf_fast: {reason}; falling back to the PyTorch reference", RuntimeWarning, stacklevel=4)
+    return None, reason
+
+
+def missing() -> str | None:
+    """Reason why the C++ kernels cannot be used, or None when they can."""
+    return load()[1]
+
+
+def kernel(name: str) -> Callable[..., int]:
+    """The function `name` of the compiled module; it takes the fields of its struct in csrc/cpu/ops.h by position."""
+    module, reason = load()
+    if module is None:
+        raise RuntimeError(f"rlhf_fast: kernel '{name}' is not available: {reason}")
+    return getattr(module, name)
+
+
+def pointers(*tensors: Tensor | None) -> list[int]:
+    """Addresses for a kernel; 0 for None."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x.contiguous(), or None."""
+    return None if x is None else x.contiguous()

@@ -1,0 +1,171 @@
+"""Generalised advantage estimation as one reverse scan."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _check
+from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._op import Op, cpp, reference_backward
+from rlhf_fast.reference.gae import gae as reference
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    gap: str = "carry",
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of token-level rewards (Schulman et al. 2015, arXiv 1506.02438, eq. 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns_t = A_t + V_t. Not whitened.
+
+    Args:
+        rewards: (..., T) reward per token; (N,) packed when cu_seqlens is given.
+        values: like rewards; value of the state before the token.
+        mask: like rewards, True = real token; None = all real. Masked slots are never read and give 0.
+        gamma: discount in [0, 1].
+        lam: trace decay in [0, 1].
+        bootstrap: (...) value of the state after the last real token of each row ((S,) when packed); None = 0.
+        cu_seqlens: (S+1,) boundaries of S packed sequences, from 0 to N.
+        gap: masked slots between real tokens (tool output, observations) are skipped ("carry"), or are a step with zero
+            reward and zero value ("decay", OpenRLHF's rule).
+
+    Returns:
+        (advantages, returns), each like rewards, fp32 (fp64 when an input is fp64); differentiable towards rewards,
+        values and bootstrap.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or range; names the argument.
+    """
+    if not isinstance(rewards, Tensor) or rewards.dtype not in _check.FLOATS:
+        _check.floating("gae", "rewards", rewards)
+    _check.like("gae", "values", values, rewards, "rewards")
+    mask = _check.mask_like("gae", mask, rewards, "rewards")
+    gamma = _check.number("gae", "gamma", gamma, 0.0, 1.0)
+    lam = _check.number("gae", "lam", lam, 0.0, 1.0)
+    _check.choice("gae", "gap", gap, ("carry", "decay"))
+    shape = rewards.shape
+    if cu_seqlens is not None:
+        if rewards.dim() != 1:
+            raise _check.error(ValueError, "gae", "rewards", f"shape {tuple(shape)}", "(N,) with cu_seqlens")
+        cu_seqlens = _check.cu_seqlens("gae", cu_seqlens, shape[0], rewards)
+        rows: tuple[int, ...] = (cu_seqlens.shape[0] - 1,)
+    else:
+        if rewards.dim() == 0:
+            raise _check.error(ValueError, "gae", "rewards", "a scalar", "(..., T)")
+        rows = tuple(shape[:-1])
+        if rewards.dim() != 2:
+            rewards, values = rewards.reshape(-1, shape[-1]), values.reshape(-1, shape[-1])
+            mask = None if mask is None else mask.reshape(-1, shape[-1])
+    if bootstrap is not None:
+        _check.floating("gae", "bootstrap", bootstrap)
+        _check.shape("gae", "bootstrap", bootstrap, rows, "one value per sequence")
+        _check.device("gae", "bootstrap", bootstrap, rewards, "rewards")
+        bootstrap = bootstrap.reshape(-1)
+    if rewards.dtype is not values.dtype or rewards.dtype is not torch.float32 or bootstrap is not None:
+        rewards, values, bootstrap = _check.common_wide(rewards, values, bootstrap)  # type: ignore[assignment]
+    advantages, returns = _gae(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, gap == "decay")
+    if advantages.shape != shape:
+        return advantages.view(shape), returns.view(shape)
+    return advantages, returns
+
+
+def _rows(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """(rows, length) of padded (B, T) input, (sequences, 0) of packed input."""
+    return (x.shape[0], x.shape[1]) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 0)
+
+
+def _forward(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, decay_gaps):  # type: ignore[no-untyped-def]
+    rewards, values, mask = rewards.contiguous(), values.contiguous(), contiguous(mask)
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    kernel("gae")(
+        *pointers(rewards, values, mask, bootstrap, cu_seqlens, advantages, returns),
+        *_rows(rewards, cu_seqlens),
+        gamma,
+        lam,
+        decay_gaps,
+        rewards.dtype is torch.float64,
+        torch.get_num_threads(),
+    )
+    return advantages, returns
+
+
+def _backward_cpp(grad_advantages, grad_returns, mask, cu_seqlens, gamma, lam, decay_gaps):  # type: ignore[no-untyped-def]
+    grad_advantages, grad_returns = grad_advantages.contiguous(), grad_returns.contiguous()
+    mask = contiguous(mask)
+    grad_rewards, grad_values = torch.empty_like(grad_advantages), torch.empty_like(grad_advantages)
+    rows, length = _rows(grad_advantages, cu_seqlens)
+    grad_bootstrap = grad_advantages.new_empty(rows)
+    kernel("gae_backward")(
+        *pointers(grad_advantages, grad_returns, mask, cu_seqlens, grad_rewards, grad_values, grad_bootstrap),
+        rows,
+        length,
+        gamma,
+        lam,
+        decay_gaps,
+        grad_advantages.dtype is torch.float64,
+        torch.get_num_threads(),
+    )
+    return grad_rewards, grad_values, grad_bootstrap
+
+
+def _backward_reference(grad_advantages, grad_returns, mask, cu_seqlens, gamma, lam, decay_gaps):  # type: ignore[no-untyped-def]
+    zeros = torch.zeros_like(grad_advantages)  # linear: the gradient is the same at every point
+    rows = grad_advantages.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    inputs = (zeros, zeros, mask, zeros.new_zeros(rows), cu_seqlens, gamma, lam, decay_gaps)
+    return reference_backward(reference, inputs, (0, 1, 3), (grad_advantages, grad_returns))
+
+
+def _fake_backward(grad_advantages, grad_returns, mask, cu_seqlens, gamma, lam, decay_gaps):  # type: ignore[no-untyped-def]
+    rows = grad_advantages.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(grad_advantages, memory_format=contiguous),
+        torch.empty_like(grad_advantages, memory_format=contiguous),
+        grad_advantages.new_empty(rows),
+    )
+
+
+_gae_backward = Op(
+    "gae_backward",
+    "(Tensor grad_advantages, Tensor grad_returns, Tensor? mask, Tensor? cu_seqlens, float gamma, float lam, "
+    "bool decay_gaps) -> (Tensor, Tensor, Tensor)",
+    reference=_backward_reference,
+    fake=_fake_backward,
+    backends=[cpp(_backward_cpp)],
+)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, _, mask, bootstrap, cu_seqlens, *rest = inputs
+    ctx.save_for_backward(mask, cu_seqlens)
+    ctx.rest = rest
+    ctx.bootstrap = bootstrap is not None
+
+
+def _backward(ctx, grad_advantages, grad_returns):  # type: ignore[no-untyped-def]
+    mask, cu_seqlens = ctx.saved_tensors
+    rewards, values, bootstrap = _gae_backward(grad_advantages, grad_returns, mask, cu_seqlens, *ctx.rest)
+    return rewards, values, None, bootstrap if ctx.bootstrap else None, None, None, None, None
+
+
+_gae = Op(
+    "gae",
+    "(Tensor rewards, Tensor values, Tensor? mask, Tensor? bootstrap, Tensor? cu_seqlens, float gamma, float lam, "
+    "bool decay_gaps) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=lambda rewards, *_: (
+        torch.empty_like(rewards, memory_format=torch.contiguous_format),
+        torch.empty_like(rewards, memory_format=torch.contiguous_format),
+    ),
+    backends=[cpp(_forward)],
+    setup_context=_setup,
+    backward=_backward,
+    differentiable=(0, 1, 3),
+)

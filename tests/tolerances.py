@@ -1,0 +1,25 @@
+"""The one table of numeric tolerances. Bounds are relative to plain PyTorch's own error in the same dtype."""
+
+from __future__ import annotations
+
+import torch
+
+FACTOR = 2.0
+"""A kernel may be this many times as far from the fp64 truth as plain PyTorch in the same dtype ..."""
+
+FLOOR = {
+    torch.float64: 2.0**-50,
+    torch.float32: 2.0**-21,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
+"""... plus this share of the largest magnitude of the truth, by the dtype of the result."""
+
+GRADCHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5}
+"""Finite differences of the fp64 kernels."""
+
+ISA = 2.0**-22
+"""Two instruction sets may differ by this share of the largest magnitude (their exp and their sums are ordered alike)."""
+
+WORKED = 6e-7
+"""Worked values are printed with seven digits."""
