@@ -11,8 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast._op import backends, use_backend
+from rlhf_fast._types import Advantages, LossOutput, PreferenceOutput, TokenStats
 from rlhf_fast._version import __version__
-from rlhf_fast.ops import gae
+from rlhf_fast.losses import policy_loss, preference_loss
+from rlhf_fast.ops import (
+    advantages,
+    gae,
+    group_advantages,
+    kl_estimate,
+    linear_token_logprobs,
+    ppo_loss,
+    reward_loss,
+    token_logprobs,
+    whiten,
+)
 
 __all__ = [
     "Advantages",

@@ -78,6 +78,8 @@ def number(
     op: str, argument: str, x: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> float:
     """A finite real number in [low, high] (or (low, high] with open_low), as float."""
+    if type(x) is float and low < x < high:
+        return x
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise error(TypeError, op, argument, f"{x!r} of type {type(x).__name__}", "a number")
     if not math.isfinite(x) or x < low or x > high or (open_low and x == low):
@@ -118,10 +120,15 @@ def wide(x: Tensor) -> Tensor:
 
 def common_wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in one dtype, contiguous: fp64 when any is fp64, otherwise fp32."""
-    dtype = torch.float32
+    dtype, ready = torch.float32, True
     for x in tensors:
-        if x is not None and x.dtype is torch.float64:
-            dtype = torch.float64
+        if x is not None:
+            if x.dtype is torch.float64:
+                dtype, ready = torch.float64, False
+            elif x.dtype is not torch.float32 or not x.is_contiguous():
+                ready = False
+    if ready:
+        return tensors
     return tuple(x if x is None else (x if x.dtype is dtype else x.to(dtype)).contiguous() for x in tensors)
 
 

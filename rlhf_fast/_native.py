@@ -8,12 +8,16 @@ import warnings
 from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from rlhf_fast import _env
 
 ABI = 1
 """Version of the argument structs in csrc/cpu/ops.h; the module carries the one it was built with."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""The codes of csrc/common/dtype.h."""
 
 
 class IsaError(RuntimeError):
@@ -68,4 +72,4 @@ def pointers(*tensors: Tensor | None) -> list[int]:
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     """x.contiguous(), or None."""
-    return None if x is None else x.contiguous()
+    return x if x is None or x.is_contiguous() else x.contiguous()

@@ -48,6 +48,9 @@ class Op:
 
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` follow torch.library.register_autograd; a backward must
     itself be made of ops, since torch.compile traces it. Inputs that are tensors come first in the schema.
+
+    With `gradients_in_forward` the op is a loss that returns (loss, stats, gradients), the last one stacking the gradients of
+    the differentiable inputs that are not None; it needs no backward of its own.
     """
 
     def __init__(
@@ -61,11 +64,15 @@ class Op:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         differentiable: Sequence[int] = (),
+        gradients_in_forward: bool = False,
     ) -> None:
         self.name = name
         self.reference = reference
         self.backends = (*backends, Backend("reference", "*", reference))
         self._differentiable = tuple(differentiable)
+        self._gradients_in_forward = gradients_in_forward
+        if gradients_in_forward:
+            setup_context, backward = self._setup_scaling, _scale_gradients
         self._chosen: dict[str, Backend] = {}
         _library.define(f"{name}{schema}")
         _library.impl(name, self._below_autograd, "CompositeExplicitAutograd")
@@ -88,6 +95,10 @@ class Op:
                 if args[i] is not None and args[i].requires_grad:
                     if backend.name == "reference":
                         return backend.fn(*args)
+                    if self._gradients_in_forward:
+                        loss, stats, grads = backend.fn(*args)
+                        inputs = [args[k] for k in self._differentiable]
+                        return _Attach.apply(loss, grads, *inputs), stats, grads
                     return self._function.apply(*args)
         return backend.fn(*args)
 
@@ -117,6 +128,13 @@ class Op:
         first = args[0]
         return self.select(first.device.type).fn(*args)
 
+    def _setup_scaling(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        _, stats, grads = output
+        ctx.mark_non_differentiable(stats, grads)
+        ctx.save_for_backward(grads)
+        ctx.places = [i for i in self._differentiable if inputs[i] is not None]
+        ctx.inputs = len(inputs)
+
     def cells(self) -> dict[str, list[tuple[str, bool, str | None]]]:
         """{device: [(backend, available, reason)]}, in order of priority."""
         grid: dict[str, list[tuple[str, bool, str | None]]] = {}
@@ -124,7 +142,10 @@ class Op:
         for device in sorted(devices):
             for b in self.backends:
                 if b.device in (device, "*"):
-                    reason = b.missing()
+                    try:
+                        reason = b.missing()
+                    except _native.IsaError as error:
+                        reason = str(error)
                     grid.setdefault(device, []).append((b.name, reason is None, reason))
         return grid
 
@@ -137,6 +158,27 @@ def _plain(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def _scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of the forward pass times the upstream gradient, at the places of their inputs."""
+    result: list[Tensor | None] = [None] * ctx.inputs
+    for i, scaled in zip(ctx.places, (ctx.saved_tensors[0] * grad).unbind(), strict=True):
+        result[i] = scaled
+    return tuple(result)
+
+
+class _Attach(torch.autograd.Function):
+    """Hangs gradients that are already there on a loss; cheaper than a Function that takes every argument of the op."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(grads)
+        ctx.places = [i for i, x in enumerate(inputs, 2) if x is not None]
+        ctx.inputs = len(inputs) + 2
+        return loss.detach()
+
+    backward = staticmethod(once_differentiable(_scale_gradients))
 
 
 def _autograd_function(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:

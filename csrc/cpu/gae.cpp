@@ -1,30 +1,11 @@
 // Generalised advantage estimation (arXiv 1506.02438, eq. 16) and its adjoint, one sequential pass per row.
-//
-// The carry (next value, running advantage) is kept in double: it costs nothing on a chain that is bound by latency, and
-// lambda = gamma = 1 sums thousands of terms.
+#include "common/gae_scan.h"
 #include "ops.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace rlhf_fast {
 namespace {
-
-constexpr int64_t kGrainTokens = 16384;  // below this a second thread costs more than it saves
-
-struct Row {
-  int64_t begin, end;
-};
-
-template <class Args>
-inline Row row_of(const Args& a, int64_t i) {
-  if (a.cu_seqlens) return {a.cu_seqlens[i], a.cu_seqlens[i + 1]};
-  return {i * a.length, (i + 1) * a.length};
-}
-
-template <class Args>
-inline int64_t row_grain(const Args& a) {
-  const int64_t tokens = a.cu_seqlens ? (a.rows ? a.cu_seqlens[a.rows] / a.rows : 0) : a.length;
-  return tokens >= kGrainTokens ? 1 : kGrainTokens / (tokens + 1) + 1;
-}
 
 template <class T>
 void scan(const GaeArgs& a, Row row, double bootstrap) {
@@ -32,20 +13,16 @@ void scan(const GaeArgs& a, Row row, double bootstrap) {
   const T* values = static_cast<const T*>(a.values);
   T* advantages = static_cast<T*>(a.advantages);
   T* returns = static_cast<T*>(a.returns);
-  double next = bootstrap, running = 0;
+  GaeScan carry{a.gamma, a.lam, bootstrap};
   bool seen = false;
   for (int64_t t = row.end - 1; t >= row.begin; --t) {
     if (a.mask && !a.mask[t]) {
-      if (a.decay_gaps && seen) {
-        running = a.gamma * next + a.gamma * a.lam * running;
-        next = 0;
-      }
+      if (a.decay_gaps && seen) carry.decay();
       advantages[t] = returns[t] = 0;
       continue;
     }
     const double value = values[t];
-    running = (static_cast<double>(rewards[t]) + a.gamma * next - value) + a.gamma * a.lam * running;
-    next = value;
+    const double running = carry.step(static_cast<double>(rewards[t]), value);
     seen = true;
     advantages[t] = static_cast<T>(running);
     returns[t] = static_cast<T>(running + value);

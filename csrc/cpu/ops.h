@@ -4,7 +4,7 @@
 // null. Python fills the structs by position (csrc/bindings.cpp), so the order of the fields is part of the ABI:
 // changing it means raising kAbi here and ABI in rlhf_fast/_native.py.
 //
-// Every kernel returns -1, or the index of the first row it refuses (a token id out of range).
+// Every kernel returns -1, or the index of the first row it refuses (a token id or a temperature out of range).
 #pragma once
 
 #include <stdint.h>
@@ -41,12 +41,197 @@ struct GaeBackwardArgs {
   int threads;
 };
 
+struct KlEstimateArgs {
+  const void* logprobs;      // (n,), wide
+  const void* ref_logprobs;  // (n,), wide
+  const uint8_t* mask;       // (n,) or null
+  void* out;                 // (n,), wide
+  int64_t n;
+  int kind;                    // KlKind of common/token_losses.h
+  double clamp_in, clamp_out;  // infinity for none
+  bool f64;
+  int threads;
+};
+
+struct KlEstimateBackwardArgs {
+  const void* grad;          // (n,), wide
+  const void* logprobs;      // (n,), wide
+  const void* ref_logprobs;  // (n,), wide
+  const uint8_t* mask;       // (n,) or null
+  void* grad_logprobs;       // (n,), wide
+  int64_t n;
+  int kind;
+  bool straight_through;  // gradient of k2
+  double clamp_in, clamp_out;
+  bool f64;
+  int threads;
+};
+
+struct WhitenArgs {
+  const void* x;        // (n,), wide
+  const uint8_t* mask;  // (n,) or null
+  void* out;            // (n,), wide
+  int64_t n;
+  bool shift_mean, unbiased;
+  double eps;
+  bool f64;
+  int threads;
+};
+
+struct WhitenBackwardArgs {
+  const void* grad;     // (n,), wide
+  const void* x;        // (n,), wide
+  const uint8_t* mask;  // (n,) or null
+  void* grad_x;         // (n,), wide
+  int64_t n;
+  bool shift_mean, unbiased;
+  bool floor_variance;  // scale by 1 / sqrt(max(var, eps))
+  double eps;
+  bool f64;
+  int threads;
+};
+
+struct AdvantagesArgs {
+  const void* scores;         // (rows,), or as values with token_scores; wide
+  const void* values;         // (rows, length) or (cu_seqlens[rows],), wide
+  const uint8_t* mask;        // as values
+  const void* logprobs;       // as values, or null
+  const void* ref_logprobs;   // as values, or null
+  const void* bootstrap;      // (rows,) or null, wide
+  const int64_t* cu_seqlens;  // (rows + 1,) or null: padded
+  void* advantages;           // as values
+  void* returns;              // as values
+  void* rewards;              // as values
+  void* kl;                   // as values
+  int64_t rows, length, n;    // n: all slots
+  bool token_scores;
+  double kl_coef;
+  int kl_kind;
+  double clamp_in, clamp_out, score_clip;
+  bool after_last;  // the score goes to the slot after the last real token
+  double gamma, lam;
+  bool decay_gaps, whiten, unbiased, floor_variance;
+  double eps;
+  bool f64;
+  int threads;
+};
+
+struct GroupAdvantagesArgs {
+  const void* grad;          // (n,) wide: backward; null: forward
+  const void* scores;        // (n,), wide
+  const int64_t* group_ids;  // (n,)
+  const uint8_t* mask;       // (n,) or null
+  const int64_t* lengths;    // (n,), for opo
+  const void* greedy;        // (n,) wide, for remax
+  void* out;                 // (n,), wide: advantages, or the gradient of the scores
+  int64_t* scratch;          // (slots + 5 n,)
+  int64_t n, slots;          // slots: a power of two >= 2 n
+  int kind;                  // GroupKind of group_advantages.cpp
+  bool unbiased;
+  double eps;
+  bool f64;
+};
+
+struct RewardLossArgs {
+  const void* chosen;    // (n,), wide
+  const void* rejected;  // (n,), wide
+  const void* margin;    // (n,) or null, wide
+  const uint8_t* mask;   // (n,) or null
+  void* loss;            // (1,), wide
+  void* stats;           // (6,), wide: accuracy, margin, chosen, rejected, center, pairs
+  void* grads;           // (2, n) of chosen and rejected, wide, or null
+  int64_t n;
+  double center_coef, smoothing;
+  bool f64;
+  int threads;
+};
+
+struct PpoLossArgs {
+  const void* logprobs;            // (rows, length) or (n,), wide; so are all arrays below unless said otherwise
+  const void* old_logprobs;
+  const void* advantages;
+  const uint8_t* mask;
+  const void* entropy;             // or null
+  const void* ref_logprobs;        // or null
+  const void* values;              // or null
+  const void* old_values;          // or null: no value clipping
+  const void* returns;             // null without values
+  const void* importance_weights;  // or null
+  const void* normalizer;          // (1,), wide, or null
+  const int64_t* cu_seqlens;       // (rows + 1,) or null: padded
+  void* loss;                      // (1,)
+  void* stats;                     // (16,), named in rlhf_fast/reference/ppo_loss.py
+  void* grad_logprobs;             // or null: no gradients
+  void* grad_entropy;              // or null
+  void* grad_values;               // or null
+  int64_t* lengths;                // (rows,) working memory, for seq-mean-token-mean
+  int64_t rows, length, n;
+  double clip_low, clip_high, dual_clip, ratio_clamp;
+  double entropy_coef, kl_coef;
+  int kl_kind;
+  bool kl_straight_through;
+  double kl_clamp_in, kl_clamp_out, value_clip, value_coef;
+  int reduction;   // Reduction of ppo_loss.cpp
+  double divisor;  // denominator, when positive
+  bool f64;
+  int threads;
+};
+
+// Row i of the logits starts at (i / inner) * outer_stride + (i % inner) * inner_stride; the vocabulary has stride 1.
+// A masked row is never read, nor are its id and temperature.
+struct TokenLogprobsArgs {
+  const void* logits;       // (rows, vocab), `dtype`
+  const void* ref_logits;   // (rows, vocab), `dtype`, or null
+  const void* token_ids;    // (rows,), int64 or (ids32) int32
+  const uint8_t* mask;      // (rows,), or null: all real
+  const void* temperature;  // (rows,), wide, or null: `temperature_value`
+  void* logprobs;           // (rows,), wide
+  void* entropy;            // (rows,), wide
+  void* logsumexp;          // (rows,), wide
+  void* kl;                 // (rows,), wide, or null without ref_logits
+  void* state;              // (rows, 3 or with ref_logits 6), wide: what the backward needs; or null
+  int64_t rows, vocab, inner, outer_stride, inner_stride, ref_outer_stride, ref_inner_stride;
+  double temperature_value, softcap;  // softcap 0: none
+  int dtype;                          // Dtype of csrc/common/dtype.h; wide is double for kFloat64
+  bool ids32;
+  int threads;
+};
+
+struct TokenLogprobsBackwardArgs {
+  const void* logits;           // as in the forward
+  const void* ref_logits;       // as in the forward, or null when grad_kl is
+  const void* token_ids;
+  const uint8_t* mask;
+  const void* temperature;
+  const void* state;            // as the forward left it
+  const void* grad_logprobs;    // (rows,), wide, or null: 0; so the other three
+  const void* grad_entropy;
+  const void* grad_logsumexp;
+  const void* grad_kl;
+  void* grad_logits;            // (rows, vocab) contiguous, `dtype`; may be the logits themselves
+  int64_t rows, vocab, inner, outer_stride, inner_stride, ref_outer_stride, ref_inner_stride, state_width;
+  double temperature_value, softcap;
+  int dtype;
+  bool ids32;
+  int threads;
+};
+
 }  // namespace rlhf_fast
 
 // KERNEL(name, argument struct)
-#define RLHF_FAST_KERNELS(KERNEL)       \
-  KERNEL(gae, GaeArgs)                  \
-  KERNEL(gae_backward, GaeBackwardArgs)
+#define RLHF_FAST_KERNELS(KERNEL)                            \
+  KERNEL(advantages, AdvantagesArgs)                         \
+  KERNEL(gae, GaeArgs)                                       \
+  KERNEL(gae_backward, GaeBackwardArgs)                      \
+  KERNEL(group_advantages, GroupAdvantagesArgs)              \
+  KERNEL(kl_estimate, KlEstimateArgs)                        \
+  KERNEL(kl_estimate_backward, KlEstimateBackwardArgs)       \
+  KERNEL(ppo_loss, PpoLossArgs)                              \
+  KERNEL(reward_loss, RewardLossArgs)                        \
+  KERNEL(token_logprobs, TokenLogprobsArgs)                  \
+  KERNEL(token_logprobs_backward, TokenLogprobsBackwardArgs) \
+  KERNEL(whiten, WhitenArgs)                                 \
+  KERNEL(whiten_backward, WhitenBackwardArgs)
 
 // ISA(name): the variants every kernel is compiled for, best first; build and run-time choice follow this list.
 #if defined(__x86_64__) || defined(_M_X64)

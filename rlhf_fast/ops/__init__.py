@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+from rlhf_fast.ops.advantages import advantages
 from rlhf_fast.ops.gae import gae
+from rlhf_fast.ops.group_advantages import group_advantages
+from rlhf_fast.ops.kl_estimate import kl_estimate
+from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
+from rlhf_fast.ops.ppo_loss import ppo_loss
+from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.token_logprobs import token_logprobs
+from rlhf_fast.ops.whiten import whiten
 
-__all__ = ["gae"]
+__all__ = [
+    "advantages",
+    "gae",
+    "group_advantages",
+    "kl_estimate",
+    "linear_token_logprobs",
+    "ppo_loss",
+    "reward_loss",
+    "token_logprobs",
+    "whiten",
+]

@@ -1,0 +1,39 @@
+# make demo | test | lint | bench | clean. Everything lives in .venv and .cache inside the checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: setup demo test lint format bench clean
+
+# torch first and pinned: a free choice would bring gigabytes of GPU libraries to a machine that may have no GPU.
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(BIN)/rlhf-fast demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info rlhf_fast/_cpu*.so

@@ -1,0 +1,70 @@
+"""Cost of calling each op on 8 elements, where the kernel itself takes nothing: `python bench/overhead.py`.
+
+Microseconds per call, the smallest of several repeats, without gradient and with it (forward only), against a limit. The pure
+cost of allocating one output stands first, as the machine's floor.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import timeit
+from collections.abc import Callable
+
+import torch
+
+import rlhf_fast
+
+LIMIT = 15.0
+
+
+def calls() -> dict[str, Callable[[bool], Callable[[], object]]]:
+    """{op: function of requires_grad that returns the call to time}."""
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    ids = torch.zeros(4, dtype=torch.int64)
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+
+    def x(grad: bool, *shape: int) -> torch.Tensor:
+        return torch.randn(*(shape or (2, 4))).requires_grad_(grad)
+
+    def bind(function: Callable[..., object], *tensors: object, **options: object) -> Callable[[], object]:
+        return lambda: function(*tensors, **options)
+
+    old, adv = torch.randn(2, 4), torch.randn(2, 4)
+    return {
+        "token_logprobs": lambda g: bind(rlhf_fast.token_logprobs, x(g, 4, 2), ids),
+        "kl_estimate": lambda g: bind(rlhf_fast.kl_estimate, x(g), old, "k3"),
+        "gae": lambda g: bind(rlhf_fast.gae, x(g), old, mask),
+        "whiten": lambda g: bind(rlhf_fast.whiten, x(g), mask),
+        "advantages": lambda g: bind(
+            rlhf_fast.advantages, torch.zeros(2), x(g), mask, logprobs=old, ref_logprobs=adv, kl_coef=0.1
+        ),
+        "group_advantages": lambda g: bind(rlhf_fast.group_advantages, x(g, 8), groups),
+        "ppo_loss": lambda g: bind(rlhf_fast.ppo_loss, x(g), old, adv, mask),
+        "reward_loss": lambda g: bind(rlhf_fast.reward_loss, x(g, 8), torch.randn(8)),
+    }
+
+
+def microseconds(call: Callable[[], object], number: int = 3000, repeats: int = 7) -> float:
+    """Smallest mean over repeats of `number` calls."""
+    call()
+    return min(timeit.repeat(call, number=number, repeat=repeats)) / number * 1e6
+
+
+def main() -> int:
+    out = torch.randn(2, 4)
+    rows = {"(torch.empty_like)": {"no gradient": microseconds(lambda: torch.empty_like(out))}}
+    for name, make in calls().items():
+        rows[name] = {"no gradient": microseconds(make(False)), "gradient": microseconds(make(True))}
+    if "--json" in sys.argv:
+        print(json.dumps(rows))
+        return 0
+    print(f"{'op':<20}{'no gradient':>14}{'gradient':>12}   (us per call, limit {LIMIT:g} without gradient)")
+    for name, row in rows.items():
+        cells = "".join(f"{row[k]:>{w}.1f}" if k in row else " " * w for k, w in (("no gradient", 14), ("gradient", 12)))
+        print(f"{name:<20}{cells}{'   over' if row['no gradient'] > LIMIT else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

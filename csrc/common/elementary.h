@@ -1,0 +1,118 @@
+// exp and its relatives for float and double, host and device. On the host they are plain arithmetic without branches or
+// calls, so that the loops around them vectorise, and without contraction, so that every instruction set gives the same bits.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define RLHF_FAST_HD __host__ __device__ __forceinline__
+#else
+#define RLHF_FAST_HD inline __attribute__((always_inline))
+#endif
+
+namespace rlhf_fast {
+namespace {
+
+template <class To, class From>
+RLHF_FAST_HD To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// Cody-Waite reduction x = k ln 2 + r, Taylor series of e^r, exponent arithmetic. At most 1 ulp off; results below 2^-124
+// (2^-1020) are flushed to 0. The scale is 2^(k-1), doubled, so that k = 128 (1024) does not overflow early.
+RLHF_FAST_HD float exp_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  const float magic = 0x1.8p23f;
+  const float shifted = x * 0x1.715476p0f + magic, k = shifted - magic;
+  const float r = (x - k * 0x1.63p-1f) - k * -0x1.bd0106p-13f;
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  const float y = p * bits_as<float>((bits_as<int32_t>(shifted) + 126) << 23) * 2.0f;
+  const float low = x < -86.0f ? 0.0f : y;
+  return x > 0x1.62e42ep6f ? INFINITY : low;
+#endif
+}
+
+RLHF_FAST_HD double exp_of(double x) {
+#if defined(__CUDA_ARCH__)
+  return exp(x);
+#else
+  const double magic = 0x1.8p52;
+  const double shifted = x * 0x1.71547652b82fep0 + magic, k = shifted - magic;
+  const double r = (x - k * 0x1.62e42fee00000p-1) - k * 0x1.a39ef35793c76p-33;
+  double p = 1.0 / 6227020800.0;
+  p = p * r + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+  const double y = p * bits_as<double>((bits_as<int64_t>(shifted) + 1022) << 52) * 2.0;
+  const double low = x < -707.0 ? 0.0 : y;
+  return x > 0x1.62e42fefa39efp9 ? static_cast<double>(INFINITY) : low;
+#endif
+}
+
+// e^x - 1 - x, which cancels near 0: there a series, above the exponential (given, since callers have it at hand).
+RLHF_FAST_HD float k3_of(float x, float exp_x) {
+  float s = 1.0f / 39916800;
+  s = s * x + 1.0f / 3628800;
+  s = s * x + 1.0f / 362880;
+  s = s * x + 1.0f / 40320;
+  s = s * x + 1.0f / 5040;
+  s = s * x + 1.0f / 720;
+  s = s * x + 1.0f / 120;
+  s = s * x + 1.0f / 24;
+  s = s * x + 1.0f / 6;
+  s = s * x + 0.5f;
+  const float series = s * x * x, direct = (exp_x - 1) - x;
+  return (x < 0 ? -x : x) < 1.0f ? series : direct;
+}
+
+RLHF_FAST_HD double k3_of(double x, double exp_x) {
+  double s = 1.0 / 355687428096000.0;
+  s = s * x + 1.0 / 20922789888000.0;
+  s = s * x + 1.0 / 1307674368000.0;
+  s = s * x + 1.0 / 87178291200.0;
+  s = s * x + 1.0 / 6227020800.0;
+  s = s * x + 1.0 / 479001600;
+  s = s * x + 1.0 / 39916800;
+  s = s * x + 1.0 / 3628800;
+  s = s * x + 1.0 / 362880;
+  s = s * x + 1.0 / 40320;
+  s = s * x + 1.0 / 5040;
+  s = s * x + 1.0 / 720;
+  s = s * x + 1.0 / 120;
+  s = s * x + 1.0 / 24;
+  s = s * x + 1.0 / 6;
+  s = s * x + 0.5;
+  const double series = s * x * x, direct = (exp_x - 1) - x;
+  return (x < 0 ? -x : x) < 1.0 ? series : direct;
+}
+
+template <class T>
+RLHF_FAST_HD T clamp_of(T x, T low, T high) {  // NaN passes through
+  const T y = x < low ? low : x;
+  return y > high ? high : y;
+}
+
+}  // namespace
+}  // namespace rlhf_fast

@@ -1,0 +1,85 @@
+// The maths of one token, with its derivative: KL estimators, the clipped policy term, the clipped value term. Plain
+// arithmetic on scalars for host and device; masked tokens never get here.
+#pragma once
+
+#include "common/elementary.h"
+
+namespace rlhf_fast {
+namespace {
+
+enum KlKind { kK1, kK2, kK3, kAbs };
+
+template <class T>
+struct ValueSlope {
+  T value, slope;
+};
+
+// Estimator of KL(policy || reference) from x = ref - logp, and its derivative towards logp.
+// Beyond a bound the value is the bound and the derivative 0; straight-through takes the derivative of k2 without bounds.
+template <int kKind, bool kStraightThrough, class T>
+RLHF_FAST_HD ValueSlope<T> kl_token(T logp, T ref, T clamp_in, T clamp_out) {
+  const T raw = ref - logp, x = clamp_of(raw, -clamp_in, clamp_in);
+  T value, slope;
+  if constexpr (kKind == kK1) {
+    value = -x;
+    slope = 1;
+  } else if constexpr (kKind == kK2) {
+    value = x * x / 2;
+    slope = -x;
+  } else if constexpr (kKind == kK3) {
+    value = k3_of(x, exp_of(x));
+    slope = -(value + x);  // 1 - e^x without cancellation
+  } else {
+    value = x < 0 ? -x : x;
+    slope = x > 0 ? T(-1) : (x < 0 ? T(1) : T(0));
+  }
+  const T bounded = clamp_of(value, -clamp_out, clamp_out);
+  if constexpr (kStraightThrough) return {bounded, -raw};
+  const bool inside = (raw < 0 ? -raw : raw) <= clamp_in && (value < 0 ? -value : value) <= clamp_out;
+  return {bounded, inside ? slope : T(0)};
+}
+
+template <class T>
+struct PolicyRules {
+  T low, high;    // bounds of the ratio, 1 - clip_low and 1 + clip_high
+  T dual_clip;    // infinity for none
+  T ratio_clamp;  // bound of the log-ratio, infinity for none
+};
+
+template <class T>
+struct PolicyToken {
+  T log_ratio, ratio, loss, slope;  // slope: d loss / d logp
+  T clipped, capped, clamped;       // 1 or 0: numbers, so that loops over tokens stay free of branches
+};
+
+// max(-A rho, -A clip(rho)), at most -c A where A < 0 (arXiv 1707.06347 eq. 7, 1912.09729 eq. 5).
+template <class T>
+RLHF_FAST_HD PolicyToken<T> policy_token(T logp, T old, T advantage, const PolicyRules<T>& rules) {
+  const T difference = logp - old, distance = difference < 0 ? -difference : difference;
+  const T log_ratio = clamp_of(difference, -rules.ratio_clamp, rules.ratio_clamp), ratio = exp_of(log_ratio);
+  const T plain = -advantage * ratio, bounded = -advantage * clamp_of(ratio, rules.low, rules.high);
+  const T larger = bounded > plain ? bounded : plain;
+  const T cap = -rules.dual_clip * advantage, capable = advantage < 0 ? larger : static_cast<T>(-INFINITY);
+  T slope = bounded > plain ? T(0) : plain;
+  slope = capable > cap ? T(0) : slope;
+  slope = distance > rules.ratio_clamp ? T(0) : slope;
+  return {log_ratio, ratio, capable > cap ? cap : larger, slope,
+          bounded > plain ? T(1) : T(0), capable > cap ? T(1) : T(0), distance > rules.ratio_clamp ? T(1) : T(0)};
+}
+
+template <class T>
+struct ValueToken {
+  T loss, slope;  // slope: d loss / d value
+  T clipped;      // 1 or 0
+};
+
+// max((V - R)^2, (clip(V, old +- c) - R)^2) / 2; `bound` infinite for no clipping.
+template <class T>
+RLHF_FAST_HD ValueToken<T> value_token(T value, T old, T target, T bound) {
+  const T error = value - target, other = clamp_of(value, old - bound, old + bound) - target;
+  const T plain = error * error, bounded = other * other;
+  return {(bounded > plain ? bounded : plain) / 2, bounded > plain ? T(0) : error, bounded > plain ? T(1) : T(0)};
+}
+
+}  // namespace
+}  // namespace rlhf_fast

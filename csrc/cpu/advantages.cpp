@@ -1,0 +1,97 @@
+// KL estimate, reward shaping, GAE, returns and whitening in one call: a pass over every row, then the whitening.
+#include "common/gae_scan.h"
+#include "kl.h"
+#include "moments.h"
+#include "ops.h"
+#include "rows.h"
+
+namespace rlhf_fast {
+namespace {
+
+template <class T>
+struct Arrays {
+  const T *scores, *values, *logprobs, *ref, *bootstrap;
+  T *advantages, *returns, *rewards, *kl;
+
+  explicit Arrays(const AdvantagesArgs& a)
+      : scores(static_cast<const T*>(a.scores)),
+        values(static_cast<const T*>(a.values)),
+        logprobs(static_cast<const T*>(a.logprobs)),
+        ref(static_cast<const T*>(a.ref_logprobs)),
+        bootstrap(static_cast<const T*>(a.bootstrap)),
+        advantages(static_cast<T*>(a.advantages)),
+        returns(static_cast<T*>(a.returns)),
+        rewards(static_cast<T*>(a.rewards)),
+        kl(static_cast<T*>(a.kl)) {}
+};
+
+// Token rewards of a row, and the end of the slots that have a value: the end of the row, or with after_last the slot after the
+// last real token.
+template <class T>
+int64_t shape_rewards(const AdvantagesArgs& a, const Arrays<T>& x, Row row, int64_t i) {
+  int64_t last = row.end - 1;
+  while (last >= row.begin && !a.mask[last]) --last;
+  const bool any = last >= row.begin, extra = any && a.after_last && last + 1 < row.end;
+  if (x.logprobs) {
+    const T coef = static_cast<T>(a.kl_coef);
+    const T clamp_in = static_cast<T>(a.clamp_in), clamp_out = static_cast<T>(a.clamp_out);
+    with_kl_kind(a.kl_kind, false, [&](auto kind, auto through) {
+      const uint8_t* mask = a.mask;
+      T *kl = x.kl, *rewards = x.rewards;
+      for (int64_t t = row.begin; t < row.end; ++t) {
+        const T value = kl_token<kind, through>(x.logprobs[t], x.ref[t], clamp_in, clamp_out).value;
+        kl[t] = mask[t] ? value : T(0);
+        rewards[t] = mask[t] ? -coef * value : T(0);
+      }
+    });
+  } else {
+    for (int64_t t = row.begin; t < row.end; ++t) x.kl[t] = x.rewards[t] = 0;
+  }
+  if (a.token_scores) {
+    for (int64_t t = row.begin; t < row.end; ++t) x.rewards[t] += a.mask[t] ? x.scores[t] : T(0);
+    if (extra) x.rewards[last + 1] += x.scores[last + 1];
+  } else if (any) {
+    const T clip = static_cast<T>(a.score_clip);
+    x.rewards[extra ? last + 1 : last] += clamp_of(x.scores[i], -clip, clip);
+  }
+  return extra ? last + 1 : row.end;
+}
+
+template <class T>
+void run(const AdvantagesArgs& a) {
+  const Arrays<T> x(a);
+  for_ranges(a.rows, row_grain(a), a.threads, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const Row row = row_of(a, i);
+      const int64_t extra = shape_rewards(a, x, row, i);
+      GaeScan carry{a.gamma, a.lam, x.bootstrap ? static_cast<double>(x.bootstrap[i]) : 0.0};
+      bool seen = false;
+      for (int64_t t = row.end - 1; t >= row.begin; --t) {
+        if (!a.mask[t] && t != extra) {
+          if (a.decay_gaps && seen) carry.decay();
+          x.advantages[t] = x.returns[t] = 0;
+          continue;
+        }
+        const double value = x.values[t], advantage = carry.step(static_cast<double>(x.rewards[t]), value);
+        seen = true;
+        x.advantages[t] = a.mask[t] ? static_cast<T>(advantage) : T(0);
+        x.returns[t] = static_cast<T>(advantage + value);
+      }
+    }
+  });
+  if (!a.whiten) return;
+  const Moments m = moments_of(x.advantages, a.mask, a.n, {a.unbiased, a.floor_variance, a.eps}, a.threads);
+  standardise(x.advantages, a.mask, x.advantages, a.n, m, 0.0, a.threads);
+}
+
+}  // namespace
+
+namespace RLHF_FAST_ISA {
+
+int64_t advantages(const AdvantagesArgs& a) {
+  a.f64 ? run<double>(a) : run<float>(a);
+  return -1;
+}
+
+}  // namespace RLHF_FAST_ISA
+}  // namespace rlhf_fast

@@ -1,0 +1,128 @@
+"""The command line: `rlhf-fast COMMAND [settings.yaml] [--dotted.name value ...]`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command: where its settings and its function live; imported only when it runs."""
+
+    summary: str
+    settings: str | None
+    run: str
+
+
+COMMANDS = {
+    "demo": Command("SFT, reward model, PPO and evaluation of a real model on real reviews", None, "rlhf_fast.demo.chain:main"),
+    "sft": Command("supervised fine-tuning of the policy adapter", "SFTConfig", "rlhf_fast.train.sft:train_sft"),
+    "reward": Command("reward model from preference pairs", "RewardConfig", "rlhf_fast.train.reward:train_reward"),
+    "ppo": Command("PPO with four roles on one base model", "PPOConfig", "rlhf_fast.train.ppo:train_ppo"),
+    "evaluate": Command("compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"),
+    "doctor": Command("versions, devices, and which kernels run here", None, "rlhf_fast.doctor:main"),
+}
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+class UsageError(Exception):
+    """The command line cannot be understood; the message says what to type instead."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `rlhf-fast`. Exit status: 0 done, 1 failed, 2 usage, 128 + n ended by signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or "--run.debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        return _dispatch(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else (0 if stop.code is None else EXIT_FAILED)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # the reader left; nothing to flush into
+        return EXIT_FAILED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        usage = isinstance(error, UsageError) or type(error).__name__ == "ConfigError"
+        print(f"rlhf-fast: {_one_line(error)}", file=sys.stderr)
+        if not debug and not usage:
+            print("rlhf-fast: add --debug for the traceback", file=sys.stderr)
+        return EXIT_USAGE if usage else EXIT_FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name in ("-V", "--version"):
+        from rlhf_fast import __version__
+
+        print(f"rlhf-fast {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UsageError(f"unknown command {name!r}, expected one of {', '.join(COMMANDS)}{_suggest(name)}")
+    command = COMMANDS[name]
+    if command.settings is None:
+        return int(_import(command.run, name)(rest) or 0)
+    config = _import("rlhf_fast.config", name)
+    settings = getattr(config, command.settings)
+    if any(a in ("-h", "--help") for a in rest):
+        print(config.config_help(settings, f"rlhf-fast {name}", command.summary))
+        return 0
+    path = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    loaded = config.load_config(settings, path, rest)
+    result = _import(command.run, name)(loaded)
+    if result is not None:
+        print(result)
+    return 0
+
+
+def _import(where: str, command: str) -> Any:
+    module, _, attribute = where.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] != "rlhf_fast":
+            extra = "demo" if command == "demo" else "train"
+            raise UsageError(f"{command} needs the package {error.name!r}: pip install 'rlhf-fast[{extra}]'") from None
+        raise
+    return getattr(found, attribute) if attribute else found
+
+
+def _help() -> str:
+    from rlhf_fast import __version__
+
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
+    return (
+        f"rlhf-fast {__version__}: a kernel-optimised RLHF engine\n\n"
+        f"usage: rlhf-fast COMMAND [settings.yaml] [--dotted.name value ...]\n\n{rows}\n\n"
+        "rlhf-fast COMMAND --help lists every setting; --debug shows tracebacks."
+    )
+
+
+def _suggest(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""The conventions in which public RLHF code differs, as data.
+
+A dialect changes what a real token gets: where the score goes, how gaps and whitening are treated, which quantities are
+clamped. It is a row of the table below and nothing else; the maths stays in one place. Masked tokens give 0 in every
+dialect (verl and OpenRLHF leave whitened leftovers there, which their losses mask).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from rlhf_fast._check import error
+
+KlClamp = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One set of conventions."""
+
+    score_slot: str = "last"
+    """A sequence score goes to the "last" real token, or "after_last": the slot after it where the window has one (the
+    value and the return of that slot then count too)."""
+    score_clip: float | None = None
+    """Sequence scores are clamped to +-this."""
+    gap: str = "carry"
+    """Masked slots inside a row: skipped ("carry"), or a step with zero reward and zero value ("decay")."""
+    kl_clamp: dict[str, KlClamp] = field(default_factory=dict)
+    """{estimator: (bound of the log-ratio, bound of the estimate)}; none when absent."""
+    unbiased: bool = True
+    """Variance of the whitening divides by n - 1."""
+    floor_variance: bool = False
+    """Whitening divides by sqrt(max(var, 1e-8)) instead of sqrt(var + 1e-8)."""
+    ratio_clamp: float | None = None
+    """The PPO log-ratio is clamped to +-this."""
+    dual_clip: float | None = None
+    """Dual clipping that is always on."""
+
+    def kl_bounds(self, kind: str) -> tuple[float, float]:
+        """(bound of the log-ratio, bound of the estimate) for an estimator; infinity for none."""
+        low, high = self.kl_clamp.get(kind.removesuffix("+"), (None, None))
+        return (math.inf if low is None else low, math.inf if high is None else high)
+
+
+_ALL = ("k1", "k2", "k3", "abs")
+
+DIALECTS: dict[str, Dialect] = {
+    "rlhf_fast": Dialect(ratio_clamp=20.0),
+    # trl/experimental/ppo: the score follows the end-of-sequence token, values live one slot longer, plain loop over T.
+    "trl": Dialect(score_slot="after_last", gap="decay"),
+    # verl/trainer/ppo/core_algos.py.
+    "verl": Dialect(kl_clamp={"k3": (20.0, 10.0)}, ratio_clamp=20.0, dual_clip=3.0),
+    # openrlhf/trainer/ppo_utils: every estimator is bounded, whitening is biased and over the whole rollout.
+    "openrlhf": Dialect(
+        score_clip=10.0,
+        gap="decay",
+        kl_clamp=dict.fromkeys(_ALL, (None, 10.0)),
+        unbiased=False,
+        floor_variance=True,
+        ratio_clamp=20.0,
+    ),
+    "nemo": Dialect(kl_clamp=dict.fromkeys(_ALL, (20.0, 10.0))),
+    # lm-human-preferences (Ziegler et al. 2019): biased variance.
+    "openai": Dialect(gap="decay", unbiased=False),
+}
+
+
+def dialect(op: str, name: str) -> Dialect:
+    """The row `name`. Raises ValueError naming the known ones."""
+    found = DIALECTS.get(name)
+    if found is None:
+        raise error(ValueError, op, "dialect", repr(name), f"one of {', '.join(map(repr, DIALECTS))}")
+    return found

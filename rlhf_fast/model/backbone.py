@@ -1,0 +1,217 @@
+"""The frozen Hugging Face model seen as decoder, layers and LM head, without knowing its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from rlhf_fast.model.linear import is_linear, weight_of
+
+
+class _LastHidden(BaseModelOutputWithPast):
+    """A decoder output that carries the hidden states alone; whatever else a head asks for is absent."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+@contextmanager
+def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules compute something else inside the context; their attributes, which models read, stay."""
+    before: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is not None:
+                module.forward = forward
+            elif "forward" in module.__dict__:
+                del module.forward
+
+
+def _hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+class Backbone:
+    """Decoder access for one model; the first `shared_layers` layers run once for all roles.
+
+    Raises TypeError for something that is no Hugging Face causal LM, ValueError for a decoder whose
+    layers cannot be found or cannot be skipped.
+    """
+
+    def __init__(self, base: PreTrainedModel, shared_layers: int = 0) -> None:
+        if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
+            raise TypeError(
+                f"SharedModel: argument 'base' got {type(base).__name__}, expected a Hugging Face causal LM"
+            )
+        self.base = base
+        self.decoder: nn.Module = base.get_decoder()
+        self.layers, self.layers_name = self._find_layers()
+        if isinstance(shared_layers, bool) or not isinstance(shared_layers, int):
+            raise TypeError(
+                f"SharedModel: argument 'shared_layers' got {shared_layers!r}, expected an integer"
+            )
+        if not 0 <= shared_layers < len(self.layers):
+            raise ValueError(
+                f"SharedModel: argument 'shared_layers' got {shared_layers},"
+                f" expected 0 to {len(self.layers) - 1} for a model of {len(self.layers)} layers"
+            )
+        self.shared_layers = shared_layers
+        self._takes_positions = "position_ids" in signature(type(self.decoder).forward).parameters
+        self._layer_extras: int | None = (
+            None  # further entries of a layer's output tuple; None: it returns a tensor
+        )
+
+    def _find_layers(self) -> tuple[nn.ModuleList, str]:
+        config = self.base.config.get_text_config()
+        names = {module: name for name, module in self.base.named_modules()}
+        for module in self.decoder.children():
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+                return module, names[module]
+        raise ValueError(
+            f"SharedModel: the decoder of {type(self.base).__name__} has no list of"
+            f" {config.num_hidden_layers} layers"
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return weight_of(self.base.get_output_embeddings()).shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return weight_of(self.base.get_input_embeddings()).device
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Every linear layer inside the decoder layers that differ between roles, by its name in the base."""
+        found = {}
+        for i in range(self.shared_layers, len(self.layers)):
+            for name, module in self.layers[i].named_modules(prefix=f"{self.layers_name}.{i}"):
+                if is_linear(module):
+                    found[name] = module
+        return found
+
+    def all_linears(self) -> dict[str, nn.Module]:
+        """Every linear layer inside any decoder layer, by its name in the base."""
+        named = self.layers.named_modules(prefix=self.layers_name)
+        return {name: module for name, module in named if is_linear(module)}
+
+    @cached_property
+    def mixes_rows(self) -> bool:
+        """True when a linear layer sees rows picked by a router (a list of experts) instead of all rows."""
+        prefix = len(self.layers_name.split(".")) + 1
+        return any(part.isdigit() for name in self.linears() for part in name.split(".")[prefix:])
+
+    def hidden(self, input_ids: Tensor, mask: Tensor, trunk: Tensor | None = None) -> Tensor:
+        """Final-norm output (B, T, H); with `trunk` (B, T, H) the shared layers are skipped."""
+        if trunk is None:
+            return self._decode(input_ids, mask)
+        skipped = {layer: self._returning(None) for layer in self.layers[: self.shared_layers]}
+        skipped[self.layers[0]] = self._returning(trunk)
+        with _forwards(skipped):
+            return self._decode(input_ids, mask)
+
+    @torch.no_grad()
+    def trunk(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Output (B, T, H) of the shared layers; the later layers do not run."""
+        seen: list[Any] = []
+        last = self.layers[self.shared_layers - 1]
+        handle = last.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            with _forwards({layer: self._returning(None) for layer in self.layers[self.shared_layers :]}):
+                self._decode(input_ids, mask)
+        finally:
+            handle.remove()
+        return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+    def _decode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        extra = {}
+        if self._takes_positions:
+            extra["position_ids"] = (mask.cumsum(1) - 1).clamp_(min=0)
+        out = self.decoder(
+            input_ids=input_ids, attention_mask=mask.long(), use_cache=False, return_dict=True, **extra
+        )
+        return out.last_hidden_state
+
+    def _returning(self, hidden: Tensor | None) -> Callable[..., Any]:
+        """A layer forward that returns `hidden`, or its own input when that is None."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            result = _hidden_argument(args, kwargs) if hidden is None else hidden
+            return result if self._layer_extras is None else (result, *[None] * self._layer_extras)
+
+        return forward
+
+    @torch.no_grad()
+    def check_shared_layers(self) -> None:
+        """Prove on two tokens that skipping the shared layers leaves the result alone.
+
+        Raises ValueError for an architecture whose layers hand each other more than the hidden states.
+        """
+        ids = torch.arange(2, device=self.device).unsqueeze(0)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        seen: list[Any] = []
+        handle = self.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            whole = self._decode(ids, mask)
+        finally:
+            handle.remove()
+        self._layer_extras = len(seen[0]) - 1 if isinstance(seen[0], tuple) else None
+        try:
+            trunk = self.trunk(ids, mask)
+            split = self.hidden(ids, mask, trunk)
+            same = trunk.shape == whole.shape and torch.allclose(split, whole, rtol=1e-3, atol=1e-3)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(self._cannot_share()) from error
+        if not same:
+            raise ValueError(self._cannot_share())
+
+    def _cannot_share(self) -> str:
+        return (
+            f"SharedModel: argument 'shared_layers' got {self.shared_layers}, expected 0: the layers of"
+            f" {type(self.base).__name__} exchange more than hidden states"
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, V) by the model's own forward, with the decoder standing in for `hidden`."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        with _forwards({self.decoder: lambda *args, **kwargs: _LastHidden(last_hidden_state=hidden)}):
+            return self.base(input_ids=ids, use_cache=False).logits
+
+    @cached_property
+    def softcap_and_scale(self) -> tuple[float | None, float]:
+        """(c, s): `logits = c tanh(s (W h + b) / c)`, or `s (W h + b)` when c is None; proven on random rows.
+
+        Raises ValueError for a model whose logits have another form.
+        """
+        config = self.base.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        head = self.base.get_output_embeddings()
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, 4, self.hidden_size, generator=generator).to(head.weight)
+        with torch.no_grad():
+            expected, raw = self.logits(hidden).float(), head(hidden).float()
+        division = getattr(config, "logits_scaling", None) or 1.0
+        factor = getattr(config, "lm_head_multiplier", None) or 1.0
+        scales = (1.0, getattr(config, "logit_scale", None) or 1.0, 1.0 / division, division, factor)
+        tolerance = 1e-5 if head.weight.dtype == torch.float32 else 2e-2
+        for scale in scales:
+            logits = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
+            if torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item()):
+                return softcap, float(scale)
+        raise ValueError(
+            f"SharedModel: the logits of {type(self.base).__name__} are no scaled or soft-capped product with"
+            " the LM head; use .logits instead of head_weight"
+        )

@@ -1,0 +1,448 @@
+"""One frozen base model for all roles of RLHF: LoRA adapters, and heads for value and reward."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast import _check
+from rlhf_fast.model.adapters import AdapterFile, concatenate, read_adapter, write_adapter
+from rlhf_fast.model.backbone import Backbone
+from rlhf_fast.model.heads import ScalarHead
+from rlhf_fast.model.linear import (
+    RowPlan,
+    adapt,
+    check_adaptable,
+    features,
+    fold_into,
+    is_adapted,
+    pairs_on,
+    select,
+    weight_of,
+)
+from rlhf_fast.model.lora import LoraConfig, LoraPair, LowRank
+from rlhf_fast.model.outputs import RoleOutput, SharedOutput
+
+ROLES = ("policy", "reference", "value", "reward")
+_HEAD_INIT = {"value": "zero", "reward": "normal"}
+
+PathLike = str | os.PathLike[str]
+
+
+class SharedModel(nn.Module):
+    """Policy, reference, value and reward on one frozen Hugging Face causal LM.
+
+    A call computes all roles asked for with one pass of the base: their rows are stacked, every base matrix
+    is multiplied once, and each adapted layer adds `alpha / r B A x` on the rows of the roles that have an
+    adapter there. In grad mode roles without trainable adapters take a pass of their own that keeps nothing.
+
+    base: taken over in place: its parameters stop requiring gradients, its dropout stays off for good, its
+        linear layers become adapted ones under the same names. Without an active role it is the plain model.
+    roles: a subset of ROLES. "reference" has no adapter unless `adapters` gives one; "value" and "reward"
+        have a head.
+    lora: shape of the new adapters (A random, B zero: every role starts as the base).
+    shared_layers: the first k decoder layers carry no adapter: they run once for all roles, never backward.
+    fold: adapter folder(s) merged into the base weights in fp32 before anything else.
+    adapters: adapter folders to start roles from, heads included.
+    seed: of adapters and heads; a role's start depends neither on the global generator nor on other roles.
+
+    Raises TypeError for a base that is no causal LM or a linear layer of an unknown class, ValueError for
+    unknown roles or targets and for an adapter that does not fit; the base's weights and layers are then as
+    they were.
+    One pass at a time: the active roles are state of the model, not of the thread.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        roles: Sequence[str] = ROLES,
+        lora: LoraConfig | None = None,
+        shared_layers: int = 0,
+        *,
+        fold: PathLike | Sequence[PathLike] | None = None,
+        adapters: Mapping[str, PathLike] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.roles = _checked_roles(roles, ROLES, "the known roles")
+        self.lora = lora if lora is not None else LoraConfig()
+        self.backbone = Backbone(base, shared_layers)
+        if any(is_adapted(layer) for layer in self.backbone.all_linears().values()):
+            raise ValueError(
+                "SharedModel: argument 'base' already belongs to a SharedModel, expected a plain model"
+            )
+        # Everything is read and checked before the base is touched.
+        _checked_roles(tuple(adapters or ()), self.roles, "the roles of this model", allow_none=True)
+        folded = [read_adapter(folder) for folder in _folders(fold)]
+        loaded = {role: read_adapter(folder) for role, folder in (adapters or {}).items()}
+        self._linears = self.backbone.linears()
+        targets = select(self._linears, self.lora.suffixes)
+        for file in folded:
+            self._check_fits(file, None)
+        for role, file in loaded.items():
+            self._check_fits(file, role)
+        base.eval()
+        if shared_layers:
+            self.backbone.check_shared_layers()
+
+        self.base = base.requires_grad_(False)
+        self._folded = [self._fold(file) for file in folded]
+        self._plan = RowPlan()
+        self.adapters = nn.ModuleDict({role: nn.ModuleDict() for role in self.roles})
+        self.heads = nn.ModuleDict()
+        for role in self.roles:
+            self._start(role, targets, seed)
+        for role, file in loaded.items():
+            self._install(role, file)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike,
+        roles: Sequence[str] = ROLES,
+        lora: LoraConfig | None = None,
+        shared_layers: int = 0,
+        *,
+        fold: PathLike | Sequence[PathLike] | None = None,
+        adapters: Mapping[str, PathLike] | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> SharedModel:
+        """Load a local model folder (safetensors only, no remote code, no network) and share it.
+
+        Raises ValueError if there is no such model; otherwise as the constructor.
+        """
+        try:
+            base = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+        except OSError as error:
+            raise ValueError(
+                f"SharedModel.from_pretrained: no local safetensors model at {str(path)!r}: {error}"
+            ) from error
+        return cls(base, roles, lora, shared_layers, fold=fold, adapters=adapters, seed=seed)
+
+    def train(self, mode: bool = True) -> SharedModel:
+        """LoRA dropout follows `mode`; the base stays in eval mode, its own dropout never runs."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        roles: Sequence[str] | None = None,
+        trunk: Tensor | None = None,
+    ) -> SharedOutput:
+        """Outputs of the roles asked for (all of them by default) on one batch.
+
+        input_ids: (B, T) integer; attention_mask: (B, T) bool or integer, True = real token (None: all real).
+        Padding on either side, or both, changes no real token: positions count real tokens, pads are fed as
+        id 0. trunk: (B, T, H) from `trunk()` on the same batch; skips the shared layers.
+        Raises ValueError for ids outside the vocabulary, a row without a real token, or wrong shapes.
+        """
+        roles = self.roles if roles is None else _checked_roles(roles, self.roles, "the roles of this model")
+        input_ids, mask = self._checked_batch("SharedModel", input_ids, attention_mask)
+        if trunk is not None:
+            self._check_trunk(trunk, input_ids)
+        elif self.shared_layers:
+            trunk = self.backbone.trunk(input_ids, mask)
+        trained = [role for role in roles if torch.is_grad_enabled() and self._trains(role)]
+        frozen = [role for role in roles if role not in trained]
+        with torch.no_grad():
+            hidden = self._pass(input_ids, mask, frozen, trunk)
+        hidden |= self._pass(input_ids, mask, trained, trunk)
+        return SharedOutput({role: RoleOutput(role, hidden[role], mask, self) for role in roles})
+
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Output (B, T, H) of the shared layers, without gradient: pass it as `trunk=` with the same batch.
+
+        Raises ValueError if shared_layers is 0.
+        """
+        if not self.shared_layers:
+            raise ValueError("SharedModel.trunk: the model has shared_layers=0, expected at least 1")
+        return self.backbone.trunk(*self._checked_batch("SharedModel.trunk", input_ids, attention_mask))
+
+    @contextmanager
+    def as_role(self, role: str) -> Iterator[SharedModel]:
+        """Inside the context `model.base` (and its generate, with KV cache) is that role for every row."""
+        with self._plan.use(_checked_roles((role,), self.roles, "the roles of this model")):
+            yield self
+
+    @property
+    def shared_layers(self) -> int:
+        """Number of first decoder layers that all roles share."""
+        return self.backbone.shared_layers
+
+    @property
+    def head_weight(self) -> Tensor:
+        """LM head weight (V, H); with head_bias, logit_scale and final_softcap it turns hidden into logits.
+
+        Raises ValueError for a model whose logits have another form; `.logits` works for those as well.
+        """
+        self.backbone.softcap_and_scale  # noqa: B018 (raises for a head of another form)
+        return weight_of(self.base.get_output_embeddings())
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """LM head bias (V,), or None."""
+        return getattr(self.base.get_output_embeddings(), "bias", None)
+
+    @property
+    def final_softcap(self) -> float | None:
+        """c of `logits = c tanh(x / c)` after the head (Gemma 2), or None."""
+        return self.backbone.softcap_and_scale[0]
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the LM head's output, before the soft-cap (Cohere, Granite); 1 for most models."""
+        return self.backbone.softcap_and_scale[1]
+
+    def head_of(self, role: str) -> ScalarHead:
+        """The scalar head of "value" or "reward"."""
+        return self.heads[role]  # type: ignore[return-value]
+
+    def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
+        """Everything a role can train: LoRA factors (fp32) by module name, and its head."""
+        _checked_roles((role,), self.roles, "the roles of this model")
+        found: dict[str, nn.Parameter] = {}
+        for name, pair in self._pairs(role).items():
+            found[f"{name}.lora_A.weight"] = pair.lora_A
+            found[f"{name}.lora_B.weight"] = pair.lora_B
+        if role in self.heads:
+            found |= {f"score.{name}": p for name, p in self.head_of(role).named_parameters()}
+        return found
+
+    def state_of(self, role: str) -> dict[str, Tensor]:
+        """Detached copies of `parameters_of(role)`."""
+        return {name: p.detach().clone() for name, p in self.parameters_of(role).items()}
+
+    @torch.no_grad()
+    def load_state_of(self, role: str, state: Mapping[str, Tensor]) -> None:
+        """Copy a `state_of` back in place. Raises ValueError, changing nothing, if names or shapes differ."""
+        parameters = self.parameters_of(role)
+        expected = {name: tuple(p.shape) for name, p in parameters.items()}
+        got = {name: tuple(t.shape) for name, t in state.items()}
+        if got != expected:
+            odd = min(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+            raise ValueError(
+                f"SharedModel.load_state_of: role {role!r}, tensor {odd!r} got {got.get(odd, 'nothing')},"
+                f" expected {expected.get(odd, 'nothing')}"
+            )
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+    def copy_role(self, source: str, target: str) -> None:
+        """Make the adapter of `target` a copy of that of `source`; heads stay as they are.
+
+        Raises ValueError if `source` has no adapter.
+        """
+        _checked_roles((source, target), self.roles, "the roles of this model")
+        self._set_adapter(target, self._adapter("SharedModel.copy_role", source))
+
+    def save_adapter(self, role: str, folder: PathLike) -> None:
+        """Write the role's adapter and head in PEFT's format, relative to the base with its folds.
+
+        Raises ValueError if the role has no adapter.
+        """
+        self._write(role, folder, self._adapter("SharedModel.save_adapter", role))
+
+    def export_adapter(self, role: str, folder: PathLike) -> None:
+        """Like `save_adapter`, but relative to the base before any fold.
+
+        The folded adapters and the role's become one of summed rank, so plain PEFT on the original base
+        computes this role. Raises ValueError if there is neither a fold nor an adapter.
+        """
+        _checked_roles((role,), self.roles, "the roles of this model")
+        weights = concatenate(
+            [*self._folded, {name: pair.data() for name, pair in self._pairs(role).items()}]
+        )
+        if not weights:
+            raise ValueError(
+                f"SharedModel.export_adapter: nothing folded, and the role {role!r} has no adapter"
+            )
+        self._write(role, folder, weights)
+
+    def load_adapter(self, role: str, folder: PathLike) -> None:
+        """Replace the role's adapter by the one in a PEFT folder, and its head by the one stored with it.
+
+        Parameters whose shape stays are changed in place, others are new ones. A value role keeps its head if
+        the folder has none; a reward role must find one. Raises ValueError, changing nothing, if it does not
+        fit.
+        """
+        _checked_roles((role,), self.roles, "the roles of this model")
+        file = read_adapter(folder)
+        self._check_fits(file, role)
+        self._install(role, file)
+
+    def _pass(
+        self, input_ids: Tensor, mask: Tensor, roles: Sequence[str], trunk: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Hidden states (B, T, H) by role: one stacked pass, or one each where experts pick the rows."""
+        if not roles:
+            return {}
+        if len(roles) > 1 and self.backbone.mixes_rows:
+            return {role: self._pass(input_ids, mask, (role,), trunk)[role] for role in roles}
+        n = len(roles)
+        with self._plan.use(roles):
+            stacked = None if trunk is None else trunk.repeat(n, 1, 1)
+            hidden = self.backbone.hidden(input_ids.repeat(n, 1), mask.repeat(n, 1), stacked)
+        return dict(zip(roles, hidden.chunk(n), strict=True))
+
+    def _checked_batch(
+        self, op: str, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids (B, T) int64 with 0 at pads, and the mask (B, T) bool."""
+        _check.integer(op, "input_ids", input_ids)
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise _check.error(ValueError, op, "input_ids", f"shape {tuple(input_ids.shape)}", "(B, T), no 0")
+        mask = _check.mask_like(op, attention_mask, input_ids, "input_ids", "attention_mask")
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        empty = ~mask.any(dim=1)
+        if empty.any():
+            got = f"no real token in row {int(empty.nonzero()[0])}"
+            raise _check.error(ValueError, op, "attention_mask", got, "at least one")
+        input_ids = input_ids.long().masked_fill(~mask, 0)
+        vocabulary = weight_of(self.base.get_input_embeddings()).shape[0]
+        wrong = (input_ids < 0) | (input_ids >= vocabulary)
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            got = f"{int(input_ids[row, column])} at row {row}, position {column}"
+            raise _check.error(ValueError, op, "input_ids", got, f"ids in [0, {vocabulary})")
+        return input_ids, mask
+
+    def _check_trunk(self, trunk: Tensor, input_ids: Tensor) -> None:
+        if not self.shared_layers:
+            raise _check.error(ValueError, "SharedModel", "trunk", "a tensor", "None with shared_layers=0")
+        _check.floating("SharedModel", "trunk", trunk)
+        shape = (*input_ids.shape, self.backbone.hidden_size)
+        _check.shape("SharedModel", "trunk", trunk, shape, "the hidden states")
+        _check.device("SharedModel", "trunk", trunk, input_ids, "input_ids")
+
+    def _check_fits(self, file: AdapterFile, role: str | None) -> None:
+        """ValueError unless the file's modules and head are this model's; role None: to be folded."""
+        linears = self.backbone.all_linears() if role is None else self._linears
+        where = "a fold" if role is None else f"the role {role!r}"
+        for name, update in file.weights.items():
+            if name not in linears:
+                raise ValueError(
+                    f"{file.folder}: module {name!r} is no linear layer that {where} can adapt"
+                    f" (decoder layers from {0 if role is None else self.shared_layers} on)"
+                )
+            check_adaptable(name, linears[name])
+            maps, base_maps = (update.a.shape[1], update.b.shape[0]), features(linears[name])
+            if maps != base_maps:
+                raise ValueError(
+                    f"{file.folder}: module {name!r} maps (in, out) {maps}, the base's {base_maps}"
+                )
+        if file.head and role not in _HEAD_INIT:
+            raise ValueError(f"{file.folder}: has a scalar head, which {where} cannot take")
+        if role == "reward" and not file.head:
+            raise ValueError(f"{file.folder}: has no scalar head ('score.weight'), expected one for {where}")
+        if file.head and file.head["weight"].shape[1] != self.backbone.hidden_size:
+            got, expected = file.head["weight"].shape[1], self.backbone.hidden_size
+            raise ValueError(f"{file.folder}: the head reads {got} features, the base has {expected}")
+
+    def _fold(self, file: AdapterFile) -> dict[str, LowRank]:
+        linears = self.backbone.all_linears()
+        for name, update in file.weights.items():
+            fold_into(linears[name], update)
+        return file.weights
+
+    def _start(self, role: str, targets: Sequence[str], seed: int) -> None:
+        """New head and adapter; one random stream per role, so its start depends on no other."""
+        generator = torch.Generator().manual_seed(seed * len(ROLES) + ROLES.index(role))
+        if role in _HEAD_INIT:
+            device = weight_of(self.base.get_output_embeddings()).device
+            self.heads[role] = ScalarHead(self.backbone.hidden_size, _HEAD_INIT[role], generator, device)
+        if role != "reference":
+            for name in targets:
+                in_features, out_features = features(self._linears[name])
+                self._place(role, name, LoraPair.fresh(self.lora, in_features, out_features, generator))
+
+    def _install(self, role: str, file: AdapterFile) -> None:
+        self._set_adapter(role, file.weights)
+        if file.head:
+            head = self.head_of(role)
+            with torch.no_grad():
+                head.weight.copy_(file.head["weight"])
+                head.bias.copy_(file.head["bias"])
+
+    def _trains(self, role: str) -> bool:
+        return any(p.requires_grad for pair in self._pairs(role).values() for p in pair.parameters())
+
+    def _pairs(self, role: str) -> dict[str, LoraPair]:
+        on_layers = ((name, pairs_on(layer).get(role)) for name, layer in self._linears.items())
+        return {name: pair for name, pair in on_layers if pair is not None}
+
+    def _adapter(self, op: str, role: str) -> dict[str, LowRank]:
+        _checked_roles((role,), self.roles, "the roles of this model")
+        weights = {name: pair.data() for name, pair in self._pairs(role).items()}
+        if not weights:
+            raise ValueError(f"{op}: the role {role!r} has no adapter")
+        return weights
+
+    def _children(self, role: str) -> nn.ModuleDict:
+        return self.adapters[role]  # type: ignore[return-value]
+
+    def _place(self, role: str, name: str, pair: LoraPair) -> None:
+        """Register a pair twice: as a child (for .to, .train, .parameters) and on the layer that runs it."""
+        layer = self._linears[name]
+        adapt(layer, self._plan)
+        pair.to(weight_of(layer).device).requires_grad_(role != "reference").train(self.training)
+        self._children(role)[name.replace(".", "/")] = pair  # a child's name must not contain a dot
+        pairs_on(layer)[role] = pair
+
+    @torch.no_grad()
+    def _set_adapter(self, role: str, weights: Mapping[str, LowRank]) -> None:
+        current = self._pairs(role)
+        for name in current.keys() - weights.keys():
+            del pairs_on(self._linears[name])[role], self._children(role)[name.replace(".", "/")]
+        for name, update in weights.items():
+            pair = current.get(name)
+            if pair is not None and pair.lora_A.shape == update.a.shape:
+                pair.lora_A.copy_(update.a)
+                pair.lora_B.copy_(update.b)
+                pair.scale = update.scale
+            else:
+                a, b = update.a.clone(), update.b.clone()
+                self._place(role, name, LoraPair(a, b, update.scale, self.lora.dropout))
+
+    def _write(self, role: str, folder: PathLike, weights: Mapping[str, LowRank]) -> None:
+        linears = self.backbone.all_linears()
+        write_adapter(
+            folder,
+            weights,
+            linears,
+            head=dict(self.head_of(role).named_parameters()) if role in self.heads else None,
+            base_name=self.base.config.name_or_path,
+            conv1d=all(isinstance(linears[name], Conv1D) for name in weights),
+            dropout=self.lora.dropout,
+        )
+
+
+def _folders(fold: PathLike | Sequence[PathLike] | None) -> list[PathLike]:
+    if fold is None:
+        return []
+    return [fold] if isinstance(fold, (str, os.PathLike)) else list(fold)
+
+
+def _checked_roles(
+    roles: Sequence[str], known: Sequence[str], what: str, allow_none: bool = False
+) -> tuple[str, ...]:
+    if isinstance(roles, str):
+        raise _check.error(TypeError, "SharedModel", "roles", repr(roles), "a sequence of role names")
+    for role in roles:
+        if role not in known:
+            raise _check.error(ValueError, "SharedModel", "roles", repr(role), f"{what}: {', '.join(known)}")
+    if len(set(roles)) != len(roles) or not (roles or allow_none):
+        raise _check.error(ValueError, "SharedModel", "roles", list(roles), "at least one role, none twice")
+    return tuple(roles)

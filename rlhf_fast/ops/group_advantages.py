@@ -1,0 +1,148 @@
+"""Advantages relative to the other answers to the same prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _check
+from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._op import Op, cpp, reference_backward
+from rlhf_fast.reference.group_advantages import KINDS
+from rlhf_fast.reference.group_advantages import group_advantages as reference
+
+
+def group_advantages(
+    scores: Tensor,
+    group_ids: Tensor,
+    kind: str = "grpo",
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    greedy_scores: Tensor | None = None,
+    unbiased: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """One advantage per sample from the scores of its group.
+
+    grpo: (r - mean) / (std + eps) (Shao et al. 2024, arXiv 2402.03300); dr_grpo: r - mean (Liu et al. 2025, 2503.20783);
+    rloo: r - mean of the others (Ahmadian et al. 2024, 2402.14740); reinforce++: r - mean, whitened over the batch (Hu et al.
+    2025, 2501.03262, baseline form); opo: r - sum(length r) / sum(length) (Hao et al. 2025, 2505.23585); remax: r - score of
+    the greedy answer (Li et al. 2023, 2310.10505); pass@k: the best sample gets best - second best, the others 0.
+    A group of one and a group whose scores are equal carry no signal and give 0; remax compares with the greedy answer
+    instead of the group.
+
+    Args:
+        scores: (...) one reward per sample.
+        group_ids: like scores, any integers in any order.
+        kind: one of the seven above.
+        mask: like scores, False = sample to leave out (its score is never read; it gives 0).
+        lengths: like scores, response lengths in tokens; for opo.
+        greedy_scores: like scores, reward of the greedy answer to the same prompt; for remax. A constant.
+        unbiased: std over n - 1 (verl, TRL) or n; for grpo.
+        eps: > 0, added to the std; for grpo.
+
+    Returns:
+        Like scores, fp32 (fp64 for fp64); differentiable towards scores.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, kind or range; names the argument.
+    """
+    op = "group_advantages"
+    if not isinstance(scores, Tensor) or scores.dtype not in _check.FLOATS:
+        _check.floating(op, "scores", scores)
+    _check.integer(op, "group_ids", group_ids)
+    if group_ids.shape != scores.shape:
+        _check.shape(op, "group_ids", group_ids, scores.shape, "scores")
+    if group_ids.device != scores.device:
+        _check.device(op, "group_ids", group_ids, scores, "scores")
+    _check.choice(op, "kind", kind, KINDS)
+    if mask is not None:
+        mask = _check.mask_like(op, mask, scores, "scores")
+    eps = _check.number(op, "eps", eps, 0.0, open_low=True)
+    lengths = _lengths(lengths, scores) if kind == "opo" else None
+    if kind == "remax":
+        _check.like(op, "greedy_scores", greedy_scores, scores, "scores")
+        greedy_scores = greedy_scores.detach()  # type: ignore[union-attr]
+    else:
+        greedy_scores = None
+    if scores.dtype is not torch.float32 or greedy_scores is not None:
+        scores, greedy_scores = _check.common_wide(scores, greedy_scores)  # type: ignore[assignment]
+    if group_ids.dtype is not torch.int64:
+        group_ids = group_ids.long()
+    shape = scores.shape
+    if len(shape) == 1:
+        return _group_advantages(scores, group_ids, mask, lengths, greedy_scores, kind, bool(unbiased), eps)
+    flat = [None if x is None else x.reshape(-1) for x in (scores, group_ids, mask, lengths, greedy_scores)]
+    return _group_advantages(*flat, kind, bool(unbiased), eps).view(shape)
+
+
+def _lengths(lengths: Tensor | None, scores: Tensor) -> Tensor:
+    _check.integer("group_advantages", "lengths", lengths)
+    _check.shape("group_advantages", "lengths", lengths, scores.shape, "scores")  # type: ignore[arg-type]
+    _check.device("group_advantages", "lengths", lengths, scores, "scores")  # type: ignore[arg-type]
+    return lengths.long()  # type: ignore[union-attr]
+
+
+def _run(grad, scores, group_ids, mask, lengths, greedy_scores, kind, unbiased, eps):  # type: ignore[no-untyped-def]
+    """The kernel serves both directions: advantages without `grad`, the gradient of the scores with it."""
+    tensors = [contiguous(x) for x in (grad, scores, group_ids, mask, lengths, greedy_scores)]
+    out = torch.empty_like(tensors[1])
+    n = out.shape[0]
+    slots = 1 << max(1, (2 * n - 1).bit_length())  # a hash table of group ids, at most half full
+    scratch = torch.empty(slots + 5 * n, dtype=torch.int64)
+    kernel("group_advantages")(
+        *pointers(*tensors, out, scratch),
+        n,
+        slots,
+        KINDS.index(kind),
+        unbiased,
+        eps,
+        out.dtype is torch.float64,
+    )
+    return out
+
+
+def _forward(*args):  # type: ignore[no-untyped-def]
+    return _run(None, *args)
+
+
+def _backward_cpp(grad, scores, group_ids, mask, lengths, kind, unbiased, eps):  # type: ignore[no-untyped-def]
+    return _run(grad, scores, group_ids, mask, lengths, None, kind, unbiased, eps)
+
+
+def _backward_reference(grad, scores, group_ids, mask, lengths, kind, unbiased, eps):  # type: ignore[no-untyped-def]
+    greedy = torch.zeros_like(scores)  # shifts the result, not the gradient
+    return reference_backward(reference, (scores, group_ids, mask, lengths, greedy, kind, unbiased, eps), (0,), (grad,))[0]
+
+
+_group_advantages_backward = Op(
+    "group_advantages_backward",
+    "(Tensor grad, Tensor scores, Tensor group_ids, Tensor? mask, Tensor? lengths, str kind, bool unbiased, float eps) "
+    "-> Tensor",
+    reference=_backward_reference,
+    fake=lambda grad, scores, *_: torch.empty_like(scores, memory_format=torch.contiguous_format),
+    backends=[cpp(_backward_cpp)],
+)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    scores, group_ids, mask, lengths, _, *ctx.rest = inputs
+    ctx.save_for_backward(scores, group_ids, mask, lengths)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    return _group_advantages_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 7
+
+
+_group_advantages = Op(
+    "group_advantages",
+    "(Tensor scores, Tensor group_ids, Tensor? mask, Tensor? lengths, Tensor? greedy_scores, str kind, bool unbiased, "
+    "float eps) -> Tensor",
+    reference=reference,
+    fake=lambda scores, *_: torch.empty_like(scores, memory_format=torch.contiguous_format),
+    backends=[cpp(_forward)],
+    setup_context=_setup,
+    backward=_backward,
+    differentiable=(0,),
+)

@@ -1,0 +1,59 @@
+"""Token weights of the loss reductions: every one is loss = sum of weight x token loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
+def segments(like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    """(number of the sequence of every token, how many sequences): rows of (..., T), or packed (N,)."""
+    if cu_seqlens is not None:
+        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+        numbers = torch.arange(len(lengths), device=like.device)
+        return torch.repeat_interleave(numbers, lengths, output_size=like.numel()), len(lengths)
+    rows = like.numel() // like.shape[-1] if like.dim() and like.shape[-1] else 0
+    return torch.arange(rows, device=like.device)[:, None].expand(rows, like.shape[-1]).reshape(
+        like.shape
+    ), rows
+
+
+def per_sequence(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(sum over the tokens of every sequence, number of the sequence of every token)."""
+    index, count = segments(x, cu_seqlens)
+    total = torch.zeros(count, dtype=x.dtype, device=x.device).index_add(0, index.reshape(-1), x.reshape(-1))
+    return total, index
+
+
+def token_weights(
+    mask: Tensor,
+    dtype: torch.dtype,
+    reduction: str,
+    normalizer: Tensor | None,
+    divisor: float,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Weight of every token, 0 where masked. `normalizer` (0-d) or a positive `divisor` replace the denominator.
+
+    Denominators without either: token-mean: real tokens; token-sum: 1; seq-mean-*: sequences with a real token. A
+    denominator of 0 gives 0.
+    """
+    real = mask.to(dtype)
+    if reduction == "seq-mean-token-mean":
+        lengths, index = per_sequence(real, cu_seqlens)
+        weights = real / lengths.clamp(min=1)[index]
+    else:
+        weights = real
+    if normalizer is not None:
+        denominator = normalizer.detach().to(dtype)
+    elif divisor > 0:
+        denominator = torch.full((), divisor, dtype=dtype, device=mask.device)
+    elif reduction == "token-mean":
+        denominator = real.sum()
+    elif reduction == "token-sum":
+        denominator = torch.ones((), dtype=dtype, device=mask.device)
+    else:
+        denominator = (per_sequence(real, cu_seqlens)[0] > 0).sum().to(dtype)
+    return torch.where(denominator > 0, weights / denominator.where(denominator > 0, 1.0), 0.0)

@@ -1,0 +1,1 @@
+"""Thin training loops on one shared base, their checkpoints and their monitor."""

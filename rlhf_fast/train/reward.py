@@ -1,0 +1,81 @@
+"""Bradley-Terry reward model: the reward adapter and its head on preference pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import reward_loss
+from rlhf_fast.batch import Shuffle, pad
+from rlhf_fast.config import RewardConfig
+from rlhf_fast.model import SharedModel
+from rlhf_fast.train.loop import Run, load_data, load_model, load_tokenizer
+
+Pair = tuple[list[int], list[int]]
+
+
+def pair_scores(model: SharedModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """Scores (n,) of the chosen and of the rejected sequences, from one forward of 2 n rows."""
+    ids, mask = pad([c for c, _ in pairs] + [r for _, r in pairs])
+    scores = model(ids, mask, roles=("reward",)).reward.scores
+    return scores[: len(pairs)], scores[len(pairs) :]
+
+
+@torch.no_grad()
+def pair_accuracy(model: SharedModel, pairs: Sequence[Pair], micro_batch_size: int) -> float:
+    """Share of pairs whose chosen sequence scores higher; ties count one half."""
+    right = 0.0
+    for i in range(0, len(pairs), micro_batch_size):
+        chosen, rejected = pair_scores(model, pairs[i : i + micro_batch_size])
+        right += float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum())
+    return right / len(pairs)
+
+
+def train_reward(config: RewardConfig) -> Path:
+    """Run it; returns the folder of the trained adapter and head (PEFT format).
+
+    Raises ConfigError, DataError, TrainingError.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    tokenizer: Any = load_tokenizer(config.model.path)
+    encoded, fingerprint = load_data(config.data, tokenizer)
+    pairs = [(pair.chosen_ids, pair.rejected_ids) for pair in encoded]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
+    held = int(len(pairs) * config.eval_fraction)
+    held_out, kept = [pairs[i] for i in order[:held]], [pairs[i] for i in order[held:]]
+    torch.manual_seed(config.run.seed)
+    model = load_model(config.model, ("reward",), config.run.seed)
+    total = math.ceil(len(kept) / config.batch_size) * config.epochs
+    total = total if config.max_steps is None else min(total, config.max_steps)
+    shuffle = Shuffle(len(kept), config.run.seed)
+    model.train()
+    with Run("reward", config, model, {"reward": config.optim.lr}, total, {"data": fingerprint}) as run:
+        for step in run.steps():
+            batch = [kept[i] for i in shuffle.batch(step, config.batch_size)]
+            sums: dict[str, float] = {}
+            for i in range(0, len(batch), config.micro_batch_size):
+                part = batch[i : i + config.micro_batch_size]
+                chosen, rejected = pair_scores(model, part)
+                loss, stats = reward_loss(
+                    chosen, rejected, center_coef=config.center_coef, label_smoothing=config.label_smoothing
+                )
+                share = len(part) / len(batch)  # the loss is a mean over its pairs
+                (loss * share).backward()
+                for name, value in {**stats.floats(), "loss": float(loss.detach())}.items():
+                    sums[name] = sums.get(name, 0.0) + share * value
+            sums["grad_norm"] = run.update()
+            last = step + 1 == total
+            if held_out and last:
+                model.eval()
+                sums["eval_accuracy"] = pair_accuracy(model, held_out, config.micro_batch_size)
+                model.train()
+            tokens = sum(len(c) + len(r) for c, r in batch)
+            run.log(step, sums, tokens, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
+        model.save_adapter("reward", run.folder / "adapter")
+        return run.folder / "adapter"

@@ -1,0 +1,35 @@
+"""From hidden states of the shared model to log-probs of tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf_fast import TokenStats, linear_token_logprobs
+from rlhf_fast.model import SharedModel
+
+
+def head_logprobs(
+    model: SharedModel, hidden: Tensor, token_ids: Tensor, mask: Tensor, temperature: float = 1.0
+) -> TokenStats:
+    """Log-prob and entropy (...) of token_ids (...) under the LM head on hidden (..., H); the logits are never whole.
+
+    hidden[t] must be the state that predicts token_ids[t]: the caller shifts by one.
+    """
+    bias = model.head_bias
+    if model.logit_scale != 1.0:
+        hidden = hidden * model.logit_scale
+        bias = None if bias is None else bias * model.logit_scale
+    return linear_token_logprobs(
+        hidden,
+        model.head_weight,
+        token_ids,
+        bias=bias,
+        temperature=temperature,
+        softcap=model.final_softcap,
+        mask=mask,
+    )
+
+
+def next_token_logprobs(model: SharedModel, hidden: Tensor, input_ids: Tensor, target_mask: Tensor) -> TokenStats:
+    """(B, T - 1) stats of tokens 1 ... T - 1 of input_ids (B, T), from hidden (B, T, H) and target_mask (B, T)."""
+    return head_logprobs(model, hidden[:, :-1], input_ids[:, 1:], target_mask[:, 1:])

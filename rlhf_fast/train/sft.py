@@ -1,0 +1,56 @@
+"""Supervised fine-tuning of the policy adapter: maximise the log-prob of texts, or of the assistant's turns of chats."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.batch import Batch, Shuffle, collate
+from rlhf_fast.config import SFTConfig
+from rlhf_fast.model import SharedModel
+from rlhf_fast.train.loop import Run, load_data, load_model, load_tokenizer
+from rlhf_fast.train.scoring import next_token_logprobs
+
+
+def sft_loss(model: SharedModel, batch: Batch, denominator: int) -> Tensor:
+    """Sum of -log p over the batch's targets, divided by the targets of the whole step: micro-batches add up exactly."""
+    hidden = model(batch.input_ids, batch.attention_mask, roles=("policy",)).policy.hidden
+    stats = next_token_logprobs(model, hidden, batch.input_ids, batch.target_mask)
+    return -stats.logprobs.sum() / max(denominator, 1)
+
+
+def train_sft(config: SFTConfig) -> Path:
+    """Run it; returns the folder of the trained adapter (PEFT format).
+
+    Raises ConfigError, DataError, TrainingError.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    tokenizer: Any = load_tokenizer(config.model.path)
+    texts, fingerprint = load_data(config.data, tokenizer, response_only=config.response_only)
+    torch.manual_seed(config.run.seed)
+    model = load_model(config.model, ("policy",), config.run.seed)
+    per_epoch = math.ceil(len(texts) / config.batch_size)
+    total = per_epoch * config.epochs
+    total = total if config.max_steps is None else min(total, config.max_steps)
+    shuffle = Shuffle(len(texts), config.run.seed)
+    model.train()
+    with Run("sft", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}) as run:
+        for step in run.steps():
+            rows = [texts[i] for i in shuffle.batch(step, config.batch_size)]
+            batch = collate([row.input_ids for row in rows], [row.learn for row in rows])
+            targets = int(batch.target_mask[:, 1:].sum())
+            loss = 0.0
+            for i in range(0, len(batch), config.micro_batch_size):
+                part = sft_loss(model, batch[i : i + config.micro_batch_size], targets)
+                part.backward()
+                loss += float(part.detach())
+            norm = run.update()
+            metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "grad_norm": norm, "tokens": float(targets)}
+            run.log(step, metrics, batch.tokens, f"loss {loss:.3f}")
+        model.save_adapter("policy", run.folder / "adapter")
+        return run.folder / "adapter"
