@@ -61,7 +61,9 @@ def main() -> int:
         return 0
     print(f"{'op':<20}{'no gradient':>14}{'gradient':>12}   (us per call, limit {LIMIT:g} without gradient)")
     for name, row in rows.items():
-        cells = "".join(f"{row[k]:>{w}.1f}" if k in row else " " * w for k, w in (("no gradient", 14), ("gradient", 12)))
+        cells = "".join(
+            f"{row[k]:>{w}.1f}" if k in row else " " * w for k, w in (("no gradient", 14), ("gradient", 12))
+        )
         print(f"{name:<20}{cells}{'   over' if row['no gradient'] > LIMIT else ''}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def cu_seqlens(op: str, x: Tensor, tokens: int, other: Tensor) -> Tensor:
     device(op, "cu_seqlens", x, other, "the packed tensor")
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor:
         bounds = x.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
             raise error(ValueError, op, "cu_seqlens", bounds[:8], f"rising boundaries from 0 to {tokens}")
     return x.to(torch.int64).contiguous()
 

@@ -79,9 +79,7 @@ class Op:
         torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=_library)
         self._function: Any = None
         if backward is not None and setup_context is not None:
-            torch.library.register_autograd(
-                f"rlhf_fast::{name}", backward, setup_context=setup_context, lib=_library
-            )
+            torch.library.register_autograd(f"rlhf_fast::{name}", backward, setup_context=setup_context, lib=_library)
             self._function = _autograd_function(self, setup_context, backward)
         self._packet = getattr(torch.ops.rlhf_fast, name).default
         OPS[name] = self
@@ -178,7 +176,7 @@ class _Attach(torch.autograd.Function):
         ctx.inputs = len(inputs) + 2
         return loss.detach()
 
-    backward = staticmethod(once_differentiable(_scale_gradients))
+    backward = staticmethod(once_differentiable(_scale_gradients))  # type: ignore[assignment]
 
 
 def _autograd_function(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:

@@ -39,7 +39,9 @@ def pad(sequences: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tens
     """
     if not sequences or not all(len(s) for s in sequences):
         empty = [i for i, s in enumerate(sequences) if not len(s)]
-        raise ValueError(f"pad: argument 'sequences' got empty sequences at {empty[:5]}, expected at least one token each")
+        raise ValueError(
+            f"pad: argument 'sequences' got empty sequences at {empty[:5]}, expected at least one token each"
+        )
     T = max(len(s) for s in sequences)
     ids = torch.zeros(len(sequences), T, dtype=torch.int64)
     mask = torch.zeros(len(sequences), T, dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,11 +21,15 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("SFT, reward model, PPO and evaluation of a real model on real reviews", None, "rlhf_fast.demo.chain:main"),
+    "demo": Command(
+        "SFT, reward model, PPO and evaluation of a real model on real reviews", None, "rlhf_fast.demo.chain:main"
+    ),
     "sft": Command("supervised fine-tuning of the policy adapter", "SFTConfig", "rlhf_fast.train.sft:train_sft"),
     "reward": Command("reward model from preference pairs", "RewardConfig", "rlhf_fast.train.reward:train_reward"),
     "ppo": Command("PPO with four roles on one base model", "PPOConfig", "rlhf_fast.train.ppo:train_ppo"),
-    "evaluate": Command("compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"),
+    "evaluate": Command(
+        "compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"
+    ),
     "doctor": Command("versions, devices, and which kernels run here", None, "rlhf_fast.doctor:main"),
 }
 
@@ -72,6 +77,7 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}, expected one of {', '.join(COMMANDS)}{_suggest(name)}")
     command = COMMANDS[name]
+    _quiet()
     if command.settings is None:
         return int(_import(command.run, name)(rest) or 0)
     config = _import("rlhf_fast.config", name)
@@ -85,6 +91,12 @@ def _dispatch(arguments: list[str]) -> int:
     if result is not None:
         print(result)
     return 0
+
+
+def _quiet() -> None:
+    """No bars of the model library between ours; read by it when it is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def _import(where: str, command: str) -> Any:
@@ -121,7 +133,6 @@ def _suggest(name: str) -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text or type(error).__name__
-
 
 
 if __name__ == "__main__":

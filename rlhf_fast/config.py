@@ -371,9 +371,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.baseline not in (None, "base", *self.adapters):
             names = ["base", *self.adapters]
-            raise _check.error(
-                ValueError, "EvaluateConfig", "baseline", repr(self.baseline), f"one of {names}"
-            )
+            raise _check.error(ValueError, "EvaluateConfig", "baseline", repr(self.baseline), f"one of {names}")
 
 
 # Settings that name code. A file that was handed over must not choose what runs: only the command line may.

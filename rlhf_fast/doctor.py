@@ -10,7 +10,18 @@ import torch
 
 from rlhf_fast import __version__, _env, _native, backends
 
-PACKAGES = ("transformers", "safetensors", "peft", "triton", "flash-attn", "vllm", "pydantic", "tyro", "tensorboard", "gguf")
+PACKAGES = (
+    "transformers",
+    "safetensors",
+    "peft",
+    "triton",
+    "flash-attn",
+    "vllm",
+    "pydantic",
+    "tyro",
+    "tensorboard",
+    "gguf",
+)
 
 
 def report() -> str:
@@ -19,7 +30,11 @@ def report() -> str:
     lines += ["", "versions", f"  {'torch':<14}{torch.__version__}"]
     for name in PACKAGES:
         lines.append(f"  {name:<14}{_version(name)}")
-    lines += ["", "devices", f"  cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"]
+    lines += [
+        "",
+        "devices",
+        f"  cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    ]
     lines += _gpus()
     lines += ["", "C++ kernels", *_native_lines()]
     settings = [f"RLHF_FAST_{name}={value}" for name in _env.VARIABLES if (value := _env.get(name)) is not None]

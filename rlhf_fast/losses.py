@@ -78,9 +78,7 @@ def _product(b: Batch, low: float, high: float) -> Tensor:
 def _geometric(b: Batch, low: float, high: float) -> Tensor:
     """GMPO (2507.20673): geometric mean of the token ratios, each clipped on the side that would help too much."""
     clipped = b.log_ratio.clamp(-low, high)
-    helpful = torch.where(
-        b.advantages > 0, torch.minimum(b.log_ratio, clipped), torch.maximum(b.log_ratio, clipped)
-    )
+    helpful = torch.where(b.advantages > 0, torch.minimum(b.log_ratio, clipped), torch.maximum(b.log_ratio, clipped))
     return (b.sequence_sum(helpful) / b.lengths).exp()
 
 
@@ -150,9 +148,7 @@ RECIPES: dict[str, Recipe] = {
     "bnpo": Recipe(),  # the token mean of the local batch: never give it a global normalizer
     "dr_grpo": Recipe(reduction="constant"),
     "gspo": Recipe(level="sequence", clip=(3e-4, 4e-4), reduction="seq-mean-token-mean"),
-    "gmpo": Recipe(
-        level="geometric", surrogate="unclipped", clip=(0.4, 0.4), reduction="seq-mean-token-mean"
-    ),
+    "gmpo": Recipe(level="geometric", surrogate="unclipped", clip=(0.4, 0.4), reduction="seq-mean-token-mean"),
     "cispo": Recipe(surrogate="cispo", clip=(1.0, 4.0)),  # no lower cap, ratio at most 5
     "sapo": Recipe(surrogate="sapo", reduction="seq-mean-token-mean"),
     "reinforce": Recipe(surrogate="score", reduction="seq-mean-token-sum"),
@@ -208,11 +204,7 @@ def policy_loss(
     _check.choice(op, "recipe", recipe, tuple(RECIPES))
     rules = RECIPES[recipe]
     low, high = rules.clip if clip is None else clip_range(op, clip)
-    dual = (
-        rules.dual_clip
-        if dual_clip is None
-        else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True)
-    )
+    dual = rules.dual_clip if dual_clip is None else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True)
     kind = rules.kl_kind if kl_kind is None else kl_kind
     _check.choice(op, "kl_kind", kind, ALL_KINDS)
     clamp_in, clamp_out = bounds(op, "kl_clamp", kl_clamp)
@@ -221,9 +213,7 @@ def policy_loss(
     _check.choice(op, "reduction", reduction, (*REDUCTIONS, "constant"))
     if kl_coef and ref_logprobs is None:
         raise _check.error(ValueError, op, "ref_logprobs", None, f"a tensor with kl_coef={kl_coef}")
-    b, ref, importance = _batch(
-        logprobs, old_logprobs, advantages, mask, ref_logprobs, importance_weights, cu_seqlens
-    )
+    b, ref, importance = _batch(logprobs, old_logprobs, advantages, mask, ref_logprobs, importance_weights, cu_seqlens)
 
     weights = _weights(b, reduction, normalizer)
     ratio = LEVELS[rules.level](b, low, high)
@@ -248,16 +238,12 @@ def _batch(logprobs, old_logprobs, advantages, mask, ref_logprobs, importance_we
     mask = _check.mask_like(op, mask, logprobs, "logprobs")
     if cu_seqlens is not None:
         if logprobs.dim() != 1:
-            raise _check.error(
-                ValueError, op, "logprobs", f"shape {tuple(logprobs.shape)}", "(N,) with cu_seqlens"
-            )
+            raise _check.error(ValueError, op, "logprobs", f"shape {tuple(logprobs.shape)}", "(N,) with cu_seqlens")
         cu_seqlens = _check.cu_seqlens(op, cu_seqlens, logprobs.shape[0], logprobs)
         per_row: tuple[int, ...] = (cu_seqlens.shape[0] - 1,)
     else:
         if logprobs.dim() != 2:
-            raise _check.error(
-                ValueError, op, "logprobs", f"shape {tuple(logprobs.shape)}", "(B, T), or cu_seqlens"
-            )
+            raise _check.error(ValueError, op, "logprobs", f"shape {tuple(logprobs.shape)}", "(B, T), or cu_seqlens")
         per_row = (logprobs.shape[0],)
     _check.floating(op, "advantages", advantages)
     if advantages.shape == per_row and advantages.shape != logprobs.shape:
@@ -300,10 +286,8 @@ def _weights(b: Batch, reduction: str, normalizer: Tensor | float | None) -> Ten
 def _stats(b: Batch, policy: Tensor, kl: Tensor | None, ratio: Tensor, clipped: Tensor) -> Tensor:
     zero = torch.zeros_like(policy)
     tokens = b.mask.sum()
-    mean = lambda x: zero if x is None else x.to(zero.dtype).where(b.mask, 0.0).sum() / tokens.clamp(min=1)  # noqa: E731
-    extreme = lambda fill, f: (
-        torch.where(tokens > 0, f(ratio.where(b.mask, fill)), 0.0) if b.mask.numel() else zero
-    )  # noqa: E731
+    mean = lambda x: zero if x is None else x.to(zero.dtype).where(b.mask, 0.0).sum() / tokens.clamp(min=1)
+    extreme = lambda fill, f: torch.where(tokens > 0, f(ratio.where(b.mask, fill)), 0.0) if b.mask.numel() else zero
     return torch.stack(
         [
             policy,

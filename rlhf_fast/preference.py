@@ -56,9 +56,7 @@ def _exo(p: Pairs) -> Tensor:
     """q log(q / (1 - e)) + (1 - q) log((1 - q) / e); the logs of q from logsigmoid, so that a sure pair stays finite."""
     e = p.label_smoothing
     q, log_q, log_rest = torch.sigmoid(p.logits), logsigmoid(p.logits), logsigmoid(-p.logits)
-    return q * (log_q - torch.log1p(torch.full_like(q, -e))) + (1 - q) * (
-        log_rest - torch.full_like(q, e).log()
-    )
+    return q * (log_q - torch.log1p(torch.full_like(q, -e))) + (1 - q) * (log_rest - torch.full_like(q, e).log())
 
 
 def _nca(p: Pairs) -> Tensor:
@@ -226,9 +224,7 @@ def preference_loss(
         mask = torch.ones_like(chosen_logprobs, dtype=torch.bool)
     lengths = _lengths(kind, rules, chosen_lengths, rejected_lengths, chosen_logprobs)
 
-    tensors = _check.common_wide(
-        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs
-    )
+    tensors = _check.common_wide(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     zeroed = [None if x is None else x.where(mask, 0.0) for x in tensors]
     if lengths is not None:
         divisors = (*lengths, *lengths)
@@ -259,9 +255,7 @@ def _options(kind: str, rules: Kind, **given: tuple[float, float]) -> None:
         _check.number(OP, name, value, 0.0 if smoothing or name == "penalty" else -float("inf"))
         if value != default and name not in rules.options:
             readers = ", ".join(k for k, r in KINDS.items() if name in r.options)
-            raise _check.error(
-                ValueError, OP, name, value, f"{default} with kind {kind!r} (only {readers} read it)"
-            )
+            raise _check.error(ValueError, OP, name, value, f"{default} with kind {kind!r} (only {readers} read it)")
         if smoothing and not value < 0.5:
             raise _check.error(ValueError, OP, name, value, "a number in [0, 0.5)")
         if smoothing and kind == "exo" and value == 0:
@@ -276,9 +270,7 @@ def _lengths(
         return None
     for name, x in given.items():
         if x is None:
-            why = (
-                f"{kind} is defined on means per token" if rules.per_token else "the other lengths are given"
-            )
+            why = f"{kind} is defined on means per token" if rules.per_token else "the other lengths are given"
             raise _check.error(ValueError, OP, name, None, f"a tensor (B,): {why}")
         _check.integer(OP, name, x)
         _check.shape(OP, name, x, like.shape, "chosen_logprobs")

@@ -21,7 +21,9 @@ def letter_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
 
 
-def tiny_llama(seed: int = 0, *, layers: int = 3, hidden: int = 32, vocabulary: int = len(LETTERS) + 2) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, *, layers: int = 3, hidden: int = 32, vocabulary: int = len(LETTERS) + 2
+) -> LlamaForCausalLM:
     """Random Llama of some ten thousand parameters."""
     config = LlamaConfig(
         vocab_size=vocabulary,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import tolerances
 import torch
 from torch import Tensor
-
-import tolerances
 
 
 def assert_parity(got: Tensor, truth: Tensor, plain: Tensor | None = None, what: str = "result") -> None:
@@ -15,7 +14,9 @@ def assert_parity(got: Tensor, truth: Tensor, plain: Tensor | None = None, what:
     """
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     finite = truth.isfinite()
-    same = torch.equal(got.isfinite(), finite) and torch.equal(got.double()[~finite].nan_to_num(7.0), truth.double()[~finite].nan_to_num(7.0))
+    same = torch.equal(got.isfinite(), finite) and torch.equal(
+        got.double()[~finite].nan_to_num(7.0), truth.double()[~finite].nan_to_num(7.0)
+    )
     assert same, f"{what}: non-finite values differ: got {got[~finite][:4]}, expected {truth[~finite][:4]}"
     if not finite.any():
         return

@@ -29,9 +29,7 @@ def wheel_bytes(members: dict[str, bytes]) -> bytes:
 
 
 def pin_of(name: str, data: bytes) -> Pin:
-    return Pin(
-        name, "1.0", f"{name}-1.0-py3-none-any.whl", len(data), hashlib.sha256(data).hexdigest(), "test"
-    )
+    return Pin(name, "1.0", f"{name}-1.0-py3-none-any.whl", len(data), hashlib.sha256(data).hexdigest(), "test")
 
 
 @pytest.fixture
@@ -221,12 +219,7 @@ def test_the_gguf_becomes_a_plain_folder_with_the_same_weights_tokenizer_and_tem
         expected = torch.from_numpy(base.tensors[source]).bfloat16().float()
         assert torch.equal(state[name], expected), name
     # llama.cpp stores the rotary halves of each head interleaved; Hugging Face does not.
-    q = (
-        torch.from_numpy(base.tensors["blk.0.attn_q.weight"])
-        .view(4, 4, 2, 32)
-        .transpose(1, 2)
-        .reshape(32, 32)
-    )
+    q = torch.from_numpy(base.tensors["blk.0.attn_q.weight"]).view(4, 4, 2, 32).transpose(1, 2).reshape(32, 32)
     assert torch.equal(state["model.layers.0.self_attn.q_proj.weight"], q.bfloat16().float())
     assert tokenizer.decode(tokenizer("abc d", add_special_tokens=False)["input_ids"]) == "abc d"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
@@ -306,9 +299,7 @@ def many_rows(count: int = 1500, seed: int = 0):
     generator = np.random.default_rng(seed)
     rows = []
     for i in range(count):
-        words = [NAMES[k] for k in generator.integers(0, 16, 6)] + [
-            WORDS[k] for k in generator.integers(0, 12, 20)
-        ]
+        words = [NAMES[k] for k in generator.integers(0, 16, 6)] + [WORDS[k] for k in generator.integers(0, 12, 20)]
         rows.append((f"{' '.join(words)} {i}", int(i >= count // 2), "imdb"))
     return [*rows, ("a short good one", 1, "rotten_tomatoes"), ("a short bad one", 0, "rotten_tomatoes")]
 
@@ -320,8 +311,7 @@ def corpus(tmp_path_factory) -> Reviews:
 
 def parts_of(reviews: Reviews) -> dict[str, tuple[Review, ...]]:
     return {
-        name: getattr(reviews, name)
-        for name in ("sft", "prompts", "reward", "half_b", "held_out", "rotten_tomatoes")
+        name: getattr(reviews, name) for name in ("sft", "prompts", "reward", "half_b", "held_out", "rotten_tomatoes")
     }
 
 
@@ -360,9 +350,7 @@ def test_duplicates_are_removed_and_near_duplicates_stay_together(tmp_path):
     ]
     reviews = assets.read_reviews(review_wheel(tmp_path / "r.whl", rows))
     assert reviews.duplicates_removed == 1
-    homes = Counter(
-        name for name, part in parts_of(reviews).items() for r in part if r.text.startswith(opening)
-    )
+    homes = Counter(name for name, part in parts_of(reviews).items() for r in part if r.text.startswith(opening))
     assert list(homes.values()) == [40]
 
 

@@ -230,9 +230,7 @@ def test_wrong_file_is_one_line_naming_file_line_and_key(load, tmp_path, text, e
 
 
 def test_alias_bomb_is_refused_before_expansion(load):
-    bomb = "a0: &a0 [x, x]\n" + "".join(
-        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
-    )
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
     assert "aliases are not allowed" in message(load, bomb)
 
 
@@ -304,9 +302,7 @@ def test_mix_of_rewards_keeps_weights(load):
 @pytest.mark.parametrize("cls", ALL)
 def test_yaml_round_trip_is_equal(load, cls):
     words = WORDS[:6] if cls is not PPOConfig else WORDS
-    config = load(
-        None, *words, "--data.path", "1e-6", "--data.split", "null", "--model.fold", "true", cls=cls
-    )
+    config = load(None, *words, "--data.path", "1e-6", "--data.split", "null", "--model.fold", "true", cls=cls)
     assert load(to_yaml(config), cls=cls) == config
     assert yaml.safe_load(to_yaml(config))["model"]["path"] == "models/base"
 
@@ -322,11 +318,7 @@ def test_any_text_survives_the_yaml_round_trip(tmp_path_factory, text):
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    raw=st.one_of(
-        st.binary(max_size=80), st.text("{}[]:,-&*!|>'\"#%@` \n\tab1.e~", max_size=80).map(str.encode)
-    )
-)
+@given(raw=st.one_of(st.binary(max_size=80), st.text("{}[]:,-&*!|>'\"#%@` \n\tab1.e~", max_size=80).map(str.encode)))
 def test_any_bytes_give_settings_or_a_one_line_config_error(tmp_path_factory, raw):
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_bytes(raw)

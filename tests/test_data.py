@@ -11,16 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_fast.data import (
-    ChatRecord,
     DataError,
-    PairRecord,
-    PromptRecord,
     TextRecord,
-    encode_chat,
-    encode_pair,
-    encode_prompt,
-    encode_records,
-    encode_text,
     read_records,
 )
 from rlhf_fast.data.files import MAX_DEPTH, MAX_LINE_BYTES
@@ -277,9 +269,7 @@ def test_dataset_by_name_goes_through_load_dataset_without_remote_code(monkeypat
         raise RuntimeError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(
-        DataError, match=r"^owner/name: not a dataset that can be loaded: RuntimeError: no network$"
-    ):
+    with pytest.raises(DataError, match=r"^owner/name: not a dataset that can be loaded: RuntimeError: no network$"):
         read_records("owner/name")
 
 
@@ -359,131 +349,8 @@ def test_file_that_changes_while_read_is_an_error(tmp_path, monkeypatch, change)
         read_records(path)
 
 
-USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-OTHER = {"role": "assistant", "content": "b"}
-
-
-def test_prompts_are_texts_or_messages(write):
-    path = write(rows({"prompt": "p", "id": 3}, {"prompt": [USER]}))
-    assert list(read_records(path, "prompt")) == [
-        PromptRecord("p", f"{path}:1", {"id": 3}),
-        PromptRecord([USER], f"{path}:2", {}),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "field 'prompt' is empty"),
-        (" ", "field 'prompt' is empty"),
-        ([], "field 'prompt' is empty"),
-        ([{"role": "user", "content": ""}], "field 'prompt' is empty"),
-        (3, "field 'prompt' got an integer, expected text or a list of messages"),
-        (["x"], "prompt[0] got a str, expected {role, content}"),
-        ([{"role": "user"}], "prompt[0].content got nothing, expected text"),
-        ([{"role": "user", "content": ["x"]}], "prompt[0].content got a list, expected text"),
-        ([{"role": "human", "content": "x"}], "prompt[0].role got 'human', expected one of system"),
-        (
-            [{"role": "user", "content": "x", "contnt": "y"}],
-            "prompt[0] got field 'contnt', expected role, content",
-        ),
-        ([USER, REPLY], "prompt ends with an assistant message"),
-    ],
-)
-def test_malformed_prompt_says_what_is_expected(write, prompt, message):
-    with pytest.raises(DataError) as caught:
-        read_records(write(rows({"prompt": prompt})), "prompt")
-    assert message in str(caught.value)
-
-
-def test_chats_are_messages_or_prompt_and_completion(write):
-    path = write(
-        rows(
-            {"messages": [USER, REPLY]},
-            {"prompt": "q", "completion": "a"},
-            {"prompt": [USER], "completion": [REPLY]},
-        )
-    )
-    assert [r.messages for r in read_records(path, "chat")] == [[USER, REPLY]] * 3
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"messages": [USER]}, "no assistant turn"),
-        ({"messages": []}, "no assistant turn"),
-        ({"messages": [REPLY, USER]}, "begin with the assistant"),
-        ({"messages": "x"}, "got a str, expected a list of messages"),
-        ({"prompt": "q"}, "field 'messages' is missing"),
-    ],
-)
-def test_malformed_chat_says_what_is_expected(write, row, message):
-    with pytest.raises(DataError) as caught:
-        read_records(write(rows(row)), "chat")
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ("p", "a", "b", None)),
-        ({"chosen": "a", "rejected": "b", "margin": 2}, ("", "a", "b", 2.0)),
-        ({"prompt": "", "chosen": "a", "rejected": "b", "margin": None}, ("", "a", "b", None)),
-        ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}, ([USER], [REPLY], [OTHER], None)),
-        ({"prompt": [USER], "chosen": "a", "rejected": "b"}, ([USER], [REPLY], [OTHER], None)),
-        ({"prompt": "q", "chosen": [REPLY], "rejected": [OTHER]}, ([USER], [REPLY], [OTHER], None)),
-        ({"chosen": [USER, REPLY], "rejected": [USER, OTHER]}, ([USER], [REPLY], [OTHER], None)),
-        (
-            {"chosen": [USER, REPLY, USER, REPLY], "rejected": [USER, REPLY, USER, OTHER]},
-            ([USER, REPLY, USER], [REPLY], [OTHER], None),
-        ),
-    ],
-)
-def test_every_form_of_a_preference_pair(write, row, expected):
-    path = write(rows(row))
-    assert read_records(path, "pair")[0] == PairRecord(*expected[:3], f"{path}:1", expected[3])
-
-
-def test_csv_pairs_have_numeric_margins(write):
-    path = write("prompt,chosen,rejected,margin\np,a,b,0.5\np,a,b,\n", "d.csv")
-    assert [r.margin for r in read_records(path, "pair")] == [0.5, None]
-
-
-@pytest.mark.parametrize("mode", ["raise", "skip"])
-def test_pairs_without_a_preference_are_skipped_and_counted_in_both_modes(write, mode):
-    good = {"chosen": "a", "rejected": "b"}
-    bad = [("a", "a"), (None, "b"), ("a", ""), ("a", []), ([USER, REPLY], [USER, REPLY])]
-    path = write(rows(good, *({"prompt": "p", "chosen": c, "rejected": r} for c, r in bad)))
-    records = read_records(path, "pair", on_error=mode)
-    assert len(records) == 1
-    assert records.skipped == {"equal answers": 2, "missing answer": 3}
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
-        ({"chosen": 1, "rejected": "b"}, "field 'chosen' got an integer"),
-        ({"chosen": [USER], "rejected": [USER, OTHER]}, "chosen does not end with an assistant message"),
-        (
-            {"chosen": "a", "rejected": "b", "margin": "high"},
-            "field 'margin' got a str, expected a finite number",
-        ),
-        ({"chosen": "a", "rejected": "b", "margin": True}, "field 'margin' got true/false"),
-    ],
-)
-def test_malformed_pair_says_what_is_expected(write, row, message):
-    with pytest.raises(DataError) as caught:
-        read_records(write(rows(row)), "pair")
-    assert message in str(caught.value)
-
-
 @settings(max_examples=200, deadline=None)
-@given(
-    lines=st.lists(
-        st.one_of(st.binary(max_size=40), st.text('{}[]":,\\ud8tex1e-.', max_size=40).map(str.encode))
-    )
-)
+@given(lines=st.lists(st.one_of(st.binary(max_size=40), st.text('{}[]":,\\ud8tex1e-.', max_size=40).map(str.encode))))
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_any_bytes_give_records_or_one_data_error(tmp_path_factory, suffix, lines):
     path = tmp_path_factory.mktemp("data") / f"d{suffix}"
@@ -496,125 +363,3 @@ def test_any_bytes_give_records_or_one_data_error(tmp_path_factory, suffix, line
             assert len(str(error).splitlines()) == 1
         else:
             assert all(r.text.strip() and r.text.encode() for r in records)
-
-
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '</s>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Bytes as tokens, BOS before a text, ChatML-like template with a line break after end-of-turn."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(special + alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-    made.add_special_tokens({"additional_special_tokens": special[2:]})
-    made.chat_template = TEMPLATE
-    return made
-
-
-def text_of(tokenizer, ids) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def test_prompt_of_text_gets_bos_and_no_eos(tokenizer):
-    assert text_of(tokenizer, encode_prompt(tokenizer, "hi")) == "<s>hi"
-    assert text_of(tokenizer, encode_text(tokenizer, "hi")) == "<s>hi</s>"
-    assert text_of(tokenizer, encode_text(tokenizer, "hi", eos=False)) == "<s>hi"
-    assert text_of(tokenizer, encode_text(tokenizer, "hi</s>")) == "<s>hi</s>"
-
-
-def test_prompt_of_messages_is_the_chat_template_with_generation_prompt(tokenizer):
-    assert text_of(tokenizer, encode_prompt(tokenizer, [USER])) == "<|user|>q</s>\n<|assistant|>"
-
-
-def test_messages_without_a_chat_template_are_an_error(tokenizer):
-    import copy
-
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        encode_prompt(plain, [USER])
-    refusing = copy.deepcopy(tokenizer)
-    refusing.chat_template = "{{ raise_exception('only users') }}"
-    with pytest.raises(DataError, match=r"^f:1: render: the chat template refuses the messages: only users$"):
-        encode_records([ChatRecord([USER, REPLY], "f:1")], refusing)
-
-
-def test_chat_marks_exactly_what_the_assistant_wrote(tokenizer):
-    system = {"role": "system", "content": "s"}
-    ids, written = encode_chat(tokenizer, [system, USER, REPLY, USER, OTHER, USER])
-    rendered = tokenizer.apply_chat_template([system, USER, REPLY, USER, OTHER, USER], tokenize=False)
-    assert text_of(tokenizer, ids) == rendered
-    marked = [text_of(tokenizer, [t]) for t, w in zip(ids, written, strict=True) if w]
-    assert marked == ["a", "</s>", "b", "</s>"]
-
-
-def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    import copy
-
-    rewriting = copy.deepcopy(tokenizer)
-    rewriting.chat_template = "{{ messages | length }}" + TEMPLATE
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        encode_chat(rewriting, [USER, REPLY])
-
-
-def test_pair_shares_its_prompt_and_ends_with_eos(tokenizer):
-    messages = PairRecord([USER], [REPLY], [OTHER], "f:1")
-    chosen, rejected, length = encode_pair(tokenizer, messages)
-    assert text_of(tokenizer, chosen) == "<|user|>q</s>\n<|assistant|>a</s>"
-    assert text_of(tokenizer, rejected[length:]) == "b</s>"
-    assert chosen[:length] == rejected[:length] == encode_prompt(tokenizer, [USER])
-    texts = PairRecord("p", "a", "b", "f:1")
-    assert [text_of(tokenizer, t) for t in encode_pair(tokenizer, texts)[:2]] == ["<s>pa</s>", "<s>pb</s>"]
-    assert text_of(tokenizer, encode_pair(tokenizer, texts, eos=False)[0]) == "<s>pa"
-    whole = PairRecord("", "a", "b", "f:1")
-    assert [text_of(tokenizer, t) for t in encode_pair(tokenizer, whole)[:2]] == ["<s>a</s>", "<s>b</s>"]
-    assert encode_pair(tokenizer, whole)[2] == 0
-
-
-def test_overlong_policies_stop_skip_or_cut_and_count(tokenizer):
-    records = [PromptRecord("abc", "f:1"), PromptRecord("abcdefgh", "f:2")]
-    with pytest.raises(DataError, match=r"^f:2: prompt of 9 tokens, expected at most 5$"):
-        encode_records(records, tokenizer, max_prompt_tokens=5)
-    skipped = encode_records(records, tokenizer, max_prompt_tokens=5, overlong="skip")
-    assert [e.record.source for e in skipped] == ["f:1"]
-    assert skipped.counts == {"overlong skipped": 1}
-    cut = encode_records(records, tokenizer, max_prompt_tokens=5, overlong="truncate")
-    assert [text_of(tokenizer, e.input_ids) for e in cut] == ["<s>abc", "defgh"]
-    assert cut.counts == {"overlong truncated": 1}
-    with pytest.raises(ValueError, match="'overlong' got 'cut'"):
-        encode_records(records, tokenizer, overlong="cut")
-
-
-def test_texts_keep_their_beginning_and_chats_without_an_answer_left_are_skipped(tokenizer):
-    texts = encode_records([TextRecord("abcdef", "f:1")], tokenizer, max_tokens=4, overlong="truncate")
-    assert text_of(tokenizer, texts[0].input_ids) == "<s>abc"
-    assert texts[0].learn == [True] * 4
-    long = ChatRecord([{"role": "user", "content": "x" * 20}, REPLY], "f:1")
-    chats = encode_records([long], tokenizer, max_tokens=10, overlong="truncate")
-    assert (len(chats), chats.counts) == (0, {"overlong skipped": 1})
-    whole = encode_records([ChatRecord([USER, REPLY], "f:1")], tokenizer, response_only=False)
-    assert all(whole[0].learn)
-
-
-def test_pairs_cut_the_prompt_from_the_left_then_the_answers_from_the_right(tokenizer):
-    pair = PairRecord("abcdef", "xyz", "uvw", "f:1")
-    cut = encode_records([pair], tokenizer, max_prompt_tokens=2, max_tokens=4, overlong="truncate")
-    assert text_of(tokenizer, cut[0].chosen_ids) == "efxy"
-    assert text_of(tokenizer, cut[0].rejected_ids) == "efuv"
-    assert cut[0].prompt_length == 2
-    assert cut.counts == {"overlong truncated": 1}
-    same = PairRecord("p", "xa", "xb", "f:1")
-    assert encode_records([same], tokenizer, max_tokens=3, overlong="truncate").counts == {
-        "overlong skipped": 1
-    }

@@ -123,7 +123,9 @@ def test_case_19_an_unknown_or_unsupported_instruction_set_is_an_error_of_the_na
 def test_each_supported_instruction_set_can_be_forced(native):
     for name, supported in native.isas():
         if supported:
-            done = run_python(CALL + "; from rlhf_fast import _native; print(_native.load()[0].isa())", RLHF_FAST_CPU_ISA=name)
+            done = run_python(
+                CALL + "; from rlhf_fast import _native; print(_native.load()[0].isa())", RLHF_FAST_CPU_ISA=name
+            )
             assert done.stdout.split() == ["0.0", name], done.stderr
 
 
@@ -186,7 +188,16 @@ def test_simd_objects_leak_no_symbol_into_the_baseline_path(tmp_path):
     sources = [p for p in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if p.stem not in SHARED]
     for source in sources:
         target = tmp_path / f"{source.stem}.o"
-        flags = ["-std=c++17", "-O1", "-fPIC", "-mavx2", "-mfma", "-mf16c", "-DRLHF_FAST_ISA=avx2", "-DRLHF_FAST_ISA_AVX2"]
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-fPIC",
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            "-DRLHF_FAST_ISA=avx2",
+            "-DRLHF_FAST_ISA_AVX2",
+        ]
         subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc'}", "-c", source, "-o", target], check=True)
         listed = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout
         weak = [line for line in listed.splitlines() if re.search(r" [WVu] ", line)]

@@ -1,5 +1,6 @@
-// exp and its relatives for float and double, host and device. On the host they are plain arithmetic without branches or
-// calls, so that the loops around them vectorise, and without contraction, so that every instruction set gives the same bits.
+// exp and its relatives for float and double, host and device. On the host they are plain arithmetic without branches
+// or calls, so that the loops around them vectorise, and without contraction, so that every instruction set gives the
+// same bits.
 #pragma once
 
 #include <math.h>
@@ -23,8 +24,8 @@ RLHF_FAST_HD To bits_as(From x) {
   return y;
 }
 
-// Cody-Waite reduction x = k ln 2 + r, Taylor series of e^r, exponent arithmetic. At most 1 ulp off; results below 2^-124
-// (2^-1020) are flushed to 0. The scale is 2^(k-1), doubled, so that k = 128 (1024) does not overflow early.
+// Cody-Waite reduction x = k ln 2 + r, Taylor series of e^r, exponent arithmetic. At most 1 ulp off; results below
+// 2^-124 (2^-1020) are flushed to 0. The scale is 2^(k-1), doubled, so that k = 128 (1024) does not overflow early.
 RLHF_FAST_HD float exp_of(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);

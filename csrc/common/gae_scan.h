@@ -1,7 +1,7 @@
 // The recurrence of generalised advantage estimation (arXiv 1506.02438, eq. 16), from the last token to the first.
 //
-// The carry is kept in double: it costs nothing on a chain that is bound by latency, and lambda = gamma = 1 sums thousands of
-// terms.
+// The carry is kept in double: it costs nothing on a chain that is bound by latency, and lambda = gamma = 1 sums
+// thousands of terms.
 #pragma once
 
 #include "common/elementary.h"

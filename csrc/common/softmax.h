@@ -1,8 +1,8 @@
-// The maths of one token's softmax, shared by every device: sums that stream over the vocabulary, the statistics they give,
-// and the coefficients of the gradient.
+// The maths of one token's softmax, shared by every device: sums that stream over the vocabulary, the statistics they
+// give, and the coefficients of the gradient.
 //
-// y is the logit after the soft cap; z = scale * y with scale = 1 / temperature; d = scale * (y - max y) <= 0. Working with d
-// keeps every digit that shifting all logits by a constant would cost.
+// y is the logit after the soft cap; z = scale * y with scale = 1 / temperature; d = scale * (y - max y) <= 0. Working
+// with d keeps every digit that shifting all logits by a constant would cost.
 #pragma once
 
 #include <math.h>
@@ -100,8 +100,8 @@ struct GradientTerms {
 
 // The same at the target, where 1 - p is taken without cancellation: a confident policy has p within rounding of 1.
 template <class Real>
-RLHF_FAST_HD Real target_gradient(const Upstream<Real>& g, const RowState<Real>& p, const RowState<Real>& q, Real u, Real v,
-                                  Real scale) {
+RLHF_FAST_HD Real target_gradient(const Upstream<Real>& g, const RowState<Real>& p, const RowState<Real>& q, Real u,
+                                  Real v, Real scale) {
   Real log_p = u * scale - log(p.sum);
   if (log_p > 0) log_p = 0;
   const Real prob = exp(log_p);

@@ -15,7 +15,8 @@ struct ValueSlope {
 };
 
 // Estimator of KL(policy || reference) from x = ref - logp, and its derivative towards logp.
-// Beyond a bound the value is the bound and the derivative 0; straight-through takes the derivative of k2 without bounds.
+// Beyond a bound the value is the bound and the derivative 0; straight-through takes the derivative of k2 without
+// bounds.
 template <int kKind, bool kStraightThrough, class T>
 RLHF_FAST_HD ValueSlope<T> kl_token(T logp, T ref, T clamp_in, T clamp_out) {
   const T raw = ref - logp, x = clamp_of(raw, -clamp_in, clamp_in);
@@ -63,8 +64,13 @@ RLHF_FAST_HD PolicyToken<T> policy_token(T logp, T old, T advantage, const Polic
   T slope = bounded > plain ? T(0) : plain;
   slope = capable > cap ? T(0) : slope;
   slope = distance > rules.ratio_clamp ? T(0) : slope;
-  return {log_ratio, ratio, capable > cap ? cap : larger, slope,
-          bounded > plain ? T(1) : T(0), capable > cap ? T(1) : T(0), distance > rules.ratio_clamp ? T(1) : T(0)};
+  return {log_ratio,
+          ratio,
+          capable > cap ? cap : larger,
+          slope,
+          bounded > plain ? T(1) : T(0),
+          capable > cap ? T(1) : T(0),
+          distance > rules.ratio_clamp ? T(1) : T(0)};
 }
 
 template <class T>

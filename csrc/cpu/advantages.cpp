@@ -25,8 +25,8 @@ struct Arrays {
         kl(static_cast<T*>(a.kl)) {}
 };
 
-// Token rewards of a row, and the end of the slots that have a value: the end of the row, or with after_last the slot after the
-// last real token.
+// Token rewards of a row, and the end of the slots that have a value: the end of the row, or with after_last the slot
+// after the last real token.
 template <class T>
 int64_t shape_rewards(const AdvantagesArgs& a, const Arrays<T>& x, Row row, int64_t i) {
   int64_t last = row.end - 1;

@@ -1,6 +1,6 @@
-// Sums in an order that depends on the number of elements alone: the array is cut into at most kMaxChunks chunks, each chunk is
-// summed block by block in eight interleaved lanes, and the results are added chunk by chunk. Same bits for any number of threads and for
-// any instruction set.
+// Sums in an order that depends on the number of elements alone: the array is cut into at most kMaxChunks chunks, each
+// chunk is summed block by block in eight interleaved lanes, and the results are added chunk by chunk. Same bits for
+// any number of threads and for any instruction set.
 #pragma once
 
 #include <stdint.h>

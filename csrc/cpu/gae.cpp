@@ -29,7 +29,8 @@ void scan(const GaeArgs& a, Row row, double bootstrap) {
   }
 }
 
-// With s_t the adjoint of delta_t: s_t = gA_t + gR_t + gamma lam s_{t-1}, dr_t = s_t, dV_t = gR_t - s_t + gamma s_{t-1}.
+// With s_t the adjoint of delta_t: s_t = gA_t + gR_t + gamma lam s_{t-1}, dr_t = s_t, dV_t = gR_t - s_t + gamma
+// s_{t-1}.
 template <class T>
 void scan_backward(const GaeBackwardArgs& a, Row row, T* grad_bootstrap) {
   const T* grad_advantages = static_cast<const T*>(a.grad_advantages);

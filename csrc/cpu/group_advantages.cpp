@@ -1,5 +1,6 @@
-// Advantages relative to a group, and their adjoint. Group ids are hashed into dense group numbers in order of appearance, and
-// sums run over the samples in their order, in double. There are as many samples as sequences, so one thread is enough.
+// Advantages relative to a group, and their adjoint. Group ids are hashed into dense group numbers in order of
+// appearance, and sums run over the samples in their order, in double. There are as many samples as sequences, so one
+// thread is enough.
 #include <math.h>
 #include <string.h>
 
@@ -67,7 +68,8 @@ struct Groups {
   }
 };
 
-// Every kind is linear in the scores or a linear part divided by a spread, so forward and backward share the group sums.
+// Every kind is linear in the scores or a linear part divided by a spread, so forward and backward share the group
+// sums.
 template <class T>
 void run(const GroupAdvantagesArgs& args) {
   const T* r = static_cast<const T*>(args.scores);

@@ -15,10 +15,14 @@ inline void with_kl_kind(int kind, bool straight_through, Body body) {
     straight_through ? body(constant, std::true_type{}) : body(constant, std::false_type{});
   };
   switch (kind) {
-    case kK1: return with(std::integral_constant<int, kK1>{});
-    case kK2: return with(std::integral_constant<int, kK2>{});
-    case kK3: return with(std::integral_constant<int, kK3>{});
-    default: return with(std::integral_constant<int, kAbs>{});
+    case kK1:
+      return with(std::integral_constant<int, kK1>{});
+    case kK2:
+      return with(std::integral_constant<int, kK2>{});
+    case kK3:
+      return with(std::integral_constant<int, kK3>{});
+    default:
+      return with(std::integral_constant<int, kAbs>{});
   }
 }
 

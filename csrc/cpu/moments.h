@@ -23,8 +23,9 @@ Moments moments_of(const T* x, const uint8_t* mask, int64_t n, ScaleRules rules,
   const Chunks chunks(n);
   Moments m;
   m.count = count_real(mask, n);
-  const double sum = mask ? sum_chunks(chunks, threads, [=](int64_t i) { return mask[i] ? static_cast<double>(x[i]) : 0.0; })
-                          : sum_chunks(chunks, threads, [=](int64_t i) { return static_cast<double>(x[i]); });
+  const double sum =
+      mask ? sum_chunks(chunks, threads, [=](int64_t i) { return mask[i] ? static_cast<double>(x[i]) : 0.0; })
+           : sum_chunks(chunks, threads, [=](int64_t i) { return static_cast<double>(x[i]); });
   const double mean = m.mean = m.count ? sum / m.count : 0;
   const auto square = [=](int64_t i) {
     const double d = static_cast<double>(x[i]) - mean;

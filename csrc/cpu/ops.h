@@ -1,8 +1,8 @@
 // The native core's interface: one plain argument struct per kernel, and one line per kernel in the list below.
 //
-// Pointers are raw; (n, m) are shapes in elements; "wide" buffers are float, or double when `f64` is set. Optional pointers are
-// null. Python fills the structs by position (csrc/bindings.cpp), so the order of the fields is part of the ABI:
-// changing it means raising kAbi here and ABI in rlhf_fast/_native.py.
+// Pointers are raw; (n, m) are shapes in elements; "wide" buffers are float, or double when `f64` is set. Optional
+// pointers are null. Python fills the structs by position (csrc/bindings.cpp), so the order of the fields is part of
+// the ABI: changing it means raising kAbi here and ABI in rlhf_fast/_native.py.
 //
 // Every kernel returns -1, or the index of the first row it refuses (a token id or a temperature out of range).
 #pragma once
@@ -14,13 +14,13 @@ namespace rlhf_fast {
 constexpr int kAbi = 1;
 
 struct GaeArgs {
-  const void* rewards;         // (rows, length) or (cu_seqlens[rows],), wide
-  const void* values;          // as rewards
-  const uint8_t* mask;         // as rewards, or null: all real
-  const void* bootstrap;       // (rows,) or null, wide
-  const int64_t* cu_seqlens;   // (rows + 1,) or null: padded
-  void* advantages;            // as rewards
-  void* returns;               // as rewards
+  const void* rewards;        // (rows, length) or (cu_seqlens[rows],), wide
+  const void* values;         // as rewards
+  const uint8_t* mask;        // as rewards, or null: all real
+  const void* bootstrap;      // (rows,) or null, wide
+  const int64_t* cu_seqlens;  // (rows + 1,) or null: padded
+  void* advantages;           // as rewards
+  void* returns;              // as rewards
   int64_t rows, length;
   double gamma, lam;
   bool decay_gaps, f64;
@@ -147,7 +147,7 @@ struct RewardLossArgs {
 };
 
 struct PpoLossArgs {
-  const void* logprobs;            // (rows, length) or (n,), wide; so are all arrays below unless said otherwise
+  const void* logprobs;  // (rows, length) or (n,), wide; so are all arrays below unless said otherwise
   const void* old_logprobs;
   const void* advantages;
   const uint8_t* mask;
@@ -198,17 +198,17 @@ struct TokenLogprobsArgs {
 };
 
 struct TokenLogprobsBackwardArgs {
-  const void* logits;           // as in the forward
-  const void* ref_logits;       // as in the forward, or null when grad_kl is
+  const void* logits;      // as in the forward
+  const void* ref_logits;  // as in the forward, or null when grad_kl is
   const void* token_ids;
   const uint8_t* mask;
   const void* temperature;
-  const void* state;            // as the forward left it
-  const void* grad_logprobs;    // (rows,), wide, or null: 0; so the other three
+  const void* state;          // as the forward left it
+  const void* grad_logprobs;  // (rows,), wide, or null: 0; so the other three
   const void* grad_entropy;
   const void* grad_logsumexp;
   const void* grad_kl;
-  void* grad_logits;            // (rows, vocab) contiguous, `dtype`; may be the logits themselves
+  void* grad_logits;  // (rows, vocab) contiguous, `dtype`; may be the logits themselves
   int64_t rows, vocab, inner, outer_stride, inner_stride, ref_outer_stride, ref_inner_stride, state_width;
   double temperature_value, softcap;
   int dtype;
@@ -242,9 +242,9 @@ struct TokenLogprobsBackwardArgs {
 
 namespace rlhf_fast {
 #define RLHF_FAST_DECLARE(name, Args) int64_t name(const Args&);
-#define RLHF_FAST_DECLARE_ISA(isa)             \
-  namespace isa {                              \
-  RLHF_FAST_KERNELS(RLHF_FAST_DECLARE)         \
+#define RLHF_FAST_DECLARE_ISA(isa)     \
+  namespace isa {                      \
+  RLHF_FAST_KERNELS(RLHF_FAST_DECLARE) \
   }
 RLHF_FAST_ISAS(RLHF_FAST_DECLARE_ISA)
 #undef RLHF_FAST_DECLARE_ISA

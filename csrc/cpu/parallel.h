@@ -5,8 +5,8 @@
 
 namespace rlhf_fast {
 
-// Calls body(context, begin, end) on disjoint ranges that cover [0, n), on at most `threads` threads and never with fewer than
-// `grain` items a thread. In a forked child everything runs on the calling thread: OpenMP would hang there.
+// Calls body(context, begin, end) on disjoint ranges that cover [0, n), on at most `threads` threads and never with
+// fewer than `grain` items a thread. In a forked child everything runs on the calling thread: OpenMP would hang there.
 void parallel_for(int64_t n, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context);
 
 namespace {

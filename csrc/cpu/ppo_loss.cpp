@@ -1,8 +1,8 @@
 // The PPO loss, its gradients and its statistics in one pass over the tokens.
 //
-// Tokens go through in blocks that live on the stack: a block is loaded with masked tokens replaced by 0, every term fills
-// arrays in a loop that vectorises, and the arrays are summed in double (chunks.h gives the order). Gradients are final: the
-// denominators depend on the mask alone and are counted first.
+// Tokens go through in blocks that live on the stack: a block is loaded with masked tokens replaced by 0, every term
+// fills arrays in a loop that vectorises, and the arrays are summed in double (chunks.h gives the order). Gradients are
+// final: the denominators depend on the mask alone and are counted first.
 #include <math.h>
 #include <string.h>
 
@@ -17,14 +17,45 @@ namespace {
 enum Reduction { kTokenMean, kTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSum };  // order of reference REDUCTIONS
 
 enum Stat {
-  kPolicyLoss, kValueLoss, kEntropy, kKl, kClipFraction, kDualClipFraction, kValueClipFraction, kApproxKl, kApproxKlK3,
-  kRatioMean, kRatioVar, kRatioMin, kRatioMax, kRatioClamped, kExplainedVariance, kTokens, kStats
+  kPolicyLoss,
+  kValueLoss,
+  kEntropy,
+  kKl,
+  kClipFraction,
+  kDualClipFraction,
+  kValueClipFraction,
+  kApproxKl,
+  kApproxKlK3,
+  kRatioMean,
+  kRatioVar,
+  kRatioMin,
+  kRatioMax,
+  kRatioClamped,
+  kExplainedVariance,
+  kTokens,
+  kStats
 };
 
 enum Sum {
-  kPolicy, kValue, kBonus, kPenalty,  // weighted, as in the loss
-  kEntropySum, kKlSum, kClipped, kCapped, kValueClipped, kClamped, kSquare, kK3Sum, kRatio, kRatioSquare,
-  kReturn, kReturnSquare, kError, kErrorSquare, kSums
+  kPolicy,
+  kValue,
+  kBonus,
+  kPenalty,  // weighted, as in the loss
+  kEntropySum,
+  kKlSum,
+  kClipped,
+  kCapped,
+  kValueClipped,
+  kClamped,
+  kSquare,
+  kK3Sum,
+  kRatio,
+  kRatioSquare,
+  kReturn,
+  kReturnSquare,
+  kError,
+  kErrorSquare,
+  kSums
 };
 
 template <class T>
@@ -307,8 +338,10 @@ void run(const PpoLossArgs& a) {
   Problem<T> p(a);
   int64_t tokens;
   double denominator = count(a, &tokens);
-  if (a.normalizer) denominator = static_cast<double>(*static_cast<const T*>(a.normalizer));
-  else if (a.divisor > 0) denominator = a.divisor;
+  if (a.normalizer)
+    denominator = static_cast<double>(*static_cast<const T*>(a.normalizer));
+  else if (a.divisor > 0)
+    denominator = a.divisor;
   p.share = denominator > 0 ? 1 / denominator : 0;
   const void* first = tokens > 0 ? memchr(a.mask, 1, a.n) : nullptr;
   const int64_t at = first ? static_cast<const uint8_t*>(first) - a.mask : 0;

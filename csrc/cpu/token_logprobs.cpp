@@ -1,9 +1,9 @@
 // Log-probability of a token, entropy, log-sum-exp and exact KL of its distribution, in one read of the logits; and the
 // gradient of all four in one read and one write.
 //
-// The vocabulary is walked in blocks that stay in the first-level cache: a pass for the maximum, then a pass with one exp per
-// logit whose sums live in fp32 lanes. Blocks are joined in double. The blocks depend on V alone, so a row has the same bits
-// in any batch, at any address and on any thread.
+// The vocabulary is walked in blocks that stay in the first-level cache: a pass for the maximum, then a pass with one
+// exp per logit whose sums live in fp32 lanes. Blocks are joined in double. The blocks depend on V alone, so a row has
+// the same bits in any batch, at any address and on any thread.
 #include "common/softmax.h"
 #include "memory.h"
 #include "ops.h"
@@ -13,9 +13,9 @@
 namespace rlhf_fast {
 namespace {
 
-constexpr int64_t kBlock = 2048;            // elements; 8 KiB of fp32
-constexpr int64_t kGrainElements = 32768;   // below this a second thread costs more than it saves
-constexpr int64_t kLargeBytes = 32 << 20;   // a gradient that does not stay in cache
+constexpr int64_t kBlock = 2048;           // elements; 8 KiB of fp32
+constexpr int64_t kGrainElements = 32768;  // below this a second thread costs more than it saves
+constexpr int64_t kLargeBytes = 32 << 20;  // a gradient that does not stay in cache
 
 // cap * tanh(y / cap).
 template <class V>
@@ -42,7 +42,9 @@ struct Logits {
     const Pair<V> x = load_pair(row + i);
     return {cap(x.a), cap(x.b)};
   }
-  V at(int64_t i, int n) const { return pad(cap(load(row + i, n)), n); }  // padded after the cap: it would make -inf finite
+  V at(int64_t i, int n) const {
+    return pad(cap(load(row + i, n)), n);
+  }  // padded after the cap: it would make -inf finite
   double largest_of(int64_t i, int64_t n) const {
     typename V::Scalar m = largest<V>(row + i, n);
     if constexpr (kCap) m = first(cap(V::splat(m)));  // the cap is monotonous
@@ -55,7 +57,8 @@ struct Logits {
   }
 };
 
-// Calls pair(i, k) for each two whole vectors of [0, n), with k and k + 1 < U naming accumulators, and part(i, lanes) for the rest.
+// Calls pair(i, k) for each two whole vectors of [0, n), with k and k + 1 < U naming accumulators, and part(i, lanes)
+// for the rest.
 template <class V, int U, class Full, class Part>
 inline RLHF_FAST_INLINE void sweep(int64_t n, Full pair, Part part) {
   constexpr int64_t W = V::width, step = 2 * W, turn = U * W;
@@ -104,12 +107,14 @@ struct RowSums {
 };
 
 template <class V, class T, bool kCap, bool kRef>
-void add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_t j, int64_t n, double scale, RowSums* row) {
+void add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_t j, int64_t n, double scale,
+               RowSums* row) {
   using S = typename V::Scalar;
   constexpr int U = kRef ? 2 : 4;
   const double shift = row->policy.raise(z.largest_of(j, n), scale);
   if constexpr (kRef) row->gap.shift(shift, row->reference.raise(zr.largest_of(j, n), scale), row->policy.sum);
-  const V base = V::splat(static_cast<S>(row->policy.base())), ref_base = V::splat(static_cast<S>(row->reference.base()));
+  const V base = V::splat(static_cast<S>(row->policy.base())),
+          ref_base = V::splat(static_cast<S>(row->reference.base()));
   const ScaledExp<V> exp_of(scale);
   Lanes<V, U> e_sum, weighted, gap, ref_sum;
   const auto add = [&](const V& y, const V& yr, int k) RLHF_FAST_INLINE {
@@ -188,8 +193,8 @@ int64_t first_refused(const Args& a) {
   return -1;
 }
 
-// Runs body(row) for all rows. Threads draw rows from a counter, so that masked rows and busy processors do not leave one
-// thread waiting for another.
+// Runs body(row) for all rows. Threads draw rows from a counter, so that masked rows and busy processors do not leave
+// one thread waiting for another.
 template <class Body>
 void for_rows(int64_t rows, int64_t vocab, int threads, Body body) {
   const int64_t grain = kGrainElements / vocab + 1;
@@ -219,7 +224,8 @@ void forward_row(const TokenLogprobsArgs& a, int64_t i, const SoftCap<V>& soft) 
   }
   const double scale = scale_of<S>(a, i);
   const Logits<V, T, kCap> z{row_of<T>(a, a.logits, a.outer_stride, a.inner_stride, i), soft};
-  const Logits<V, T, kCap> zr{kRef ? row_of<T>(a, a.ref_logits, a.ref_outer_stride, a.ref_inner_stride, i) : nullptr, soft};
+  const Logits<V, T, kCap> zr{kRef ? row_of<T>(a, a.ref_logits, a.ref_outer_stride, a.ref_inner_stride, i) : nullptr,
+                              soft};
   RowSums row;
   for (int64_t j = 0; j < a.vocab; j += kBlock)
     add_block<V, T, kCap, kRef>(z, zr, j, a.vocab - j < kBlock ? a.vocab - j : kBlock, scale, &row);
@@ -244,7 +250,8 @@ inline S upstream(const void* grad, int64_t i) {
 
 // Gradient of one row: body(y, i, alive) of the vectors, then the target by itself. kMixed: entropy or KL take part.
 template <class V, class T, bool kCap, bool kRef, bool kMixed>
-void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V>& soft, const Upstream<double>& g, bool far) {
+void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V>& soft, const Upstream<double>& g,
+                  bool far) {
   using S = typename V::Scalar;
   const int64_t id = id_of(a, i);
   const double scale = scale_of<S>(a, i);
@@ -252,7 +259,8 @@ void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V
   const RowState<double> p = {state[0], state[1], state[2]};
   const RowState<double> q = kRef ? RowState<double>{state[3], state[4], state[5]} : RowState<double>{0, 1, 0};
   const Logits<V, T, kCap> z{row_of<T>(a, a.logits, a.outer_stride, a.inner_stride, i), soft};
-  const Logits<V, T, kCap> zr{kRef ? row_of<T>(a, a.ref_logits, a.ref_outer_stride, a.ref_inner_stride, i) : nullptr, soft};
+  const Logits<V, T, kCap> zr{kRef ? row_of<T>(a, a.ref_logits, a.ref_outer_stride, a.ref_inner_stride, i) : nullptr,
+                              soft};
   T* grad = static_cast<T*>(a.grad_logits) + i * a.vocab;
   const double at_target =  // before the loop, which may overwrite the logits
       z.slope(id) * target_gradient(g, p, q, z.one(id) - p.max, kRef ? zr.one(id) - q.max : 0, scale);
@@ -293,7 +301,8 @@ void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V
   int64_t j = 0;
   if (far) {  // streaming stores want their alignment; the gradient of a logit does not depend on its lane
     constexpr uintptr_t align = step * sizeof(T) < 64 ? step * sizeof(T) : 64;
-    const int64_t off = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(grad) & (align - 1)) / static_cast<int64_t>(sizeof(T));
+    const int64_t off =
+        static_cast<int64_t>(-reinterpret_cast<uintptr_t>(grad) & (align - 1)) / static_cast<int64_t>(sizeof(T));
     const int64_t head = off < a.vocab ? off : a.vocab;
     for (; j < head; j += W) part(j, static_cast<int>(head - j < W ? head - j : W));
     j = head;
@@ -351,10 +360,14 @@ int64_t run(const TokenLogprobsBackwardArgs& a) {
 template <class Args>
 int64_t by_dtype(const Args& a) {
   switch (a.dtype) {
-    case kBFloat16: return run<Float, BFloat16>(a);
-    case kFloat16: return run<Float, Float16>(a);
-    case kFloat64: return run<Double, double>(a);
-    default: return run<Float, float>(a);
+    case kBFloat16:
+      return run<Float, BFloat16>(a);
+    case kFloat16:
+      return run<Float, Float16>(a);
+    case kFloat64:
+      return run<Double, double>(a);
+    default:
+      return run<Float, float>(a);
   }
 }
 

@@ -1,8 +1,9 @@
-// The vocabulary of the SIMD kernels: 16 fp32 lanes on every instruction set (one zmm, two ymm, or an array), so that sums
-// are ordered alike everywhere; and one fp64 lane with the same names. AVX2 and AVX-512 give the same bits. The scalar
-// variant has no fused multiply-add and differs in the last place.
+// The vocabulary of the SIMD kernels: 16 fp32 lanes on every instruction set (one zmm, two ymm, or an array), so that
+// sums are ordered alike everywhere; and one fp64 lane with the same names. AVX2 and AVX-512 give the same bits. The
+// scalar variant has no fused multiply-add and differs in the last place.
 //
-// Everything has internal linkage: an inline function compiled for AVX-512 must never be the copy the linker keeps for all.
+// Everything has internal linkage: an inline function compiled for AVX-512 must never be the copy the linker keeps for
+// all.
 #pragma once
 
 #include <math.h>
@@ -72,7 +73,8 @@ inline Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }  // b w
 inline Float abs(Float a) { return {_mm512_abs_ps(a.v)}; }
 inline Float copysign(Float a, Float s) {
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(sign, _mm512_castps_si512(s.v), _mm512_castps_si512(a.v), 0xca))};
+  return {
+      _mm512_castsi512_ps(_mm512_ternarylogic_epi32(sign, _mm512_castps_si512(s.v), _mm512_castps_si512(a.v), 0xca))};
 }
 inline Mask not_less(Float a, Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)}; }
 inline Float select(Mask m, Float a, Float b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
@@ -86,7 +88,9 @@ inline Float load(const BFloat16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-inline Float load(const Float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline Float load(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 inline Float load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n).m, p)}; }
 inline Float load(const BFloat16* p, int n) {
   const __m256i h = _mm256_maskz_loadu_epi16(first_lanes(n).m, p);
@@ -97,7 +101,8 @@ inline Float load(const Float16* p, int n) { return {_mm512_cvtph_ps(_mm256_mask
 // The bf16 nearest to each lane in its upper 16 bits; the lower ones are noise.
 inline __m512i rounded(Float a) {
   const __m512i b = _mm512_castps_si512(a.v), half = _mm512_add_epi32(b, _mm512_set1_epi32(0x7fff));
-  const __m512i up = _mm512_mask_add_epi32(half, _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000)), half, _mm512_set1_epi32(1));
+  const __m512i up =
+      _mm512_mask_add_epi32(half, _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000)), half, _mm512_set1_epi32(1));
   return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), b, _mm512_set1_epi32(0x400000));
 }
 inline __m256i pack(Float a, BFloat16*) {
@@ -113,11 +118,17 @@ inline void store(float* p, Float a) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, Float a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n).m, a.v); }
 inline void stream(float* p, Float a) { _mm512_stream_ps(p, a.v); }
 template <class T>
-inline void store(T* p, Float a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(a, p)); }
+inline void store(T* p, Float a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(a, p));
+}
 template <class T>
-inline void store(T* p, Float a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n).m, pack(a, p)); }
+inline void store(T* p, Float a, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n).m, pack(a, p));
+}
 template <class T>
-inline void stream(T* p, Float a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(a, p)); }
+inline void stream(T* p, Float a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(a, p));
+}
 
 // 32 bf16: the even ones and the odd ones, which need no shuffle.
 inline Pair<Float> load_pair(const BFloat16* p) {
@@ -162,7 +173,9 @@ inline Float fma(Float a, Float b, Float c) {
 inline Float fms(Float a, Float b, Float c) {
   return {_mm256_fmsub_ps(a.lo, b.lo, c.lo), _mm256_fmsub_ps(a.hi, b.hi, c.hi)};
 }
-inline Float max(Float a, Float b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }  // b when either is NaN
+inline Float max(Float a, Float b) {
+  return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}  // b when either is NaN
 inline Float abs(Float a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
@@ -196,7 +209,8 @@ inline Float times_power_of_2(Mask m, Float a, Float t, Float) {
 inline Float load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline Float load(const BFloat16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)), hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
+  const __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(h)),
+                hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
 inline Float load(const Float16* p) {
@@ -236,9 +250,13 @@ inline void stream(float* p, Float a) {
   _mm256_stream_ps(p + 8, a.hi);
 }
 template <class T>
-inline void store(T* p, Float a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(a, p)); }
+inline void store(T* p, Float a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pack(a, p));
+}
 template <class T>
-inline void stream(T* p, Float a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(a, p)); }
+inline void stream(T* p, Float a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), pack(a, p));
+}
 template <class T>
 inline void store(T* p, Float a, int n) {
   T lanes[kLanes];
@@ -294,10 +312,18 @@ inline RLHF_FAST_INLINE R quads(const F& f) {
   return {{f(0), f(1), f(2), f(3)}};
 }
 
-inline Float operator+(const Float& a, const Float& b) { return quads([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Float operator-(const Float& a, const Float& b) { return quads([&](int i) { return a.v[i] - b.v[i]; }); }
-inline Float operator*(const Float& a, const Float& b) { return quads([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Float operator/(const Float& a, const Float& b) { return quads([&](int i) { return a.v[i] / b.v[i]; }); }
+inline Float operator+(const Float& a, const Float& b) {
+  return quads([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Float operator-(const Float& a, const Float& b) {
+  return quads([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Float operator*(const Float& a, const Float& b) {
+  return quads([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Float operator/(const Float& a, const Float& b) {
+  return quads([&](int i) { return a.v[i] / b.v[i]; });
+}
 inline Float fma(const Float& a, const Float& b, const Float& c) {
   return quads([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
@@ -322,7 +348,9 @@ inline Float copysign(const Float& a, const Float& s) {
 inline Mask not_less(const Float& a, const Float& b) {
   return quads<Mask>([&](int i) { return ~(a.v[i] < b.v[i]); });
 }
-inline Float fma_where(const Mask& m, const Float& a, const Float& b, const Float& c) { return select(m, fma(a, b, c), c); }
+inline Float fma_where(const Mask& m, const Float& a, const Float& b, const Float& c) {
+  return select(m, fma(a, b, c), c);
+}
 inline Mask first_lanes(int n) {
   return quads<Mask>([&](int i) { return QuadI{0, 1, 2, 3} + 4 * i < n; });
 }
@@ -350,7 +378,9 @@ __attribute__((noinline)) void store(T* p, const Float& a, int n = kLanes) {
   for (int i = 0; i < n; ++i) p[i] = narrow<T>(lanes[i]);
 }
 template <class T>
-inline void stream(T* p, const Float& a) { store(p, a); }
+inline void stream(T* p, const Float& a) {
+  store(p, a);
+}
 
 // 32 bf16: the even ones and the odd ones, as on the other instruction sets (little endian).
 inline Pair<Float> load_pair(const BFloat16* p) {
@@ -499,8 +529,8 @@ inline typename V::Scalar largest(const typename V::Scalar* p, int64_t n) {
   return maximum(max(max(a, b), max(c, d)));
 }
 
-// 16-bit floats order like signed integers when positive and against unsigned ones when negative, so two integer passes find
-// the largest without widening.
+// 16-bit floats order like signed integers when positive and against unsigned ones when negative, so two integer passes
+// find the largest without widening.
 template <class V, class T>
 inline float largest(const T* p, int64_t n) {
   int16_t up = INT16_MIN;
@@ -534,8 +564,8 @@ inline RLHF_FAST_INLINE Float exp2_of_product(const Float& x, const Float& by, c
   return times_power_of_2(alive, p, t, n);
 }
 
-// e^(scale x) for scale x <= 88, at most 1 ulp off for a scale of 24 bits in base 2; exactly 0 below kExpFloor; NaN for NaN.
-// `alive`: the lanes that are not 0.
+// e^(scale x) for scale x <= 88, at most 1 ulp off for a scale of 24 bits in base 2; exactly 0 below kExpFloor; NaN for
+// NaN. `alive`: the lanes that are not 0.
 template <class V>
 struct ScaledExp;
 

@@ -23,9 +23,8 @@ void backward(const WhitenBackwardArgs& a) {
   const Moments m = moments_of(x, mask, a.n, {a.unbiased, a.floor_variance, a.eps}, a.threads);
   const Chunks chunks(a.n);
   const double mean = m.mean, s = m.scale;
-  const double sum = sum_chunks(chunks, a.threads, [=](int64_t i) {
-    return !mask || mask[i] ? static_cast<double>(grad[i]) : 0.0;
-  });
+  const double sum =
+      sum_chunks(chunks, a.threads, [=](int64_t i) { return !mask || mask[i] ? static_cast<double>(grad[i]) : 0.0; });
   const double dot = sum_chunks(chunks, a.threads, [=](int64_t i) {
     return !mask || mask[i] ? static_cast<double>(grad[i]) * (static_cast<double>(x[i]) - mean) : 0.0;
   });

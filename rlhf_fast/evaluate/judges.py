@@ -97,9 +97,7 @@ class TextClassifier:
         )
         # liblinear on the primal is deterministic and needs no thread pool; random_state pins it all the
         # same.
-        self._model = LogisticRegression(
-            C=inverse_regularisation, solver="liblinear", max_iter=200, random_state=seed
-        )
+        self._model = LogisticRegression(C=inverse_regularisation, solver="liblinear", max_iter=200, random_state=seed)
         self._model.fit(self._vectorizer.fit_transform(texts), labels)
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
@@ -123,9 +121,7 @@ class Vader:
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """(N,) compound scores; exactly 0 where no lexicon word occurs."""
-        return np.array(
-            [self._analyzer.polarity_scores(text)["compound"] for text in texts], dtype=np.float64
-        )
+        return np.array([self._analyzer.polarity_scores(text)["compound"] for text in texts], dtype=np.float64)
 
 
 def half_b_judge(reviews: Sequence[LabelledText], *, seed: int = 0) -> TextClassifier:

@@ -84,9 +84,7 @@ def sample(
             ).logprobs.sum(1)
             for name in roles
         }
-        columns.append(
-            (logprobs[role] - logprobs["reference"], logprobs["reference"], rollout.response_mask.sum(1))
-        )
+        columns.append((logprobs[role] - logprobs["reference"], logprobs["reference"], rollout.response_mask.sum(1)))
         completions += rollout.texts(tokenizer)
         texts += tokenizer.batch_decode([row[m].tolist() for row, m in zip(ids, mask, strict=True)])
     kl, ref_logprobs, tokens = (torch.cat(column).double().numpy() for column in zip(*columns, strict=True))
@@ -103,16 +101,13 @@ def compare_samples(
         return compare(name, b, a, groups=groups, resamples=resamples, level=level, **options)
 
     rows = [
-        row(j.name, j.score(before.completions), j.score(after.completions), description=j.description)
-        for j in judges
+        row(j.name, j.score(before.completions), j.score(after.completions), description=j.description) for j in judges
     ]
     split = [[words(text) for text in s.completions] for s in (before, after)]
     watch: dict[str, Any] = {"higher_is_better": None, "group": "Price"}
     rows.append(row("KL to the reference", before.kl, after.kl, unit="nats per completion", **watch))
     rows.append(row("length", *(lengths(s) for s in split), unit="words", **watch))
-    rows.append(
-        row("repetition", *(repetition(s) for s in split), unit="share of repeated word pairs", **watch)
-    )
+    rows.append(row("repetition", *(repetition(s) for s in split), unit="share of repeated word pairs", **watch))
     for n in (1, 2):
         b, a = (Interval(distinct_n(s, n)) for s in split)
         rows.append(Comparison(f"distinct-{n}", b, a, group="Price", unit="share of distinct n-grams"))

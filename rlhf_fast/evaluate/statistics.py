@@ -158,9 +158,7 @@ def expected_calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike
     level = _finite("expected_calibration_error", "confidence", confidence)
     hit = np.asarray(correct, dtype=np.float64)
     if hit.shape != level.shape or level.min() < 0 or level.max() > 1 or bins < 1:
-        raise ValueError(
-            "expected_calibration_error: needs confidence in [0, 1], one correct per entry, bins >= 1"
-        )
+        raise ValueError("expected_calibration_error: needs confidence in [0, 1], one correct per entry, bins >= 1")
     index = np.minimum((level * bins).astype(np.int64), bins - 1)
     gap = np.bincount(index, weights=hit - level, minlength=bins)
     return float(np.abs(gap).sum() / level.size)
@@ -196,27 +194,21 @@ def best_of_n(scores: npt.ArrayLike, n: int) -> float:
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Unbiased chance that one of ``k`` answers is right: 1 - C(N-c, k) / C(N, k) (arXiv:2107.03374)."""
     if not (0 <= correct <= samples and 1 <= k <= samples):
-        raise ValueError(
-            f"pass_at_k: needs 0 <= correct <= samples and 1 <= k <= samples, got {samples, correct, k}"
-        )
+        raise ValueError(f"pass_at_k: needs 0 <= correct <= samples and 1 <= k <= samples, got {samples, correct, k}")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def _finite(function: str, argument: str, values: npt.ArrayLike) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(
-            f"{function}: {argument} must be a non-empty 1-D array of finite numbers, got {array.shape}"
-        )
+        raise ValueError(f"{function}: {argument} must be a non-empty 1-D array of finite numbers, got {array.shape}")
     return array
 
 
 def _pair(function: str, before: npt.ArrayLike, after: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     first, second = _finite(function, "before", before), _finite(function, "after", after)
     if first.shape != second.shape:
-        raise ValueError(
-            f"{function}: before and after must be paired, got {first.size} and {second.size} values"
-        )
+        raise ValueError(f"{function}: before and after must be paired, got {first.size} and {second.size} values")
     return first, second
 
 

@@ -31,9 +31,7 @@ _PREFIX = "base_model.model."
 _HEAD_PREFIX = _PREFIX + "score."
 _FACTOR_KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
-_HEAD_NAMES = frozenset(
-    {"score", "classifier"}
-)  # what PEFT notes for a sequence classifier, such as a reward model
+_HEAD_NAMES = frozenset({"score", "classifier"})  # what PEFT notes for a sequence classifier, such as a reward model
 
 # Fields that change what an adapter computes, with the values that leave it a plain low-rank update.
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
@@ -91,9 +89,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     config = _read_config(folder)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        pickled = sorted(
-            p.name for p in folder.glob("adapter_model*") if p.suffix in {".bin", ".pt", ".pth", ".pkl"}
-        )
+        pickled = sorted(p.name for p in folder.glob("adapter_model*") if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
         why = f"; {pickled[0]} is a pickle file, which is never opened" if pickled else ""
         raise ValueError(f"read_adapter: no {WEIGHTS_FILE} in {folder}{why}")
     factors: dict[str, dict[str, Tensor]] = {}
@@ -105,9 +101,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         elif match:
             factors.setdefault(match["module"], {})[match["factor"]] = tensor
         else:
-            raise ValueError(
-                f"{path}: tensor {key!r} is no LoRA factor of a linear layer and no 'score' head"
-            )
+            raise ValueError(f"{path}: tensor {key!r} is no LoRA factor of a linear layer and no 'score' head")
     weights = {module: _low_rank(path, module, pair, config) for module, pair in factors.items()}
     if not weights and not head:
         raise ValueError(f"{path}: holds no tensor")
@@ -204,9 +198,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name, kind in _PATTERN_KINDS:
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(_is_number(v, kind) for v in pattern.values()):
-            raise ValueError(
-                f"{path}: field {name!r} is {pattern!r}, expected numbers above 0 by module name"
-            )
+            raise ValueError(f"{path}: field {name!r} is {pattern!r}, expected numbers above 0 by module name")
     for name, kind in _NUMBER_KINDS:
         if not _is_number(config.get(name), kind):
             raise ValueError(f"{path}: field {name!r} is {config.get(name)!r}, expected a number above 0")
@@ -234,9 +226,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _low_rank(path: Path, module: str, pair: dict[str, Tensor], config: dict[str, Any]) -> LowRank:
     """One module's update with PEFT's scale: alpha / r, or alpha / sqrt(r) with use_rslora."""
     if pair.keys() != {"A", "B"}:
-        raise ValueError(
-            f"{path}: module {module!r} has lora_{'A' if 'A' in pair else 'B'} but not its partner"
-        )
+        raise ValueError(f"{path}: module {module!r} has lora_{'A' if 'A' in pair else 'B'} but not its partner")
     a, b = pair["A"], pair["B"]
     rank = _matching(config.get("rank_pattern"), module, config["r"])
     alpha = _matching(config.get("alpha_pattern"), module, config["lora_alpha"])

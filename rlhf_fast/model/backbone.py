@@ -61,9 +61,7 @@ class Backbone:
         self.decoder: nn.Module = base.get_decoder()
         self.layers, self.layers_name = self._find_layers()
         if isinstance(shared_layers, bool) or not isinstance(shared_layers, int):
-            raise TypeError(
-                f"SharedModel: argument 'shared_layers' got {shared_layers!r}, expected an integer"
-            )
+            raise TypeError(f"SharedModel: argument 'shared_layers' got {shared_layers!r}, expected an integer")
         if not 0 <= shared_layers < len(self.layers):
             raise ValueError(
                 f"SharedModel: argument 'shared_layers' got {shared_layers},"
@@ -71,9 +69,7 @@ class Backbone:
             )
         self.shared_layers = shared_layers
         self._takes_positions = "position_ids" in signature(type(self.decoder).forward).parameters
-        self._layer_extras: int | None = (
-            None  # further entries of a layer's output tuple; None: it returns a tensor
-        )
+        self._layer_extras: int | None = None  # further entries of a layer's output tuple; None: it returns a tensor
 
     def _find_layers(self) -> tuple[nn.ModuleList, str]:
         config = self.base.config.get_text_config()
@@ -82,8 +78,7 @@ class Backbone:
             if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
                 return module, names[module]
         raise ValueError(
-            f"SharedModel: the decoder of {type(self.base).__name__} has no list of"
-            f" {config.num_hidden_layers} layers"
+            f"SharedModel: the decoder of {type(self.base).__name__} has no list of {config.num_hidden_layers} layers"
         )
 
     @property
@@ -140,9 +135,7 @@ class Backbone:
         extra = {}
         if self._takes_positions:
             extra["position_ids"] = (mask.cumsum(1) - 1).clamp_(min=0)
-        out = self.decoder(
-            input_ids=input_ids, attention_mask=mask.long(), use_cache=False, return_dict=True, **extra
-        )
+        out = self.decoder(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, return_dict=True, **extra)
         return out.last_hidden_state
 
     def _returning(self, hidden: Tensor | None) -> Callable[..., Any]:

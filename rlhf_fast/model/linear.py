@@ -160,9 +160,7 @@ class _RoleAdapters:
             return super().forward(x)  # type: ignore[misc]
         rows = x.shape[:-1].numel()
         if rows % len(roles):
-            raise ValueError(
-                f"{type(self).__name__}: got {rows} rows, expected equal blocks for the roles {roles}"
-            )
+            raise ValueError(f"{type(self).__name__}: got {rows} rows, expected equal blocks for the roles {roles}")
         size = rows // len(roles)
         blocks, factors = [], []
         for i, pair in active:
@@ -233,11 +231,7 @@ def _is_plain(module: nn.Module) -> bool:
         y, expected = module(x), F.linear(x, module.weight, module.bias)
     except (RuntimeError, TypeError, ValueError):
         return False
-    return (
-        isinstance(y, Tensor)
-        and y.shape == expected.shape
-        and torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
-    )
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
 
 
 def is_adapted(module: nn.Module) -> bool:

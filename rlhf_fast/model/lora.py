@@ -35,17 +35,11 @@ class LoraConfig:
         if self.r < 1:
             raise ValueError(f"LoraConfig: argument 'r' got {self.r}, expected at least 1")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(
-                f"LoraConfig: argument 'alpha' got {self.alpha!r}, expected a finite number above 0"
-            )
+            raise ValueError(f"LoraConfig: argument 'alpha' got {self.alpha!r}, expected a finite number above 0")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"LoraConfig: argument 'dropout' got {self.dropout!r}, expected a number in [0, 1)"
-            )
+            raise ValueError(f"LoraConfig: argument 'dropout' got {self.dropout!r}, expected a number in [0, 1)")
         if not self.target_modules:
-            raise ValueError(
-                "LoraConfig: argument 'target_modules' got nothing, expected at least one module name"
-            )
+            raise ValueError("LoraConfig: argument 'target_modules' got nothing, expected at least one module name")
 
     @property
     def suffixes(self) -> tuple[str, ...] | None:
@@ -78,9 +72,7 @@ class LoraPair(nn.Module):
         self.dropout = dropout
 
     @classmethod
-    def fresh(
-        cls, config: LoraConfig, in_features: int, out_features: int, generator: torch.Generator
-    ) -> LoraPair:
+    def fresh(cls, config: LoraConfig, in_features: int, out_features: int, generator: torch.Generator) -> LoraPair:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)) (kaiming-uniform with a = sqrt(5)) and B = 0: the update is 0."""
         bound = 1.0 / math.sqrt(in_features)
         a = torch.empty(config.r, in_features).uniform_(-bound, bound, generator=generator)

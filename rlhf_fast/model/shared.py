@@ -74,9 +74,7 @@ class SharedModel(nn.Module):
         self.lora = lora if lora is not None else LoraConfig()
         self.backbone = Backbone(base, shared_layers)
         if any(is_adapted(layer) for layer in self.backbone.all_linears().values()):
-            raise ValueError(
-                "SharedModel: argument 'base' already belongs to a SharedModel, expected a plain model"
-            )
+            raise ValueError("SharedModel: argument 'base' already belongs to a SharedModel, expected a plain model")
         # Everything is read and checked before the base is touched.
         _checked_roles(tuple(adapters or ()), self.roles, "the roles of this model", allow_none=True)
         folded = [read_adapter(folder) for folder in _folders(fold)]
@@ -262,13 +260,9 @@ class SharedModel(nn.Module):
         computes this role. Raises ValueError if there is neither a fold nor an adapter.
         """
         _checked_roles((role,), self.roles, "the roles of this model")
-        weights = concatenate(
-            [*self._folded, {name: pair.data() for name, pair in self._pairs(role).items()}]
-        )
+        weights = concatenate([*self._folded, {name: pair.data() for name, pair in self._pairs(role).items()}])
         if not weights:
-            raise ValueError(
-                f"SharedModel.export_adapter: nothing folded, and the role {role!r} has no adapter"
-            )
+            raise ValueError(f"SharedModel.export_adapter: nothing folded, and the role {role!r} has no adapter")
         self._write(role, folder, weights)
 
     def load_adapter(self, role: str, folder: PathLike) -> None:
@@ -283,9 +277,7 @@ class SharedModel(nn.Module):
         self._check_fits(file, role)
         self._install(role, file)
 
-    def _pass(
-        self, input_ids: Tensor, mask: Tensor, roles: Sequence[str], trunk: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _pass(self, input_ids: Tensor, mask: Tensor, roles: Sequence[str], trunk: Tensor | None) -> dict[str, Tensor]:
         """Hidden states (B, T, H) by role: one stacked pass, or one each where experts pick the rows."""
         if not roles:
             return {}
@@ -297,9 +289,7 @@ class SharedModel(nn.Module):
             hidden = self.backbone.hidden(input_ids.repeat(n, 1), mask.repeat(n, 1), stacked)
         return dict(zip(roles, hidden.chunk(n), strict=True))
 
-    def _checked_batch(
-        self, op: str, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _checked_batch(self, op: str, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids (B, T) int64 with 0 at pads, and the mask (B, T) bool."""
         _check.integer(op, "input_ids", input_ids)
         if input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -340,9 +330,7 @@ class SharedModel(nn.Module):
             check_adaptable(name, linears[name])
             maps, base_maps = (update.a.shape[1], update.b.shape[0]), features(linears[name])
             if maps != base_maps:
-                raise ValueError(
-                    f"{file.folder}: module {name!r} maps (in, out) {maps}, the base's {base_maps}"
-                )
+                raise ValueError(f"{file.folder}: module {name!r} maps (in, out) {maps}, the base's {base_maps}")
         if file.head and role not in _HEAD_INIT:
             raise ValueError(f"{file.folder}: has a scalar head, which {where} cannot take")
         if role == "reward" and not file.head:
@@ -435,9 +423,7 @@ def _folders(fold: PathLike | Sequence[PathLike] | None) -> list[PathLike]:
     return [fold] if isinstance(fold, (str, os.PathLike)) else list(fold)
 
 
-def _checked_roles(
-    roles: Sequence[str], known: Sequence[str], what: str, allow_none: bool = False
-) -> tuple[str, ...]:
+def _checked_roles(roles: Sequence[str], known: Sequence[str], what: str, allow_none: bool = False) -> tuple[str, ...]:
     if isinstance(roles, str):
         raise _check.error(TypeError, "SharedModel", "roles", repr(roles), "a sequence of role names")
     for role in roles:

@@ -194,7 +194,18 @@ def _backward_cpp(
 
 
 def _backward_reference(
-    grad_advantages, grad_returns, grad_rewards, grad_kl, scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, *rest
+    grad_advantages,
+    grad_returns,
+    grad_rewards,
+    grad_kl,
+    scores,
+    values,
+    mask,
+    logprobs,
+    ref_logprobs,
+    bootstrap,
+    cu_seqlens,
+    *rest,
 ):  # type: ignore[no-untyped-def]
     inputs = (scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, *rest)
     wanted = [i for i in (0, 1, 3, 4, 5) if inputs[i] is not None]

@@ -10,6 +10,7 @@ from rlhf_fast._native import contiguous, kernel, pointers
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast.reference.gae import gae as reference
 
+
 def gae(
     rewards: Tensor,
     values: Tensor,

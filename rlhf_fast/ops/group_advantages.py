@@ -113,7 +113,9 @@ def _backward_cpp(grad, scores, group_ids, mask, lengths, kind, unbiased, eps): 
 
 def _backward_reference(grad, scores, group_ids, mask, lengths, kind, unbiased, eps):  # type: ignore[no-untyped-def]
     greedy = torch.zeros_like(scores)  # shifts the result, not the gradient
-    return reference_backward(reference, (scores, group_ids, mask, lengths, greedy, kind, unbiased, eps), (0,), (grad,))[0]
+    return reference_backward(
+        reference, (scores, group_ids, mask, lengths, greedy, kind, unbiased, eps), (0,), (grad,)
+    )[0]
 
 
 _group_advantages_backward = Op(

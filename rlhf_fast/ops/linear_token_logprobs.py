@@ -144,7 +144,19 @@ def _check_ids(token_ids: Tensor, mask: Tensor | None, vocab: int) -> None:
 
 
 def _forward(  # type: ignore[no-untyped-def]
-    hidden, weight, token_ids, bias, mask, temperature, ref_hidden, ref_weight, value, softcap, chunk_bytes, keep, direction
+    hidden,
+    weight,
+    token_ids,
+    bias,
+    mask,
+    temperature,
+    ref_hidden,
+    ref_weight,
+    value,
+    softcap,
+    chunk_bytes,
+    keep,
+    direction,
 ):
     _check_ids(token_ids, mask, weight.shape[0])
     rows = _Rows(hidden, token_ids, mask, temperature, ref_hidden, weight, chunk_bytes)
@@ -196,7 +208,19 @@ def _backward_cpp(  # type: ignore[no-untyped-def]
 
 
 def _reference_forward(  # type: ignore[no-untyped-def]
-    hidden, weight, token_ids, bias, mask, temperature, ref_hidden, ref_weight, value, softcap, chunk_bytes, keep, direction
+    hidden,
+    weight,
+    token_ids,
+    bias,
+    mask,
+    temperature,
+    ref_hidden,
+    ref_weight,
+    value,
+    softcap,
+    chunk_bytes,
+    keep,
+    direction,
 ):
     inputs = (hidden, weight, token_ids, bias, mask, temperature, ref_hidden, ref_weight, value, softcap)
     *stats, kl = reference(*inputs)
@@ -216,7 +240,19 @@ def _backward_reference(  # type: ignore[no-untyped-def]
 
 
 def _fake_forward(  # type: ignore[no-untyped-def]
-    hidden, weight, token_ids, bias, mask, temperature, ref_hidden, ref_weight, value, softcap, chunk_bytes, keep, direction
+    hidden,
+    weight,
+    token_ids,
+    bias,
+    mask,
+    temperature,
+    ref_hidden,
+    ref_weight,
+    value,
+    softcap,
+    chunk_bytes,
+    keep,
+    direction,
 ):
     dtype = wide(hidden.dtype)
     real = token_ids.numel()

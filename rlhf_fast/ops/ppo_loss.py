@@ -121,7 +121,9 @@ def ppo_loss(
         value_clip = _check.number(OP, "value_clip", value_clip, 0.0, open_low=True)
     _check.choice(OP, "reduction", reduction, REDUCTIONS)
     if logprobs.dim() == 0 or (cu_seqlens is None and logprobs.dim() == 1 and reduction.startswith("seq")):
-        raise _check.error(ValueError, OP, "logprobs", f"shape {tuple(logprobs.shape)}", f"(B, T) or cu_seqlens for {reduction}")
+        raise _check.error(
+            ValueError, OP, "logprobs", f"shape {tuple(logprobs.shape)}", f"(B, T) or cu_seqlens for {reduction}"
+        )
     divisor = 0.0
     if normalizer is not None and not isinstance(normalizer, Tensor):
         divisor, normalizer = _check.number(OP, "normalizer", normalizer, 0.0, open_low=True), None
@@ -188,7 +190,22 @@ def _rows(logprobs: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 def _forward(*args):  # type: ignore[no-untyped-def]
     tensors = [contiguous(x) for x in args[:12]]
-    low, high, dual, clamp, bonus, kl_coef, kl_kind, kl_in, kl_out, value_clip, value_coef, reduction, divisor, gradients = args[12:]
+    (
+        low,
+        high,
+        dual,
+        clamp,
+        bonus,
+        kl_coef,
+        kl_kind,
+        kl_in,
+        kl_out,
+        value_clip,
+        value_coef,
+        reduction,
+        divisor,
+        gradients,
+    ) = args[12:]
     logprobs = tensors[0]
     loss, stats, grads = _fake(*args)
     into = [None, None, None]

@@ -59,9 +59,7 @@ def reward_loss(
     if margin is not None or chosen_scores.dtype is not torch.float32 or rejected_scores.dtype is not torch.float32:
         chosen_scores, rejected_scores, margin = _check.common_wide(chosen_scores, rejected_scores, margin)  # type: ignore[assignment]
     gradients = torch.is_grad_enabled() and (chosen_scores.requires_grad or rejected_scores.requires_grad)
-    loss, stats, _ = _reward_loss(
-        chosen_scores, rejected_scores, margin, mask, center_coef, label_smoothing, gradients
-    )
+    loss, stats, _ = _reward_loss(chosen_scores, rejected_scores, margin, mask, center_coef, label_smoothing, gradients)
     return LossOutput(loss, Stats(stats, STATS))
 
 

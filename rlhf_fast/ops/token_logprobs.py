@@ -55,7 +55,9 @@ def token_logprobs(
         _check.integer("token_logprobs", "token_ids", token_ids)
     rows = logits.shape[:-1]
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise _check.error(ValueError, "token_logprobs", "logits", f"shape {tuple(logits.shape)}", "(..., V) with V > 0")
+        raise _check.error(
+            ValueError, "token_logprobs", "logits", f"shape {tuple(logits.shape)}", "(..., V) with V > 0"
+        )
     if token_ids.shape != rows:
         _check.shape("token_logprobs", "token_ids", token_ids, rows, "logits without V")
     if token_ids.device != logits.device:
@@ -218,13 +220,41 @@ def backward_into(grad, logits, token_ids, state, mask, temperature, ref_logits,
     return grad
 
 
-def _backward_cpp(logits, token_ids, state, mask, temperature, ref_logits, g_logprobs, g_entropy, g_logsumexp, g_kl, temperature_value, softcap):  # type: ignore[no-untyped-def]
+def _backward_cpp(
+    logits,
+    token_ids,
+    state,
+    mask,
+    temperature,
+    ref_logits,
+    g_logprobs,
+    g_entropy,
+    g_logsumexp,
+    g_kl,
+    temperature_value,
+    softcap,
+):  # type: ignore[no-untyped-def]
     grads = (g_logprobs, g_entropy, g_logsumexp, g_kl)
     grad = torch.empty(logits.shape, dtype=logits.dtype)
-    return backward_into(grad, logits, token_ids, state, mask, temperature, ref_logits, grads, temperature_value, softcap)
+    return backward_into(
+        grad, logits, token_ids, state, mask, temperature, ref_logits, grads, temperature_value, softcap
+    )
 
 
-def _backward_reference(logits, token_ids, state, mask, temperature, ref_logits, g_logprobs, g_entropy, g_logsumexp, g_kl, temperature_value, softcap):  # type: ignore[no-untyped-def]
+def _backward_reference(
+    logits,
+    token_ids,
+    state,
+    mask,
+    temperature,
+    ref_logits,
+    g_logprobs,
+    g_entropy,
+    g_logsumexp,
+    g_kl,
+    temperature_value,
+    softcap,
+):  # type: ignore[no-untyped-def]
     inputs = (logits, token_ids, mask, temperature, ref_logits, temperature_value, softcap)
     grads = (g_logprobs, g_entropy, g_logsumexp, None if ref_logits is None else g_kl)
     return reference_backward(reference, inputs, (0,), grads)[0]

@@ -15,9 +15,7 @@ def segments(like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
         numbers = torch.arange(len(lengths), device=like.device)
         return torch.repeat_interleave(numbers, lengths, output_size=like.numel()), len(lengths)
     rows = like.numel() // like.shape[-1] if like.dim() and like.shape[-1] else 0
-    return torch.arange(rows, device=like.device)[:, None].expand(rows, like.shape[-1]).reshape(
-        like.shape
-    ), rows
+    return torch.arange(rows, device=like.device)[:, None].expand(rows, like.shape[-1]).reshape(like.shape), rows
 
 
 def per_sequence(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -74,9 +74,7 @@ def advantages(
 
     scores: like values with token_scores, otherwise one per sequence.
     """
-    valued = (
-        with_slot_after(mask, cu_seqlens) if after_last else mask
-    )  # slots with a value, a reward and a return
+    valued = with_slot_after(mask, cu_seqlens) if after_last else mask  # slots with a value, a reward and a return
     if logprobs is None or ref_logprobs is None:
         kl = torch.zeros_like(values)
     else:
@@ -89,9 +87,7 @@ def advantages(
         placed = scores.clamp(-score_clip, score_clip).where(exists, 0.0)
         flat = rewards.reshape(-1)
         if flat.numel():
-            flat = flat.index_add(
-                0, slot.clamp(max=flat.numel() - 1), placed
-            )  # an empty last sequence adds 0
+            flat = flat.index_add(0, slot.clamp(max=flat.numel() - 1), placed)  # an empty last sequence adds 0
         rewards = flat.view_as(rewards)
     raw, returns = gae(rewards, values, valued, bootstrap, cu_seqlens, gamma, lam, decay_gaps)
     result = standardise(raw, mask, unbiased, WHITEN_EPS, floor_variance) if whiten else raw
@@ -113,7 +109,7 @@ def sample(
     mask = torch.arange(T)[None] < lengths[:, None]
     if gaps:
         mask &= torch.rand(B, T, generator=g) > 0.2
-    draw = lambda *size: torch.randn(size, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda *size: torch.randn(size, generator=g, dtype=torch.float64)
     logprobs = -draw(B, T).abs()
     return {
         "scores": draw(*((B, T) if token_scores else (B,))).to(dtype),

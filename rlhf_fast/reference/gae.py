@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def gae(
                 lam,
                 decay_gaps,
             )
-            for s, (i, j) in enumerate(zip(bounds, bounds[1:], strict=False))
+            for s, (i, j) in enumerate(pairwise(bounds))
         ]
         if not parts:
             return rewards.new_zeros(0), rewards.new_zeros(0)

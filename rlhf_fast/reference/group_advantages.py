@@ -31,9 +31,7 @@ def group_advantages(
         assert greedy_scores is not None
         return (r - greedy_scores.where(real, 0.0)).where(real, 0.0)
     ids, index = torch.unique(group_ids, return_inverse=True)
-    sums = lambda x: torch.zeros(len(ids), dtype=r.dtype, device=r.device).index_add(
-        0, index, x.where(real, 0.0)
-    )  # noqa: E731
+    sums = lambda x: torch.zeros(len(ids), dtype=r.dtype, device=r.device).index_add(0, index, x.where(real, 0.0))
     count = sums(torch.ones_like(r))[index].clamp(min=1)
     if kind == "opo":
         assert lengths is not None
@@ -42,9 +40,9 @@ def group_advantages(
         baseline = sums(weight * r)[index] / total.where(total > 0, 1.0)
         return (r - baseline).where(real & (total > 0), 0.0)
     if kind == "pass@k":
-        return torch.stack(
-            [_best_minus_second(r, real, index == index[i], i) for i in range(len(r))] or [r.sum()]
-        )[: len(r)]
+        return torch.stack([_best_minus_second(r, real, index == index[i], i) for i in range(len(r))] or [r.sum()])[
+            : len(r)
+        ]
     centred = (r - sums(r)[index] / count).where(real, 0.0)
     if kind == "dr_grpo":
         return centred
@@ -69,9 +67,7 @@ def _best_minus_second(r: Tensor, real: Tensor, group: Tensor, i: int) -> Tensor
     return lead.where(lead > 0, 0.0)
 
 
-def sample(
-    n: int = 24, *, dtype: torch.dtype = torch.float32, seed: int = 0, groups: int = 5
-) -> dict[str, Tensor]:
+def sample(n: int = 24, *, dtype: torch.dtype = torch.float32, seed: int = 0, groups: int = 5) -> dict[str, Tensor]:
     """Keyword arguments of ops.group_advantages: unsorted ids (negative and huge ones), a group of one, a constant group."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.tensor([-7, 2**40, 3, 0, 12, 5])[torch.randint(0, groups, (n,), generator=g)]

@@ -16,9 +16,7 @@ TAYLOR = 0.25
 
 def k3_of(x: Tensor) -> Tensor:
     """e^x - 1 - x without cancellation."""
-    small = x.clamp(
-        -TAYLOR, TAYLOR
-    )  # the branch not taken must stay finite, or its zero gradient turns into NaN
+    small = x.clamp(-TAYLOR, TAYLOR)  # the branch not taken must stay finite, or its zero gradient turns into NaN
     series = torch.full_like(small, 1 / math.factorial(12))
     for n in range(11, 1, -1):
         series = series * small + 1 / math.factorial(n)
@@ -49,17 +47,13 @@ def kl_estimate(
     return estimate(logprobs, ref_logprobs, kind, clamp_in, clamp_out)
 
 
-def sample(
-    shape: tuple[int, ...] = (4, 33), *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> dict[str, Tensor]:
+def sample(shape: tuple[int, ...] = (4, 33), *, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     """Keyword arguments of ops.kl_estimate: log-ratios from 1e-7 to 10."""
     g = torch.Generator().manual_seed(seed)
     ref = -3 * torch.rand(shape, generator=g, dtype=torch.float64)
     scale = 10.0 ** (torch.rand(shape, generator=g, dtype=torch.float64) * 7 - 6)
     return {
-        "logprobs": (ref + torch.randn(shape, generator=g, dtype=torch.float64).clamp(-1, 1) * scale).to(
-            dtype
-        ),
+        "logprobs": (ref + torch.randn(shape, generator=g, dtype=torch.float64).clamp(-1, 1) * scale).to(dtype),
         "ref_logprobs": ref.to(dtype),
         "mask": torch.rand(shape, generator=g) > 0.2,
     }

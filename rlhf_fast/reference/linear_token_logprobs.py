@@ -34,9 +34,7 @@ def linear_token_logprobs(
     if ref_hidden is not None:
         with torch.no_grad():
             ref_logits = logits(ref_hidden, weight if ref_weight is None else ref_weight)
-    return token_logprobs(
-        logits(hidden, weight), token_ids, mask, temperature, ref_logits, temperature_value, softcap
-    )
+    return token_logprobs(logits(hidden, weight), token_ids, mask, temperature, ref_logits, temperature_value, softcap)
 
 
 def sample(

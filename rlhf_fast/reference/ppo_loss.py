@@ -63,8 +63,8 @@ def ppo_loss(
     Everything but logprobs, entropy and values is a constant. Infinity switches dual_clip, ratio_clamp, the KL clamps and
     value_clip off. Masked tokens are replaced by 0 before any arithmetic, so a NaN there cannot spread.
     """
-    keep = lambda x: None if x is None else x.where(mask, 0.0)  # noqa: E731
-    fixed = lambda x: None if x is None else x.detach().where(mask, 0.0)  # noqa: E731
+    keep = lambda x: None if x is None else x.where(mask, 0.0)
+    fixed = lambda x: None if x is None else x.detach().where(mask, 0.0)
     weights = token_weights(mask, logprobs.dtype, reduction, normalizer, divisor, cu_seqlens)
     new, old, A = keep(logprobs), fixed(old_logprobs), fixed(advantages)
 
@@ -105,11 +105,9 @@ def ppo_loss(
         loss = loss + kl_coef * (weights * kl).sum()
 
     tokens = mask.sum()
-    mean = lambda x: zero if x is None else x.to(zero.dtype).where(mask, 0.0).sum() / tokens.clamp(min=1)  # noqa: E731
+    mean = lambda x: zero if x is None else x.to(zero.dtype).where(mask, 0.0).sum() / tokens.clamp(min=1)
     ratio_mean = mean(ratio)
-    extreme = lambda fill, f: (
-        torch.where(tokens > 0, f(ratio.where(mask, fill)), 0.0) if mask.numel() else zero
-    )  # noqa: E731
+    extreme = lambda fill, f: torch.where(tokens > 0, f(ratio.where(mask, fill)), 0.0) if mask.numel() else zero
     stats = {
         "policy_loss": policy,
         "value_loss": value,
@@ -142,12 +140,10 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return torch.where(total > 0, 1 - variance(returns - values) / total.where(total > 0, 1.0), 0.0)
 
 
-def sample(
-    shape: tuple[int, ...] = (4, 33), *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> dict[str, Tensor]:
+def sample(shape: tuple[int, ...] = (4, 33), *, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     """Keyword arguments of ops.ppo_loss with every optional tensor: ratios on both sides of both clips."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda: torch.randn(shape, generator=g, dtype=torch.float64)
     old = -draw().abs()
     values = draw()
     tensors = {

@@ -24,7 +24,7 @@ def reward_loss(
     gap = chosen - rejected
     x = gap if margin is None else gap - margin.detach().where(real, 0.0)
     pairs = real.sum()
-    mean = lambda v: v.where(real, 0.0).sum() / pairs.clamp(min=1)  # noqa: E731
+    mean = lambda v: v.where(real, 0.0).sum() / pairs.clamp(min=1)
     nll = (
         -torch.nn.functional.logsigmoid(x)
         if smoothing == 0
@@ -40,7 +40,7 @@ def reward_loss(
 def sample(n: int = 33, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     """Keyword arguments of ops.reward_loss."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(n, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda: torch.randn(n, generator=g, dtype=torch.float64)
     return {
         "chosen_scores": (3 * draw()).to(dtype),
         "rejected_scores": (3 * draw()).to(dtype),

@@ -23,7 +23,9 @@ def token_logprobs(
     """
     real = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    scale = temperature_value if temperature is None else temperature.detach().to(wide).masked_fill(~real, 1.0)[..., None]
+    scale = (
+        temperature_value if temperature is None else temperature.detach().to(wide).masked_fill(~real, 1.0)[..., None]
+    )
 
     def scaled(x: Tensor) -> Tensor:
         x = x.to(wide).masked_fill(~real[..., None], 0.0)  # a NaN in a masked row must not spread

@@ -33,9 +33,7 @@ def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps
     return y if mask is None else y.where(mask, 0.0)
 
 
-def sample(
-    shape: tuple[int, ...] = (4, 33), *, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> dict[str, Tensor]:
+def sample(shape: tuple[int, ...] = (4, 33), *, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     """Keyword arguments of ops.whiten: a mean far from zero, ragged mask."""
     g = torch.Generator().manual_seed(seed)
     return {

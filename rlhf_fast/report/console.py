@@ -48,9 +48,7 @@ def print_comparisons(
     console: Console | None = None,
 ) -> None:
     """Print the before/after table alone; ``before`` and ``after`` name its columns."""
-    report = Report(
-        "", comparisons=comparisons, before_label=before, after_label=after, confidence=confidence
-    )
+    report = Report("", comparisons=comparisons, before_label=before, after_label=after, confidence=confidence)
     console_tables(report, console)
 
 
@@ -80,9 +78,7 @@ def _comparisons(report: Report, encoding: str, width: int) -> Table:
     return table
 
 
-def _cell(
-    interval: Interval | None, *, percent: bool = False, sign: bool = False, limits: bool = True
-) -> Text:
+def _cell(interval: Interval | None, *, percent: bool = False, sign: bool = False, limits: bool = True) -> Text:
     from rich.text import Text
 
     if interval is None:

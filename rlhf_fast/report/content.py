@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 from rlhf_fast.evaluate.statistics import Comparison
 
@@ -224,7 +225,7 @@ def read_metrics(source: Path | Metrics | None) -> list[dict[str, float]]:
         records = list(source)
     by_step: dict[float, dict[str, float]] = {}
     for record in records:
-        numbers = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
+        numbers = {key: float(value) for key, value in record.items() if _is_number(value)}
         by_step.setdefault(numbers["step"], {}).update(numbers)
     return [by_step[step] for step in sorted(by_step)]
 
@@ -301,5 +302,5 @@ def _curve(key: str, label: str, records: Metrics) -> Curve | None:
     return Curve(label, points) if points else None
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -166,16 +166,12 @@ def _table(names: Sequence[str], figures: Sequence[str], others: Sequence[str], 
     columns += [(name, "") for name in others]
     heads = "".join(f'<th scope="col"{kind}>{_text(name)}</th>' for name, kind in columns)
     body = "".join(rows)
-    return (
-        f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="card scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _row(head: str, figures: Iterable[str], others: Iterable[str] = ()) -> str:
     """A table row of finished markup."""
-    cells = "".join(f'<td class="n">{cell}</td>' for cell in figures) + "".join(
-        f"<td>{cell}</td>" for cell in others
-    )
+    cells = "".join(f'<td class="n">{cell}</td>' for cell in figures) + "".join(f"<td>{cell}</td>" for cell in others)
     return f'<tr><th scope="row">{head}</th>{cells}</tr>'
 
 
@@ -220,9 +216,7 @@ def _stage_charts(stage: Stage) -> str:
         unit = f'<div class="unit">{_text(chart.unit)}</div>' if chart.unit else ""
         note = f"<figcaption>{_text(chart.note)}</figcaption>" if chart.note else ""
         drawing = line_chart(chart, curves)
-        figures.append(
-            f'<figure class="card"><h3>{_text(chart.title)}</h3>{unit}{legend}{drawing}{note}</figure>'
-        )
+        figures.append(f'<figure class="card"><h3>{_text(chart.title)}</h3>{unit}{legend}{drawing}{note}</figure>')
     every = curves_of(stage)
     if not every:
         return ""
@@ -247,8 +241,7 @@ def _stage_table(stages: Sequence[Stage]) -> str:
         return ""
     total = sum(stage.seconds for stage in stages)
     bar = "".join(
-        f'<i class="b{i % 6}" style="flex:{max(stage.seconds, total / 400):.2f}"></i>'
-        for i, stage in enumerate(stages)
+        f'<i class="b{i % 6}" style="flex:{max(stage.seconds, total / 400):.2f}"></i>' for i, stage in enumerate(stages)
     )
     columns = list(dict.fromkeys(key for stage in stages for key in stage.details))
     rows = [

@@ -69,17 +69,13 @@ def line_chart(chart: Chart, curves: Sequence[Curve]) -> str:
         y = y_of(tick)
         kind = "zero" if abs(tick) < 1e-12 and y_low < 0 else "grid"
         parts.append(f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{compact(tick)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{compact(tick)}</text>')
     base = _HEIGHT - _BOTTOM
     for tick in ticks(x_low, x_high):
         if x_low <= tick <= x_high and tick == round(tick):
             x = x_of(tick)
             parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{base + 17}" text-anchor="middle">{compact(tick)}</text>'
-            )
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 17}" text-anchor="middle">{compact(tick)}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="label" x="{middle:.0f}" y="{_HEIGHT - 5}" text-anchor="middle">step</text>')
@@ -118,9 +114,7 @@ def win_rate_bar(value: float, low: float, high: float, verdict: str) -> str:
     ]
     if math.isfinite(low) and math.isfinite(high):
         x, span = x_of(low), max(x_of(high) - x_of(low), 1.0)
-        parts.append(
-            f'<rect class="range {verdict}" x="{x:.1f}" y="6" width="{span:.1f}" height="10" rx="3"/>'
-        )
+        parts.append(f'<rect class="range {verdict}" x="{x:.1f}" y="6" width="{span:.1f}" height="10" rx="3"/>')
     parts.append(f'<circle class="dot {verdict}" cx="{x_of(value):.1f}" cy="11" r="3"/>')
     return _fixed(width, height, "".join(parts))
 
@@ -131,9 +125,7 @@ def _fixed(width: int, height: int, content: str) -> str:
     return f'<svg class="spark" {size} aria-hidden="true">{content}</svg>'
 
 
-def _curve_marks(
-    curve: Curve, color: int, x_of: Callable[[float], float], y_of: Callable[[float], float]
-) -> list[str]:
+def _curve_marks(curve: Curve, color: int, x_of: Callable[[float], float], y_of: Callable[[float], float]) -> list[str]:
     points = [(x_of(x), y_of(y)) for x, y in curve.points]
     smooth = len(points) >= SMOOTH_FROM
     parts = [_polyline(points, f"line s{color}" + (" raw" if smooth else ""))]
@@ -148,9 +140,7 @@ def _curve_marks(
         # Native tooltips: a wide invisible target per point, no script.
         for (x, y), (step, value) in zip(points, curve.points, strict=True):
             title = f"{escape(curve.label)}, step {compact(step)}: {number(value)}"
-            parts.append(
-                f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{title}</title></circle>'
-            )
+            parts.append(f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{title}</title></circle>')
     return parts
 
 

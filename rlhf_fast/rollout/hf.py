@@ -83,7 +83,9 @@ def generate(
     """
     if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
         got = f"{min_new_tokens} and {max_new_tokens}"
-        raise ValueError(f"generate: arguments 'min_new_tokens', 'max_new_tokens' got {got}, expected 0 <= min <= max, max >= 1")
+        raise ValueError(
+            f"generate: arguments 'min_new_tokens', 'max_new_tokens' got {got}, expected 0 <= min <= max, max >= 1"
+        )
     if not temperature > 0:
         raise ValueError(f"generate: argument 'temperature' got {temperature}, expected a number above 0")
     if not bool(prompt_mask[:, -1].all()):

@@ -129,9 +129,7 @@ def optimizer_tensors(optimizer: Optimizer, names: Names) -> dict[str, Tensor]:
             mark = next((m for m, (kind, _) in _SCALARS.items() if type(value) is kind), None)
             if mark is None:
                 got = f"{type(value).__name__} for {name}"
-                raise TypeError(
-                    f"optimizer_tensors: argument 'optimizer' got {got}, expected a tensor or number"
-                )
+                raise TypeError(f"optimizer_tensors: argument 'optimizer' got {got}, expected a tensor or number")
             tensors[name + mark] = torch.tensor(value, dtype=_SCALARS[mark][1])
     return tensors
 
@@ -149,9 +147,7 @@ def load_optimizer_tensors(optimizer: Optimizer, names: Names, tensors: Mapping[
         name, _, key = full.rpartition(".")
         parameter = parameters.get(name)
         if parameter is None:
-            raise ValueError(
-                f"load_optimizer_tensors: argument 'tensors' got {full!r}, which is of no parameter"
-            )
+            raise ValueError(f"load_optimizer_tensors: argument 'tensors' got {full!r}, which is of no parameter")
         mark = next((m for m in _SCALARS if key.endswith(m)), None)
         if mark is not None:
             loaded.setdefault(name, {})[key.removesuffix(mark)] = tensor.item()
@@ -178,9 +174,7 @@ def _named(op: str, optimizer: Optimizer, names: Names) -> dict[str, Parameter]:
         by_id = {id(p): name for name, p in names.items()}
         if any(id(p) not in by_id for p in parameters):
             shape = next(tuple(p.shape) for p in parameters if id(p) not in by_id)
-            raise ValueError(
-                f"{op}: argument 'names' got none for a parameter of shape {shape}, expected one"
-            )
+            raise ValueError(f"{op}: argument 'names' got none for a parameter of shape {shape}, expected one")
         return {by_id[id(p)]: p for p in parameters}
     if len(names) != len(parameters) or len(set(names)) != len(names):
         got = f"{len(names)} names, {len(set(names))} of them different"

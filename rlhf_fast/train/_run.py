@@ -121,9 +121,7 @@ def claim_output(folder: str | Path, *, resume: bool = False, overwrite: bool = 
         raise CheckpointError(f"{folder}: {error.strerror}") from None
     if set(content) - {LOCK} and not resume:
         if not overwrite:
-            raise CheckpointError(
-                f"{folder}: is not empty; give --run.resume, --run.overwrite or another folder"
-            )
+            raise CheckpointError(f"{folder}: is not empty; give --run.resume, --run.overwrite or another folder")
         if LOCK not in content:
             raise CheckpointError(f"{folder}: was not made by a run, so --run.overwrite does not empty it")
     lock = RunLock(path)

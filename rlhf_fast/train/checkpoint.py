@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
 from rlhf_fast._version import __version__
@@ -119,9 +120,7 @@ class CheckpointStore:
         """Folder of the checkpoint of a step."""
         return self.folder / f"step-{step}"
 
-    def save(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> Path | None:
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path | None:
         """Write the checkpoint of a step, in place of an earlier one of it, and drop old ones.
 
         tensors: file stem -> name -> tensor. state: plain JSON values with finite numbers.
@@ -273,9 +272,7 @@ class CheckpointStore:
                 self._whole.discard(step)
 
 
-def _check_arguments(
-    step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-) -> None:
+def _check_arguments(step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
     op = "CheckpointStore.save: argument"
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"{op} 'step' got {step!r}, expected an integer of at least 0")
@@ -311,7 +308,7 @@ def _json(value: Any) -> bytes:
 
 def _serialize(named: Mapping[str, Tensor]) -> bytes:
     # Copies: safetensors refuses tensors that share memory, and a trainer may go on writing to the originals.
-    return safetensors.torch.save({k: t.detach().to("cpu", copy=True).contiguous() for k, t in named.items()})
+    return format_safetensors({k: t.detach().to("cpu", copy=True).contiguous() for k, t in named.items()})
 
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
@@ -396,8 +393,8 @@ def _load(folder: Path, step: int, finite: bool) -> Checkpoint:
     tensors = {}
     for name, content in contents.items():
         try:
-            named = safetensors.torch.load(content)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            named = parse_safetensors(content)
+        except (SafetensorError, ValueError, KeyError) as error:
             raise _Damaged(f"{name}: {error}") from None
         if len(named) > MAX_TENSORS:
             raise _Damaged(f"{name} holds {len(named)} tensors, expected at most {MAX_TENSORS}")
@@ -421,9 +418,7 @@ def _compare(
     difference = _difference(checkpoint.state, wanted, "")
     if difference is not None:
         field, found, expected = difference
-        raise CheckpointError(
-            f"{checkpoint.path}: field '{field}' is {found}, expected {expected} for this run"
-        )
+        raise CheckpointError(f"{checkpoint.path}: field '{field}' is {found}, expected {expected} for this run")
     if names is None:
         return
     if set(names) != set(checkpoint.tensors):

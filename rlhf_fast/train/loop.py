@@ -33,6 +33,9 @@ from rlhf_fast.train.monitor import Monitor
 
 logger = logging.getLogger(__name__)
 
+State = Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]]
+"""Further JSON state of a run: how to read it for a checkpoint, and how to put it back."""
+
 MAX_BAD_STEPS = 5
 """Updates in a row with a non-finite loss or gradient before the run stops."""
 
@@ -51,7 +54,9 @@ def learning_rate(optim: OptimConfig, progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * rest)) if optim.schedule == "cosine" else 1.0
 
 
-def load_model(config: ModelConfig, roles: tuple[str, ...], seed: int, adapters: Mapping[str, str] | None = None) -> SharedModel:
+def load_model(
+    config: ModelConfig, roles: tuple[str, ...], seed: int, adapters: Mapping[str, str] | None = None
+) -> SharedModel:
     """The shared model of a settings tree, base frozen, with its folds and adapters."""
     return SharedModel.from_pretrained(
         config.path,
@@ -127,7 +132,7 @@ class Run:
         rates: Mapping[str, float],
         total_steps: int,
         identity: Mapping[str, str],
-        state: Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]] | None = None,
+        state: State | None = None,
     ) -> None:
         self.title, self.config, self.model, self.total_steps = title, config, model, total_steps
         self.settings: RunConfig = config.run
@@ -162,7 +167,9 @@ class Run:
         (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         self.store = CheckpointStore(self.folder / "checkpoints", keep=settings.keep)
         self.start = self._restore() if settings.resume else 0
-        self.monitor = self._stack.enter_context(Monitor(self.folder, self.total_steps, self.title, start_step=self.start))
+        self.monitor = self._stack.enter_context(
+            Monitor(self.folder, self.total_steps, self.title, start_step=self.start)
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 before = signal.signal(number, self._on_signal)

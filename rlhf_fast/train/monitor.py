@@ -98,9 +98,7 @@ class Monitor:
                 got = f"{type(value).__name__} for {name!r}"
                 raise TypeError(f"Monitor.log: argument 'metrics' got {got}, expected a number") from None
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._use(
-            "metrics file", lambda file: file.write({"step": step, "time": round(time.time(), 3), **finite})
-        )
+        self._use("metrics file", lambda file: file.write({"step": step, "time": round(time.time(), 3), **finite}))
 
         def scalars(writer: Any) -> None:
             for name, value in numbers.items():
@@ -253,9 +251,7 @@ class _Screen:
                 refresh_per_second=2,
                 expand=True,
             )
-            self._task = self._progress.add_task(
-                monitor.title, total=monitor.total_steps, completed=monitor.start_step
-            )
+            self._task = self._progress.add_task(monitor.title, total=monitor.total_steps, completed=monitor.start_step)
             self._progress.start()
 
     def _standard_console(self) -> Console:
@@ -324,9 +320,7 @@ class _Live(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         text = self._monitor._line()[self._key]
-        return Text(
-            f"left {text}" if self._key == "left" else text, style="dim" if self._key == "elapsed" else ""
-        )
+        return Text(f"left {text}" if self._key == "left" else text, style="dim" if self._key == "elapsed" else "")
 
 
 class _Console(Console):
@@ -373,14 +367,12 @@ def _table(title: str, rows: list[dict[str, Any]], ascii_only: bool) -> Table:
     for name in names:
         text = name in SHOWN_CHARACTERS
         width = 40 if name == "prompt" else None
-        table.add_column(
-            name, justify="left" if text else "right", max_width=width, overflow="fold", no_wrap=not text
-        )
+        table.add_column(name, justify="left" if text else "right", max_width=width, overflow="fold", no_wrap=not text)
     for row in rows:
-        cells = (_cell(name, row.get(name, "")) for name in names)
-        table.add_row(
-            *(Text(c.encode("ascii", "backslashreplace").decode() if ascii_only else c) for c in cells)
-        )
+        cells = [_cell(name, row.get(name, "")) for name in names]
+        if ascii_only:
+            cells = [cell.encode("ascii", "backslashreplace").decode() for cell in cells]
+        table.add_row(*map(Text, cells))
     return table
 
 

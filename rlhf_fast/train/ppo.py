@@ -15,10 +15,9 @@ from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.model import SharedModel
 from rlhf_fast.rollout import Rollout, generate
-from rlhf_fast.train.loop import Run, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
 from rlhf_fast.train.scoring import head_logprobs
-
 
 OF_UPDATES = ("tokens", "ratio_clamped")
 """Statistics that add up over updates."""
@@ -130,7 +129,8 @@ class Trainer:
             lam=ppo.lam,
             whiten=ppo.whiten,
         )
-        means, first = _Means(OF_UPDATES), {}
+        means = _Means(OF_UPDATES)
+        first: dict[str, float] = {}
         updates = 0
         for _ in range(ppo.epochs):
             order = torch.randperm(len(e.mask), generator=generator)
@@ -285,7 +285,7 @@ def train_ppo(config: PPOConfig, *, observe: Callable[[list[str]], Mapping[str, 
         return [prompts[i] for i in shuffle.batch(step, size)], generator
 
     rates = {"policy": config.optim.lr, "value": config.value_lr or config.optim.lr}
-    state = {"kl_coef": (trainer.controller.get, trainer.controller.put), "rewards": (rewards.get, rewards.put)}
+    state: State = {"kl_coef": (trainer.controller.get, trainer.controller.put), "rewards": (rewards.get, rewards.put)}
     identity = {"data": fingerprint}
     with Run("ppo", config, model, rates, config.steps, identity, state) as run:
         if config.reward.normalize == "reference" and run.start == 0:

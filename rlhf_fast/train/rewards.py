@@ -64,7 +64,9 @@ def call_reward(function: RewardFunction, name: str, prompts: list[str], complet
     if isinstance(result, Tensor):
         result = result.tolist()
     if not hasattr(result, "__len__"):
-        raise RewardError(f"reward function {name}: got a {type(result).__name__}, expected a list of {len(completions)}")
+        raise RewardError(
+            f"reward function {name}: got a {type(result).__name__}, expected a list of {len(completions)}"
+        )
     if len(result) != len(completions):
         raise RewardError(f"reward function {name}: got {len(result)} scores for {len(completions)} completions")
     return torch.tensor([_number(x, name, i) for i, x in enumerate(result)], dtype=torch.float32)
@@ -97,9 +99,7 @@ class Rewards:
                 raise ValueError(f"reward: got two adapter folders, {self.adapter!r} and {source!r}, expected one")
         self.mean, self.m2, self.count = 0.0, 0.0, 0
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], role_scores: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, prompts: list[str], completions: list[str], role_scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """(normalised scores, raw scores), each (B,) fp32 with NaN where a completion is unscorable.
 
         role_scores: (B,) from the learned reward role; None when the sources are callables alone.

@@ -50,7 +50,12 @@ def train_sft(config: SFTConfig) -> Path:
                 part.backward()
                 loss += float(part.detach())
             norm = run.update()
-            metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "grad_norm": norm, "tokens": float(targets)}
+            metrics = {
+                "loss": loss,
+                "perplexity": math.exp(min(loss, 50.0)),
+                "grad_norm": norm,
+                "tokens": float(targets),
+            }
             run.log(step, metrics, batch.tokens, f"loss {loss:.3f}")
         model.save_adapter("policy", run.folder / "adapter")
         return run.folder / "adapter"

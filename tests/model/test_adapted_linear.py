@@ -23,9 +23,7 @@ def layer(kind: str, bias: bool = True) -> nn.Module:
 
 
 def pair(scale: float, dropout: float = 0.0) -> LoraPair:
-    return LoraPair(
-        torch.randn(3, 5, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64), scale, dropout
-    )
+    return LoraPair(torch.randn(3, 5, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64), scale, dropout)
 
 
 @pytest.mark.parametrize("kind, bias", [("linear", True), ("linear", False), ("conv1d", True)])
@@ -128,11 +126,7 @@ def test_autocast_computes_in_its_dtype_for_idle_and_busy_adapters_alike():
             busy = module(x)
     assert busy.dtype == torch.bfloat16 and torch.equal(idle, busy)
     busy.float().sum().backward()
-    assert (
-        x.grad.dtype == torch.float32
-        and p.lora_B.grad.dtype == torch.float32
-        and p.lora_B.grad.abs().max() > 0
-    )
+    assert x.grad.dtype == torch.float32 and p.lora_B.grad.dtype == torch.float32 and p.lora_B.grad.abs().max() > 0
 
 
 def test_rows_that_do_not_split_into_roles_are_an_error():

@@ -30,11 +30,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 def logits_of(model, role: str = "policy") -> torch.Tensor:
     ids, _ = tiny_batch(padded=False)
     with torch.no_grad():
-        return (
-            model(ids, roles=(role,))[role].logits
-            if isinstance(model, SharedModel)
-            else model(input_ids=ids).logits
-        )
+        return model(ids, roles=(role,))[role].logits if isinstance(model, SharedModel) else model(input_ids=ids).logits
 
 
 def in_peft(folder: Path, family: str = "llama", **overrides) -> torch.Tensor:
@@ -74,9 +70,7 @@ def test_saved_adapter_gives_the_same_logits_in_plain_peft(tmp_path, family, rol
 
 @pytest.mark.parametrize("layers, targets", [(1, "all-linear"), (2, ("q_proj",)), (0, ("v_proj", "up_proj"))])
 def test_adapter_on_some_layers_loads_in_plain_peft_without_missing_keys(tmp_path, layers, targets):
-    model = SharedModel(
-        tiny_base(), lora=LoraConfig(r=3, alpha=5.0, target_modules=targets), shared_layers=layers
-    )
+    model = SharedModel(tiny_base(), lora=LoraConfig(r=3, alpha=5.0, target_modules=targets), shared_layers=layers)
     disturb(model).save_adapter("policy", tmp_path)
     close(in_peft(tmp_path), logits_of(model))
 
@@ -85,11 +79,7 @@ def test_written_config_is_what_peft_expects(tmp_path):
     model = disturb(SharedModel(tiny_base("gpt2"), lora=LoraConfig(r=4, alpha=8.0, dropout=0.1)))
     model.save_adapter("policy", tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert (
-        config["peft_type"] == "LORA"
-        and config["task_type"] == "CAUSAL_LM"
-        and config["inference_mode"] is True
-    )
+    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM" and config["inference_mode"] is True
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8.0, 0.1)
     assert config["target_modules"] == ["c_attn", "c_fc", "c_proj"] and config["fan_in_fan_out"] is True
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
@@ -125,9 +115,7 @@ def test_written_config_is_what_peft_expects(tmp_path):
 )
 def test_peft_adapter_gives_the_same_logits_here_and_survives_a_save(tmp_path, family, options):
     expected = peft_adapter(tmp_path / "peft", family, **options)
-    model = SharedModel(
-        tiny_base(family), ("policy", "reference"), LORA, adapters={"policy": tmp_path / "peft"}
-    )
+    model = SharedModel(tiny_base(family), ("policy", "reference"), LORA, adapters={"policy": tmp_path / "peft"})
     close(logits_of(model), expected)
     close(logits_of(model, "reference"), logits_of(tiny_base(family)))
     model.save_adapter("policy", tmp_path / "again")
@@ -181,9 +169,7 @@ def test_reward_model_trained_by_plain_peft_loads_with_its_head(tmp_path):
     base.config.num_labels = 1
     classifier = AutoModelForSequenceClassification.from_config(base.config).eval()
     classifier.model.load_state_dict(base.model.state_dict())
-    options = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", modules_to_save=["score"]
-    )
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", modules_to_save=["score"])
     model = peft.get_peft_model(classifier, options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -224,9 +210,7 @@ def test_fold_is_computed_in_fp32_for_a_bf16_base(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("layers", [0, 1])
 def test_exported_adapter_gives_the_same_logits_on_the_original_base(tmp_path, family, layers):
-    first, second = (
-        (["c_attn"], ["c_fc", "c_attn"]) if family == "gpt2" else (["k_proj"], ["k_proj", "up_proj"])
-    )
+    first, second = (["c_attn"], ["c_fc", "c_attn"]) if family == "gpt2" else (["k_proj"], ["k_proj", "up_proj"])
     peft_adapter(tmp_path / "a", family, target_modules=first, r=2)
     peft_adapter(tmp_path / "b", family, seed=3, target_modules=second, r=3, use_rslora=True)
     folds = [tmp_path / "a", tmp_path / "b"]
@@ -404,9 +388,7 @@ def test_adapter_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(fold
     peft_adapter(other, "gpt2", target_modules=["c_attn"])
     wide = tmp_path / "wide"
     shutil.copytree(folder, wide)
-    spoil_tensors(
-        wide, lambda t: [t.update({k: torch.zeros(4, 40)}) for k in list(t) if "q_proj.lora_A" in k]
-    )
+    spoil_tensors(wide, lambda t: [t.update({k: torch.zeros(4, 40)}) for k in list(t) if "q_proj.lora_A" in k])
     plain = tmp_path / "plain"
     disturb(SharedModel(tiny_base(), lora=LORA, shared_layers=1)).save_adapter("policy", plain)
     headed = tmp_path / "headed"

@@ -102,13 +102,9 @@ def test_architecture_whose_layers_exchange_more_than_hidden_states_is_refused()
     base = tiny_base()
     first, last = base.model.layers[0], base.model.layers[2]
     first.register_forward_hook(lambda module, args, output: setattr(module, "note", output.mean()))
-    first.self_attn.register_forward_hook(
-        lambda module, args, output: setattr(last, "seen", output[0].sum().abs())
-    )
+    first.self_attn.register_forward_hook(lambda module, args, output: setattr(last, "seen", output[0].sum().abs()))
     last.register_forward_hook(lambda module, args, output: output * (1 + module.__dict__.pop("seen")))
-    with pytest.raises(
-        ValueError, match="'shared_layers' got 2, expected 0: the layers of LlamaForCausalLM exchange"
-    ):
+    with pytest.raises(ValueError, match="'shared_layers' got 2, expected 0: the layers of LlamaForCausalLM exchange"):
         SharedModel(base, lora=LORA, shared_layers=2)
 
 

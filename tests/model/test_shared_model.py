@@ -116,9 +116,7 @@ def test_head_properties_turn_hidden_states_into_the_models_logits(family):
     if model.final_softcap is not None:
         logits = model.final_softcap * torch.tanh(logits / model.final_softcap)
     close(logits, out.logits)
-    expected = {"gemma2": (0.5, 1.0), "granite": (None, 0.25), "cohere": (None, 0.25)}.get(
-        family, (None, 1.0)
-    )
+    expected = {"gemma2": (0.5, 1.0), "granite": (None, 0.25), "cohere": (None, 0.25)}.get(family, (None, 1.0))
     assert (model.final_softcap, model.logit_scale) == expected
     assert (model.head_bias is not None) == (family == "phi")
 
@@ -218,9 +216,7 @@ def test_gradient_agrees_with_finite_differences():
             for sign in (1.0, -2.0):
                 parameter[1, 2] += sign * step
                 values.append((model(ids, mask).policy.logits.log_softmax(-1)[..., 7] * mask).sum())
-        torch.testing.assert_close(
-            parameter.grad[1, 2], (values[0] - values[1]) / (2 * step), rtol=1e-5, atol=1e-7
-        )
+        torch.testing.assert_close(parameter.grad[1, 2], (values[0] - values[1]) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
 def test_optimizer_step_moves_one_role_and_leaves_base_and_other_roles_bit_equal():
@@ -259,9 +255,7 @@ def test_roles_without_training_keep_no_activations():
     for parameter in model.parameters_of("reward").values():
         parameter.requires_grad_(False)
     alone = saved_bytes(lambda: model(ids, mask, roles=("policy",)).policy.hidden.sum())
-    together = saved_bytes(
-        lambda: model(ids, mask, roles=("policy", "reference", "reward")).policy.hidden.sum()
-    )
+    together = saved_bytes(lambda: model(ids, mask, roles=("policy", "reference", "reward")).policy.hidden.sum())
     assert 0 < together == alone
     assert saved_bytes(lambda: model(ids, mask, roles=("reference", "reward"))) == 0
 
@@ -369,9 +363,7 @@ def test_start_values_are_those_documented():
     assert abs(a.std().item() * 3**0.5 * 8 - 1) < 0.1
     assert all(not p.any() for n, p in policy.items() if "lora_B" in n)
     value, reward = model.parameters_of("value"), model.parameters_of("reward")
-    assert (
-        not value["score.weight"].any() and not value["score.bias"].any() and not reward["score.bias"].any()
-    )
+    assert not value["score.weight"].any() and not value["score.bias"].any() and not reward["score.bias"].any()
     assert 0.6 < reward["score.weight"].std().item() * 65**0.5 < 1.4
     assert model.parameters_of("reference") == {}
     assert {n.split(".")[-3] for n in policy} == {
@@ -380,9 +372,7 @@ def test_start_values_are_those_documented():
 
 
 def test_target_suffixes_choose_the_layers():
-    model = SharedModel(
-        tiny_base(), lora=LoraConfig(r=2, target_modules=("q_proj", "mlp.down_proj")), shared_layers=1
-    )
+    model = SharedModel(tiny_base(), lora=LoraConfig(r=2, target_modules=("q_proj", "mlp.down_proj")), shared_layers=1)
     names = {n.rsplit(".", 2)[0] for n in model.parameters_of("policy")}
     assert names == {f"model.layers.{i}.{n}" for i in (1, 2) for n in ("self_attn.q_proj", "mlp.down_proj")}
 

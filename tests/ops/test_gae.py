@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import tolerances
 import torch
+from parity import assert_parity, double
 from torch.library import opcheck
 
 import rlhf_fast
-import tolerances
-from parity import assert_parity, double
 from rlhf_fast.ops.gae import _gae
 from rlhf_fast.reference import gae as reference
 
@@ -38,9 +38,7 @@ def test_worked_values():
     torch.testing.assert_close(returns, torch.tensor([[0.96575, 0.985, 1.0]]), atol=tolerances.WORKED, rtol=0)
     advantages, _ = rlhf_fast.gae(rewards, values, bootstrap=torch.tensor([0.8]))
     torch.testing.assert_close(advantages, torch.tensor([[1.18775, 1.145, 1.1]]), atol=tolerances.WORKED, rtol=0)
-    slot_after_eos, _ = rlhf_fast.gae(
-        torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.6, 0.7, 0.65]])
-    )
+    slot_after_eos, _ = rlhf_fast.gae(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.6, 0.7, 0.65]]))
     expected = torch.tensor([[0.44995625, 0.368375, 0.2825, 0.35]])
     torch.testing.assert_close(slot_after_eos, expected, atol=tolerances.WORKED, rtol=0)
 
@@ -106,7 +104,9 @@ def test_a_nan_stays_in_its_row():
     clean = rlhf_fast.gae(r, v)[0]
     r[1, 4] = float("nan")
     got = rlhf_fast.gae(r, v)[0]
-    assert torch.equal(got[[0, 2]], clean[[0, 2]]) and got[1, :5].isnan().all() and torch.equal(got[1, 5:], clean[1, 5:])
+    assert (
+        torch.equal(got[[0, 2]], clean[[0, 2]]) and got[1, :5].isnan().all() and torch.equal(got[1, 5:], clean[1, 5:])
+    )
 
 
 @pytest.mark.parametrize("gap", ["carry", "decay"])
@@ -133,7 +133,7 @@ def test_opcheck():
 def test_compile_gives_the_eager_result_and_gradient():
     kwargs = reference.sample((3, 9))
     r = kwargs["rewards"].requires_grad_()
-    call = lambda x: rlhf_fast.gae(x, kwargs["values"], kwargs["mask"])[0].square().sum()  # noqa: E731
+    call = lambda x: rlhf_fast.gae(x, kwargs["values"], kwargs["mask"])[0].square().sum()
     (eager,) = torch.autograd.grad(call(r), r)
     (compiled,) = torch.autograd.grad(torch.compile(call, fullgraph=True, backend="aot_eager")(r), r)
     assert torch.equal(eager, compiled)

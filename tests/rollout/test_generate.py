@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import tiny_llama
 from torch import Tensor
 
-from models import tiny_llama
 from rlhf_fast.batch import pad
 from rlhf_fast.model import LoraConfig, SharedModel
 from rlhf_fast.rollout import generate
@@ -145,6 +145,7 @@ def test_right_padded_prompts_are_refused(model):
 
 def test_texts_leave_special_tokens_out():
     from models import letter_tokenizer
+
     from rlhf_fast.rollout import Rollout
 
     tokenizer = letter_tokenizer()

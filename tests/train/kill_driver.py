@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from test_ppo import ppo_config  # noqa: E402
+from test_ppo import ppo_config
 
-from rlhf_fast.config import PPOUpdateConfig, RewardSource, RolloutConfig, RunConfig  # noqa: E402
-from rlhf_fast.train.ppo import train_ppo  # noqa: E402
+from rlhf_fast.config import PPOUpdateConfig, RewardSource, RolloutConfig, RunConfig
+from rlhf_fast.train.ppo import train_ppo
 
 
 def config(folder: Path, name: str, resume: bool):

@@ -8,15 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
-
 from models import save_tiny
+
 from rlhf_fast.train.checkpoint import SAVE_FAULTS
 
 DRIVER = Path(__file__).parent / "kill_driver.py"
 
 # Each save passes a point once; the third save (after step 2) is killed, so that there is something to go back to.
 POINTS = [f"{name}:3" for name in SAVE_FAULTS if name not in ("save.mid_prune", "save.mid_file", "save.file")]
-POINTS += ["save.mid_file:7", "save.file:8", "save.mid_prune:1"]  # several files a save; the first prune is in the third
+POINTS += [
+    "save.mid_file:7",
+    "save.file:8",
+    "save.mid_prune:1",
+]  # several files a save; the first prune is in the third
 MID_STEP = ["train.step:6", "train.step:11"]  # four updates a step: within the second and the third
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from models import letter_tokenizer, save_tiny
+
 from rlhf_fast.batch import collate
 from rlhf_fast.config import DataConfig, ModelConfig, OptimConfig, PairDataConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf_fast.model import LoraConfig, SharedModel
@@ -107,15 +107,16 @@ def test_reward_model_learns_which_answer_is_better(folder):
     assert found[-1]["loss"] < 0.5 * found[0]["loss"] and found[-1]["eval_accuracy"] == 1.0
     model = SharedModel.from_pretrained(folder / "model", roles=("reward",), adapters={"reward": adapter})
     tokenizer = letter_tokenizer()
-    pair = tuple(tokenizer(t, add_special_tokens=False).input_ids + [1] for t in ("a good film q.", "a bad story q."))
+    pair = tuple([*tokenizer(t, add_special_tokens=False).input_ids, 1] for t in ("a good film q.", "a bad story q."))
     chosen, rejected = pair_scores(model, [pair])
     assert float(chosen) > float(rejected) and pair_accuracy(model, [pair, pair[::-1]], 8) == 0.5
 
 
 def test_item_38_ties_count_one_half(folder):
     model = SharedModel.from_pretrained(folder / "model", roles=("reward",))
-    same = [4, 5, 6]
-    assert pair_accuracy(model, [(same, same)], 4) == 0.5
+    with torch.no_grad():
+        model.heads["reward"].weight.zero_()  # every score is 0
+    assert pair_accuracy(model, [([4, 5, 6], [7, 8]), ([4], [9, 9])], 4) == 0.5
 
 
 def test_item_10_reward_head_is_normal_with_the_papers_deviation():
