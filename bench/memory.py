@@ -48,7 +48,13 @@ def batch(args: argparse.Namespace) -> Any:
 def shared(args: argparse.Namespace, roles: tuple[str, ...]) -> Any:
     from rlhf_fast.model import LoraConfig, SharedModel
 
-    return SharedModel(llama(args), roles=roles, lora=LoraConfig(r=16), shared_layers=args.shared_layers)
+    return SharedModel(
+        llama(args),
+        roles=roles,
+        lora=LoraConfig(r=16),
+        shared_layers=args.shared_layers,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
 
 
 def step_sft(args: argparse.Namespace) -> float:
@@ -175,6 +181,7 @@ def main() -> int:
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--layout", choices=["sft", "ppo", "classic"])
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of the two shared layouts")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.layout:

@@ -66,6 +66,8 @@ class ModelConfig:
     """First layers that carry no adapter, so one pass serves every role."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Shape of the adapters that are trained."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per layer and compute the others again in the backward: less memory, a third more arithmetic."""
     fold: tuple[Name, ...] = ()
     """Adapter folders merged into the frozen base before training (for example the SFT adapter)."""
 

@@ -109,13 +109,24 @@ class Backbone:
         prefix = len(self.layers_name.split(".")) + 1
         return any(part.isdigit() for name in self.linears() for part in name.split(".")[prefix:])
 
-    def hidden(self, input_ids: Tensor, mask: Tensor, trunk: Tensor | None = None) -> Tensor:
-        """Final-norm output (B, T, H); with `trunk` (B, T, H) the shared layers are skipped."""
-        if trunk is None:
-            return self._decode(input_ids, mask)
-        skipped = {layer: self._returning(None) for layer in self.layers[: self.shared_layers]}
-        skipped[self.layers[0]] = self._returning(trunk)
-        with _forwards(skipped):
+    def hidden(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        trunk: Tensor | None = None,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    ) -> Tensor:
+        """Final-norm output (B, T, H); with `trunk` (B, T, H) the shared layers are skipped.
+
+        wrap: what to make of the forward of every layer that runs.
+        """
+        replaced: dict[nn.Module, Callable[..., Any]] = {}
+        if wrap is not None:
+            replaced = {layer: wrap(layer.forward) for layer in self.layers}
+        if trunk is not None:
+            replaced |= {layer: self._returning(None) for layer in self.layers[: self.shared_layers]}
+            replaced[self.layers[0]] = self._returning(trunk)
+        with _forwards(replaced):
             return self._decode(input_ids, mask)
 
     @torch.no_grad()

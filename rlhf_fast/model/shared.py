@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -51,6 +53,8 @@ class SharedModel(nn.Module):
     fold: adapter folder(s) merged into the base weights in fp32 before anything else.
     adapters: adapter folders to start roles from, heads included.
     seed: of adapters and heads; a role's start depends neither on the global generator nor on other roles.
+    gradient_checkpointing: a pass with gradients keeps one activation per layer and computes the others again in
+        the backward: the memory of one layer instead of all, for a third more arithmetic.
 
     Raises TypeError for a base that is no causal LM or a linear layer of an unknown class, ValueError for
     unknown roles or targets and for an adapter that does not fit; the base's weights and layers are then as
@@ -68,8 +72,10 @@ class SharedModel(nn.Module):
         fold: PathLike | Sequence[PathLike] | None = None,
         adapters: Mapping[str, PathLike] | None = None,
         seed: int = 0,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
         self.roles = _checked_roles(roles, ROLES, "the known roles")
         self.lora = lora if lora is not None else LoraConfig()
         self.backbone = Backbone(base, shared_layers)
@@ -112,6 +118,7 @@ class SharedModel(nn.Module):
         adapters: Mapping[str, PathLike] | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        gradient_checkpointing: bool = False,
     ) -> SharedModel:
         """Load a local model folder (safetensors only, no remote code, no network) and share it.
 
@@ -125,7 +132,8 @@ class SharedModel(nn.Module):
             raise ValueError(
                 f"SharedModel.from_pretrained: no local safetensors model at {str(path)!r}: {error}"
             ) from error
-        return cls(base, roles, lora, shared_layers, fold=fold, adapters=adapters, seed=seed)
+        options = {"seed": seed, "gradient_checkpointing": gradient_checkpointing}
+        return cls(base, roles, lora, shared_layers, fold=fold, adapters=adapters, **options)
 
     def train(self, mode: bool = True) -> SharedModel:
         """LoRA dropout follows `mode`; the base stays in eval mode, its own dropout never runs."""
@@ -286,8 +294,19 @@ class SharedModel(nn.Module):
         n = len(roles)
         with self._plan.use(roles):
             stacked = None if trunk is None else trunk.repeat(n, 1, 1)
-            hidden = self.backbone.hidden(input_ids.repeat(n, 1), mask.repeat(n, 1), stacked)
+            wrap = self._recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else None
+            hidden = self.backbone.hidden(input_ids.repeat(n, 1), mask.repeat(n, 1), stacked, wrap)
         return dict(zip(roles, hidden.chunk(n), strict=True))
+
+    def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's forward that keeps its input alone and runs again in the backward, as the same roles."""
+        roles = self._plan.roles
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._plan.use(roles):
+                return forward(*args, **kwargs)
+
+        return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     def _checked_batch(self, op: str, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids (B, T) int64 with 0 at pads, and the mask (B, T) bool."""

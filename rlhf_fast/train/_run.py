@@ -16,7 +16,7 @@ from rlhf_fast import _env
 
 LOCK = "run.lock"
 _log = logging.getLogger(__name__)
-_held: set[str] = set()
+_held: dict[str, BinaryIO] = {}  # keeps a lock that nobody refers to any more
 _passed: dict[str, int] = {}
 
 
@@ -47,6 +47,16 @@ def alive(pid: int) -> bool:
     return True
 
 
+def _forget_locks() -> None:
+    # A forked worker would keep the lock alive after the run's end through its copy of the open file.
+    for file in _held.values():
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
 class RunLock:
     """Exclusive use of a folder by this process, from construction to `release` or the end of a `with` block.
 
@@ -67,8 +77,7 @@ class RunLock:
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot lock: {error.strerror}") from None
         try:
-            # A record lock: unlike flock it is not inherited by forked workers, which may outlive the run.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             owner = _owner(file)
             file.close()
@@ -80,7 +89,7 @@ class RunLock:
         file.write(json.dumps({"pid": os.getpid()}).encode())
         file.flush()
         self._file = file
-        _held.add(self._key)
+        _held[self._key] = file
 
     def release(self) -> None:
         """Give the folder back. The empty lock file stays, since removing it would race with the next run."""
@@ -89,7 +98,7 @@ class RunLock:
                 self._file.truncate(0)
             self._file.close()
             self._file = None
-            _held.discard(self._key)
+            _held.pop(self._key, None)
 
     def __enter__(self) -> RunLock:
         return self

@@ -67,6 +67,7 @@ def load_model(
         adapters=adapters,
         dtype=resolve_dtype(config.dtype),
         seed=seed,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 

@@ -325,7 +325,7 @@ class _Live(ProgressColumn):
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise
+        raise  # rich would end the program here
 
 
 def _console(stream: Any, terminal: bool) -> Console:

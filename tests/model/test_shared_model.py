@@ -471,3 +471,22 @@ def test_adapted_base_saves_as_the_model_it_is(tmp_path):
     again = SharedModel.from_pretrained(tmp_path, lora=LORA)
     for name, tensor in tiny_base().state_dict().items():
         assert torch.equal(again.base.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("shared_layers", [0, 1])
+def test_gradient_checkpointing_changes_no_gradient(shared_layers):
+    found = []
+    for checkpointing in (False, True):
+        model = SharedModel(tiny_base(), shared_layers=shared_layers, gradient_checkpointing=checkpointing)
+        generator = torch.Generator().manual_seed(0)
+        parameters = {(r, n): p for r in ("policy", "value") for n, p in model.parameters_of(r).items()}
+        with torch.no_grad():
+            for p in parameters.values():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        ids = torch.randint(0, VOCABULARY, (2, 6), generator=generator)
+        out = model(ids, roles=("policy", "reference", "value"))
+        with model.as_role("reference"):  # whatever role is active when the backward runs
+            (out.policy.logits.square().mean() + out.value.values.square().sum()).backward()
+        found.append({name: p.grad for name, p in parameters.items()})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-7)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import resource
 import shutil
 import subprocess
@@ -163,3 +164,27 @@ def test_a_save_in_progress_of_a_living_process_is_left_alone(store):
     other.communicate()
     save(store, 3)
     assert not busy.exists()
+
+
+def test_files_then_folder_are_synced_before_the_rename_and_the_parent_after_it(store, monkeypatch):
+    events = []
+    sync, rename = os.fsync, os.rename
+
+    def record_sync(descriptor):
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        sync(descriptor)
+
+    def record_rename(source, target):
+        events.append(("rename", Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    save(store, 1)
+    files = ["model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"]
+    assert events == [
+        *(("sync", name) for name in files),
+        ("sync", f"step-1.tmp-{os.getpid()}"),
+        ("rename", "step-1"),
+        ("sync", "checkpoints"),
+    ]

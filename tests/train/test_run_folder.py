@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 import pytest
 from checkpoints import child
 
+from rlhf_fast.train import _run
 from rlhf_fast.train.checkpoint import (
     CheckpointError,
     RunLock,
@@ -21,15 +23,26 @@ def test_second_run_on_a_folder_is_refused_with_the_process_id(tmp_path):
             RunLock(tmp_path)
 
         def other() -> None:
-            from rlhf_fast.train import _run
-
-            _run._held.clear()  # a fork inherits this process's memory, but not its lock
+            assert not _run._held
             with pytest.raises(CheckpointError, match=rf"in use by another run \(process {os.getppid()}\)"):
                 RunLock(tmp_path)
 
         assert child(other) == 0
     with RunLock(tmp_path):
         pass
+
+
+def test_lock_stays_until_release_even_if_nobody_refers_to_it_or_the_file_is_read(tmp_path):
+    lock = RunLock(tmp_path)
+    (tmp_path / "run.lock").read_bytes()  # closing any handle of the file would end some kinds of lock
+    del lock
+    gc.collect()
+
+    def other() -> None:
+        with pytest.raises(CheckpointError, match="in use by another run"):
+            RunLock(tmp_path)
+
+    assert child(other) == 0
 
 
 def test_lock_of_a_killed_run_is_taken_over_with_a_warning(tmp_path, caplog):
