@@ -67,6 +67,8 @@ def mask_like(op: str, x: Tensor | None, other: Tensor, name: str, argument: str
     """Checked mask with the shape of `other`, as bool; None stays None (every position is real)."""
     if x is None:
         return None
+    if type(x) is Tensor and x.dtype is torch.bool and x.shape == other.shape and x.device == other.device:
+        return x
     boolean(op, argument, x)
     if x.shape != other.shape:
         shape(op, argument, x, other.shape, name)
@@ -79,7 +81,7 @@ def number(
     op: str, argument: str, x: object, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
 ) -> float:
     """A finite real number in [low, high] (or (low, high] with open_low), as float."""
-    if type(x) is float and low < x < high:
+    if type(x) is float and low <= x <= high and x - x == 0.0 and not (open_low and x == low):
         return x
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise error(TypeError, op, argument, f"{x!r} of type {type(x).__name__}", "a number")

@@ -68,6 +68,7 @@ class Op:
     ) -> None:
         self.name = name
         self.reference = reference
+        self._fake = fake
         self.backends = (*backends, Backend("reference", "*", reference))
         self._differentiable = tuple(differentiable)
         self._gradients_in_forward = gradients_in_forward
@@ -111,6 +112,8 @@ class Op:
         return chosen
 
     def _first_available(self, device: str) -> Backend:
+        if device == "meta":  # no data: shapes alone
+            return Backend("meta", "meta", self._fake)
         forced = forced_backend()
         cells = [b for b in self.backends if b.device in (device, "*") and forced in (None, b.name)]
         reasons = []
@@ -187,9 +190,39 @@ def _autograd_function(op: Op, setup_context: Callable[..., None], backward: Cal
 
     members = {
         "forward": staticmethod(forward),
-        "backward": staticmethod(once_differentiable(backward)),
+        "backward": staticmethod(_first_derivative_only(op.name, backward)),
     }
     return type(f"{op.name}_function", (torch.autograd.Function,), members)
+
+
+@contextlib.contextmanager
+def grad_inside_op() -> Iterator[None]:
+    """Grad mode that also holds where torch runs an op below its autograd layer, as compiled graphs do."""
+    key = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for k in (key.AutogradFunctionality, key.AutogradOther, key.AutogradNestedTensor):
+        excluded = excluded.remove(k)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
+def _first_derivative_only(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward`, whose results raise when they are differentiated again.
+
+    torch's once_differentiable raises only when an upstream gradient requires grad, and drops the second-order term in silence
+    when just the saved inputs do.
+    """
+    message = f"{name}: the second derivative is not available; use_backend('reference') has it".encode()
+
+    def first(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # create_graph=True turns it on
+            return found
+        delayed = torch._C._functions.DelayedError(message, len(found))  # type: ignore[attr-defined]
+        return delayed(*(x if x is None else x.detach().requires_grad_() for x in found))
+
+    return first
 
 
 def reference_backward(
@@ -200,7 +233,7 @@ def reference_backward(
     Outputs whose upstream gradient is None, and outputs that depend on no wanted input, are left out.
     """
     detached = list(inputs)
-    with torch.enable_grad():
+    with grad_inside_op():
         for i in wanted:
             detached[i] = inputs[i].detach().requires_grad_()
         outputs = reference(*detached)

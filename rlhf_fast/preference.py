@@ -88,8 +88,9 @@ def _aot(p: Pairs) -> Tensor:
 
 
 def _discopop(p: Pairs) -> Tensor:
-    gate = torch.sigmoid(p.logits / 0.05)
-    return (1 - gate) * -logsigmoid(p.logits) + gate * torch.exp(-p.logits)
+    x = p.logits
+    gate = x / 0.05
+    return -torch.sigmoid(-gate) * logsigmoid(x) + torch.exp(logsigmoid(gate) - x)
 
 
 def _dpop(p: Pairs) -> Tensor:

@@ -23,3 +23,13 @@ ISA = 2.0**-22
 
 WORKED = 6e-7
 """Worked values are printed with seven digits."""
+
+WORKED4 = 6e-5
+"""Worked values that are printed with four digits."""
+
+K3_RELATIVE = 1e-6
+"""k3 and its slope in fp32, relative to the exact value, for log-ratios from 1e-8 to 10."""
+
+DOUBLE = 2.0**-45
+"""An fp64 kernel against the fp64 reference, as a share of the largest magnitude among the results: the truth itself has the
+rounding errors of a pass over the vocabulary, and KL is a difference of logarithms of its sums."""

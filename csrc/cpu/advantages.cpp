@@ -34,15 +34,12 @@ int64_t shape_rewards(const AdvantagesArgs& a, const Arrays<T>& x, Row row, int6
   const bool any = last >= row.begin, extra = any && a.after_last && last + 1 < row.end;
   if (x.logprobs) {
     const T coef = static_cast<T>(a.kl_coef);
-    const T clamp_in = static_cast<T>(a.clamp_in), clamp_out = static_cast<T>(a.clamp_out);
-    with_kl_kind(a.kl_kind, false, [&](auto kind, auto through) {
-      const uint8_t* mask = a.mask;
-      T *kl = x.kl, *rewards = x.rewards;
-      for (int64_t t = row.begin; t < row.end; ++t) {
-        const T value = kl_token<kind, through>(x.logprobs[t], x.ref[t], clamp_in, clamp_out).value;
-        kl[t] = mask[t] ? value : T(0);
-        rewards[t] = mask[t] ? -coef * value : T(0);
-      }
+    KlBlock<T> block;
+    each_block(row.begin, row.end, [&](int64_t at, int size) {
+      block.load(x.logprobs, x.ref, a.mask, at, size);
+      block.values(a.kl_kind, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
+      memcpy(x.kl + at, block.out, sizeof(T) * size);
+      for (int i = 0; i < size; ++i) x.rewards[at + i] = -coef * block.out[i];
     });
   } else {
     for (int64_t t = row.begin; t < row.end; ++t) x.kl[t] = x.rewards[t] = 0;

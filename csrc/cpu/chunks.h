@@ -38,54 +38,77 @@ struct Chunks {
 };
 
 template <class T>
-using Lanes __attribute__((vector_size(kLaneCount * sizeof(T)))) = T;  // one register or several, by instruction set
+using Half __attribute__((vector_size(kLaneCount / 2 * sizeof(T)))) = T;  // at most one register of AVX2
 
-inline double add_lanes(const Lanes<double>& x) {
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
-}
+// The eight running sums.
+struct Lanes {
+  Half<double> low = {}, high = {};
 
-template <class T>
-inline void load_lanes(Lanes<double>* to, const T* from) {
-  Lanes<T> x;
-  memcpy(&x, from, sizeof(x));
-  *to = __builtin_convertvector(x, Lanes<double>);
-}
+  template <class T>
+  static Half<double> widen(const T* from) {
+    Half<T> x;
+    memcpy(&x, from, sizeof(x));
+    return __builtin_convertvector(x, Half<double>);
+  }
+  double total() const { return ((low[0] + high[0]) + (low[2] + high[2])) + ((low[1] + high[1]) + (low[3] + high[3])); }
+};
 
 // Sum of x[0..kBlock).
 template <class T>
 inline double total_of(const T* x) {
-  Lanes<double> sum = {}, term;
+  Lanes sum;
   for (int i = 0; i < kBlock; i += kLaneCount) {
-    load_lanes(&term, x + i);
-    sum += term;
+    sum.low += Lanes::widen(x + i);
+    sum.high += Lanes::widen(x + i + kLaneCount / 2);
   }
-  return add_lanes(sum);
+  return sum.total();
 }
 
 // Sum of x[i] y[i].
 template <class T, class U>
 inline double dot_of(const T* x, const U* y) {
-  Lanes<double> sum = {}, a, b;
+  Lanes sum;
   for (int i = 0; i < kBlock; i += kLaneCount) {
-    load_lanes(&a, x + i);
-    load_lanes(&b, y + i);
-    sum += a * b;
+    sum.low += Lanes::widen(x + i) * Lanes::widen(y + i);
+    sum.high += Lanes::widen(x + i + kLaneCount / 2) * Lanes::widen(y + i + kLaneCount / 2);
   }
-  return add_lanes(sum);
+  return sum.total();
 }
 
-// Sum of f(i) over [0, n), in chunks. f is called in a loop of its own, so that it vectorises.
-template <class F>
-inline double sum_chunks(const Chunks& chunks, int threads, F f) {
+// real[i] = 1 for the real ones among tokens [at, at + size), 0 for the others and for the rest of the block. Numbers
+// as wide as the data let the loops that select with them vectorise; bytes do not.
+template <class T>
+inline void load_mask(T* real, const uint8_t* mask, int64_t at, int size) {
+  if (mask) {
+    mask += at;
+    for (int i = 0; i < size; ++i) real[i] = mask[i];
+  } else {
+    for (int i = 0; i < size; ++i) real[i] = 1;
+  }
+  for (int i = size; i < kBlock; ++i) real[i] = 0;
+}
+
+// Tokens [at, at + size) of `from`, 0 where masked and in the rest of the block.
+template <class T>
+inline void load_block(T* to, const T* from, const T* real, int64_t at, int size) {
+  from += at;
+  for (int i = 0; i < size; ++i) to[i] = real[i] != 0 ? from[i] : T(0);
+  for (int i = size; i < kBlock; ++i) to[i] = 0;
+}
+
+// body(at, size) for the blocks of [begin, end).
+template <class Body>
+inline void each_block(int64_t begin, int64_t end, Body body) {
+  for (int64_t at = begin; at < end; at += kBlock) body(at, static_cast<int>(end - at < kBlock ? end - at : kBlock));
+}
+
+// Sum over [0, n), in chunks; term(at, size) is the sum of a block.
+template <class Term>
+inline double sum_chunks(const Chunks& chunks, int threads, Term term) {
   double partial[kMaxChunks];
   chunks.each(threads, [&](int64_t c, int64_t begin, int64_t end) {
-    double sum = 0, block[kBlock];
-    for (int64_t at = begin; at < end; at += kBlock) {
-      const int64_t size = end - at < kBlock ? end - at : kBlock;
-      for (int64_t i = 0; i < size; ++i) block[i] = f(at + i);
-      for (int64_t i = size; i < kBlock; ++i) block[i] = 0;
-      sum += total_of(block);
-    }
+    double sum = 0;
+    each_block(begin, end, [&](int64_t at, int size) { sum += term(at, size); });
     partial[c] = sum;
   });
   double total = 0;

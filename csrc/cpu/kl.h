@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "chunks.h"
 #include "common/token_losses.h"
 
 namespace rlhf_fast {
@@ -25,6 +26,31 @@ inline void with_kl_kind(int kind, bool straight_through, Body body) {
       return with(std::integral_constant<int, kAbs>{});
   }
 }
+
+// Tokens [at, at + size) of both log-probs, 0 where masked.
+template <class T>
+struct KlBlock {
+  T real[kBlock], x[kBlock], y[kBlock], out[kBlock];
+
+  void load(const T* logprobs, const T* ref, const uint8_t* mask, int64_t at, int size) {
+    load_mask(real, mask, at, size);
+    load_block(x, logprobs, real, at, size);
+    load_block(y, ref, real, at, size);
+  }
+  // out = estimates
+  void values(int kind, T clamp_in, T clamp_out) {
+    with_kl_kind(kind, false, [&](auto kind_constant, auto through) {
+      for (int i = 0; i < kBlock; ++i) out[i] = kl_token<kind_constant, through>(x[i], y[i], clamp_in, clamp_out).value;
+    });
+  }
+  // out = derivatives towards logprobs
+  void slopes(int kind, bool straight_through, T clamp_in, T clamp_out) {
+    with_kl_kind(kind, straight_through, [&](auto kind_constant, auto through) {
+      for (int i = 0; i < kBlock; ++i) out[i] = kl_token<kind_constant, through>(x[i], y[i], clamp_in, clamp_out).slope;
+    });
+    for (int i = 0; i < kBlock; ++i) out[i] *= real[i];  // the slope of k1 at 0 is 1
+  }
+};
 
 }  // namespace
 }  // namespace rlhf_fast

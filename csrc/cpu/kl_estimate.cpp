@@ -7,38 +7,37 @@
 namespace rlhf_fast {
 namespace {
 
-template <class T>
-void forward(const KlEstimateArgs& a) {
+// body(at, size, block) for every block, loaded.
+template <class T, class Args, class Body>
+void each(const Args& a, Body body) {
   const T* logprobs = static_cast<const T*>(a.logprobs);
   const T* ref = static_cast<const T*>(a.ref_logprobs);
-  T* out = static_cast<T*>(a.out);
-  const T clamp_in = static_cast<T>(a.clamp_in), clamp_out = static_cast<T>(a.clamp_out);
-  const uint8_t* mask = a.mask;
-  with_kl_kind(a.kind, false, [&](auto kind, auto through) {
-    for_ranges(a.n, kGrainTokens, a.threads, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const T value = kl_token<kind, through>(logprobs[i], ref[i], clamp_in, clamp_out).value;
-        out[i] = !mask || mask[i] ? value : T(0);
-      }
+  for_ranges(a.n, kGrainTokens, a.threads, [&](int64_t begin, int64_t end) {
+    KlBlock<T> block;
+    each_block(begin, end, [&](int64_t at, int size) {
+      block.load(logprobs, ref, a.mask, at, size);
+      body(at, size, block);
     });
+  });
+}
+
+template <class T>
+void forward(const KlEstimateArgs& a) {
+  T* out = static_cast<T*>(a.out);
+  each<T>(a, [&](int64_t at, int size, KlBlock<T>& block) {
+    block.values(a.kind, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
+    memcpy(out + at, block.out, sizeof(T) * size);
   });
 }
 
 template <class T>
 void backward(const KlEstimateBackwardArgs& a) {
   const T* grad = static_cast<const T*>(a.grad);
-  const T* logprobs = static_cast<const T*>(a.logprobs);
-  const T* ref = static_cast<const T*>(a.ref_logprobs);
   T* grad_logprobs = static_cast<T*>(a.grad_logprobs);
-  const T clamp_in = static_cast<T>(a.clamp_in), clamp_out = static_cast<T>(a.clamp_out);
-  const uint8_t* mask = a.mask;
-  with_kl_kind(a.kind, a.straight_through, [&](auto kind, auto through) {
-    for_ranges(a.n, kGrainTokens, a.threads, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const T slope = kl_token<kind, through>(logprobs[i], ref[i], clamp_in, clamp_out).slope;
-        grad_logprobs[i] = !mask || mask[i] ? grad[i] * slope : T(0);
-      }
-    });
+  each<T>(a, [&](int64_t at, int size, KlBlock<T>& block) {
+    block.slopes(a.kind, a.straight_through, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
+    load_block(block.x, grad, block.real, at, size);  // an upstream NaN of a masked token stops here
+    for (int i = 0; i < size; ++i) grad_logprobs[at + i] = block.x[i] * block.out[i];
   });
 }
 

@@ -18,21 +18,39 @@ struct ScaleRules {
   double eps;
 };
 
+// Masked x - mean of a block, in double.
+template <class T>
+struct CentredBlock {
+  T real[kBlock], x[kBlock];
+  double value[kBlock];
+
+  void load(const T* from, const uint8_t* mask, double mean, int64_t at, int size) {
+    load_mask(real, mask, at, size);
+    load_block(x, from, real, at, size);
+    for (int i = 0; i < kBlock; ++i) value[i] = (static_cast<double>(x[i]) - mean) * static_cast<double>(real[i]);
+  }
+  void store(T* to, int64_t at, int size) const {
+    for (int i = 0; i < size; ++i) to[at + i] = real[i] != 0 ? x[i] : T(0);
+  }
+};
+
 template <class T>
 Moments moments_of(const T* x, const uint8_t* mask, int64_t n, ScaleRules rules, int threads) {
   const Chunks chunks(n);
   Moments m;
   m.count = count_real(mask, n);
-  const double sum =
-      mask ? sum_chunks(chunks, threads, [=](int64_t i) { return mask[i] ? static_cast<double>(x[i]) : 0.0; })
-           : sum_chunks(chunks, threads, [=](int64_t i) { return static_cast<double>(x[i]); });
+  const double sum = sum_chunks(chunks, threads, [=](int64_t at, int size) {
+    T real[kBlock], block[kBlock];
+    load_mask(real, mask, at, size);
+    load_block(block, x, real, at, size);
+    return total_of(block);
+  });
   const double mean = m.mean = m.count ? sum / m.count : 0;
-  const auto square = [=](int64_t i) {
-    const double d = static_cast<double>(x[i]) - mean;
-    return d * d;
-  };
-  const double squares = mask ? sum_chunks(chunks, threads, [=](int64_t i) { return mask[i] ? square(i) : 0.0; })
-                              : sum_chunks(chunks, threads, square);
+  const double squares = sum_chunks(chunks, threads, [=](int64_t at, int size) {
+    CentredBlock<T> block;
+    block.load(x, mask, mean, at, size);
+    return dot_of(block.value, block.value);
+  });
   const int64_t divisor = m.count - (rules.unbiased ? 1 : 0);
   m.divisor = divisor > 1 ? divisor : 1;
   const double variance = squares / m.divisor;
@@ -45,14 +63,12 @@ template <class T>
 void standardise(const T* x, const uint8_t* mask, T* y, int64_t n, const Moments& m, double shift, int threads) {
   const double mean = m.mean, scale = m.scale;
   Chunks(n).each(threads, [=](int64_t, int64_t begin, int64_t end) {
-    if (mask) {
-      for (int64_t i = begin; i < end; ++i) {
-        const T value = static_cast<T>((static_cast<double>(x[i]) - mean) * scale + shift);
-        y[i] = mask[i] ? value : T(0);
-      }
-    } else {
-      for (int64_t i = begin; i < end; ++i) y[i] = static_cast<T>((static_cast<double>(x[i]) - mean) * scale + shift);
-    }
+    each_block(begin, end, [=](int64_t at, int size) {
+      CentredBlock<T> block;
+      block.load(x, mask, mean, at, size);
+      for (int i = 0; i < kBlock; ++i) block.x[i] = static_cast<T>(block.value[i] * scale + shift);
+      block.store(y, at, size);
+    });
   });
 }
 

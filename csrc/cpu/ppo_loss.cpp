@@ -100,7 +100,7 @@ struct Block {
   Partial<T>& out;
   int64_t at = 0;
   int size = 0;
-  uint8_t real[kBlock];
+  T real[kBlock];         // 1 or 0
   double weight[kBlock];  // in the loss, 0 where masked; in double, so that the mean of a constant is that constant
   T share[kBlock];        // the same in T
   T x[kBlock], y[kBlock], z[kBlock];  // inputs of the term at hand
@@ -110,11 +110,7 @@ struct Block {
 
   Block(const Problem<T>& p, Partial<T>& out) : p(p), out(out) {}
 
-  void load(T* to, const T* from) const {
-    from += at;
-    for (int i = 0; i < size; ++i) to[i] = real[i] ? from[i] : T(0);
-    for (int i = size; i < kBlock; ++i) to[i] = 0;
-  }
+  void load(T* to, const T* from) const { load_block(to, from, real, at, size); }
   void store(T* to) const { memcpy(to + at, grad, sizeof(T) * size); }
   void add(Sum which, double value) const { out.sum[which] += value; }
 
@@ -153,23 +149,14 @@ struct Block {
   }
 
   void extremes() {
-    T least[kLaneCount], most[kLaneCount];
-    for (int l = 0; l < kLaneCount; ++l) least[l] = out.low, most[l] = out.high;
-    for (int i = 0; i < kBlock; ++i) x[i] = real[i] ? ratio[i] : static_cast<T>(INFINITY);
-    for (int i = 0; i < kBlock; ++i) y[i] = real[i] ? ratio[i] : static_cast<T>(-INFINITY);
-    Lanes<T> low, high, a, b;
-    memcpy(&low, least, sizeof(low));
-    memcpy(&high, most, sizeof(high));
-    for (int i = 0; i < kBlock; i += kLaneCount) {
-      memcpy(&a, x + i, sizeof(a));
-      memcpy(&b, y + i, sizeof(b));
-      low = a < low ? a : low;
-      high = b > high ? b : high;
+    for (int i = 0; i < kBlock; ++i) x[i] = real[i] != 0 ? ratio[i] : static_cast<T>(INFINITY);
+    for (int i = 0; i < kBlock; ++i) y[i] = real[i] != 0 ? ratio[i] : static_cast<T>(-INFINITY);
+    for (int half = kBlock / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) x[i] = x[i + half] < x[i] ? x[i + half] : x[i];
+      for (int i = 0; i < half; ++i) y[i] = y[i + half] > y[i] ? y[i + half] : y[i];
     }
-    for (int l = 0; l < kLaneCount; ++l) {
-      out.low = low[l] < out.low ? low[l] : out.low;
-      out.high = high[l] > out.high ? high[l] : out.high;
-    }
+    out.low = x[0] < out.low ? x[0] : out.low;
+    out.high = y[0] > out.high ? y[0] : out.high;
   }
 
   void kl() {
@@ -213,11 +200,11 @@ struct Block {
     add(kValue, dot_of(weight, loss));
     add(kValueClipped, total_of(clipped));
     const double return_0 = p.return_0, error_0 = p.error_0;
-    for (int i = 0; i < kBlock; ++i) centred[i] = real[i] ? static_cast<double>(y[i]) - return_0 : 0;
+    for (int i = 0; i < kBlock; ++i) centred[i] = (static_cast<double>(y[i]) - return_0) * real[i];
     add(kReturn, total_of(centred));
     add(kReturnSquare, dot_of(centred, centred));
     for (int i = 0; i < kBlock; ++i)
-      centred[i] = real[i] ? (static_cast<double>(y[i]) - static_cast<double>(x[i])) - error_0 : 0;
+      centred[i] = ((static_cast<double>(y[i]) - static_cast<double>(x[i])) - error_0) * real[i];
     add(kError, total_of(centred));
     add(kErrorSquare, dot_of(centred, centred));
     if (!p.grad_values) return;
@@ -265,11 +252,10 @@ inline double count(const PpoLossArgs& a, int64_t* tokens) {
 template <class T>
 int64_t weigh(Block<T>& block, int64_t row) {
   const Problem<T>& p = block.p;
-  memcpy(block.real, p.a.mask + block.at, block.size);
-  memset(block.real + block.size, 0, kBlock - block.size);
+  load_mask(block.real, p.a.mask, block.at, block.size);
   if (p.a.reduction != kSeqMeanTokenMean) {
     const double share = p.share;
-    for (int i = 0; i < kBlock; ++i) block.weight[i] = block.real[i] ? share : 0;
+    for (int i = 0; i < kBlock; ++i) block.weight[i] = share * block.real[i];
     return row;
   }
   int i = 0;
@@ -277,7 +263,7 @@ int64_t weigh(Block<T>& block, int64_t row) {
     const int64_t left = row_of(p.a, row).end - block.at;
     const int stop = left < block.size ? static_cast<int>(left) : block.size;
     const double weight = p.share / static_cast<double>(p.a.lengths[row] > 0 ? p.a.lengths[row] : 1);
-    for (; i < stop; ++i) block.weight[i] = block.real[i] ? weight : 0;
+    for (; i < stop; ++i) block.weight[i] = weight * block.real[i];
     if (i == block.size) break;
     ++row;
   }

@@ -74,6 +74,7 @@ inline RLHF_FAST_INLINE void sweep(int64_t n, Full pair, Part part) {
   for (; i < n; i += W) part(i, static_cast<int>(n - i < W ? n - i : W));
 }
 
+// U running sums of vectors, joined in double.
 template <class V, int U>
 struct Lanes {
   V v[U];
@@ -81,11 +82,51 @@ struct Lanes {
     for (V& x : v) x = V::splat(0);
   }
   double total() const {
-    V t = v[0];
-    if constexpr (U == 2) t = v[0] + v[1];
-    if constexpr (U == 4) t = (v[0] + v[1]) + (v[2] + v[3]);
-    return sum(t);
+    double t[V::width] = {};
+    for (const V& x : v) add_lanes(x, t);
+    return pairwise(t);
   }
+  static double pairwise(double (&t)[V::width]) {
+    for (int half = V::width / 2; half; half /= 2)
+      for (int i = 0; i < half; ++i) t[i] += t[i + half];
+    return t[0];
+  }
+};
+
+// The same with the rounding of each addition kept (Dekker's fast two-sum), for terms in [0, 1]: KL is a small
+// difference of the logarithms of two such sums. The sums start at 1, so that the term is never the larger operand.
+template <class V, int U>
+struct ExactLanes {
+  V v[U], lost[U];
+  ExactLanes() {
+    for (V& x : v) x = V::splat(1);
+    for (V& x : lost) x = V::splat(0);
+  }
+  RLHF_FAST_INLINE void add(int k, const V& e) {
+    const V sum = v[k] + e;
+    lost[k] = lost[k] + (e - (sum - v[k]));
+    v[k] = sum;
+  }
+  double total() const {
+    double t[V::width] = {};
+    for (const V& x : v) add_lanes(x - V::splat(1), t);
+    for (const V& x : lost) add_lanes(x, t);
+    return Lanes<V, U>::pairwise(t);
+  }
+};
+
+template <class V, int U>
+struct PlainLanes : Lanes<V, U> {
+  RLHF_FAST_INLINE void add(int k, const V& e) { this->v[k] = this->v[k] + e; }
+};
+
+template <bool kFirst, class A, class B>
+struct Choose {
+  using Type = A;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  using Type = B;
 };
 
 // Fetches what the next block reads in place of the two vectors at i: the block at hand is in cache, and the arithmetic
@@ -116,15 +157,16 @@ void add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_
   const V base = V::splat(static_cast<S>(row->policy.base())),
           ref_base = V::splat(static_cast<S>(row->reference.base()));
   const ScaledExp<V> exp_of(scale);
-  Lanes<V, U> e_sum, weighted, gap, ref_sum;
+  typename Choose<kRef, ExactLanes<V, U>, PlainLanes<V, U>>::Type e_sum, ref_sum;
+  Lanes<V, U> weighted, gap;
   const auto add = [&](const V& y, const V& yr, int k) RLHF_FAST_INLINE {
     typename V::Mask alive, ref_alive;
     const V u = y - base, e = exp_of(u, &alive);
-    e_sum.v[k] = e_sum.v[k] + e;
+    e_sum.add(k, e);
     weighted.v[k] = fma_where(alive, e, u, weighted.v[k]);  // 0 * -inf must give 0
     if constexpr (kRef) {
       const V v = yr - ref_base;
-      ref_sum.v[k] = ref_sum.v[k] + exp_of(v, &ref_alive);
+      ref_sum.add(k, exp_of(v, &ref_alive));
       gap.v[k] = fma_where(alive, e, u - v, gap.v[k]);
     }
   };
@@ -266,6 +308,10 @@ void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V
       z.slope(id) * target_gradient(g, p, q, z.one(id) - p.max, kRef ? zr.one(id) - q.max : 0, scale);
 
   const GradientTerms<double> terms(g, p, q, scale);
+  if (isnan(terms.constant)) {  // NaN or +inf in the row, or a NaN from upstream
+    for (int64_t j = 0; j < a.vocab; ++j) grad[j] = narrow<T>(NAN);
+    return;
+  }
   const V constant = V::splat(static_cast<S>(terms.constant)), by_u = V::splat(static_cast<S>(terms.by_u));
   const V by_gap = V::splat(static_cast<S>(terms.by_gap));
   const V base = V::splat(state[0]), ref_base = V::splat(kRef ? state[3] : 0);

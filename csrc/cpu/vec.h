@@ -486,6 +486,14 @@ inline void largest_bits(const uint16_t* p, int64_t n, int16_t* up, uint16_t* do
 inline Float pad(const Float& a, int n) { return select(first_lanes(n), a, Float::splat(-INFINITY)); }
 inline Double pad(Double a, int) { return a; }
 
+// t[i] += lane i.
+inline void add_lanes(const Float& a, double (&t)[kLanes]) {
+  float v[kLanes];
+  store(v, a);
+  for (int i = 0; i < kLanes; ++i) t[i] += v[i];
+}
+inline void add_lanes(Double a, double (&t)[1]) { t[0] += a.v; }
+
 // Folds lane i with lane i + 8, then + 4, + 2, + 1: the same order, and bits, on every instruction set.
 template <class F>
 inline RLHF_FAST_INLINE float fold(Float a, F f) {

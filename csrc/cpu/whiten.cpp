@@ -23,20 +23,31 @@ void backward(const WhitenBackwardArgs& a) {
   const Moments m = moments_of(x, mask, a.n, {a.unbiased, a.floor_variance, a.eps}, a.threads);
   const Chunks chunks(a.n);
   const double mean = m.mean, s = m.scale;
-  const double sum =
-      sum_chunks(chunks, a.threads, [=](int64_t i) { return !mask || mask[i] ? static_cast<double>(grad[i]) : 0.0; });
-  const double dot = sum_chunks(chunks, a.threads, [=](int64_t i) {
-    return !mask || mask[i] ? static_cast<double>(grad[i]) * (static_cast<double>(x[i]) - mean) : 0.0;
+  const double sum = sum_chunks(chunks, a.threads, [=](int64_t at, int size) {
+    T real[kBlock], block[kBlock];
+    load_mask(real, mask, at, size);
+    load_block(block, grad, real, at, size);
+    return total_of(block);
+  });
+  const double dot = sum_chunks(chunks, a.threads, [=](int64_t at, int size) {
+    CentredBlock<T> block;
+    block.load(x, mask, mean, at, size);
+    load_block(block.x, grad, block.real, at, size);
+    return dot_of(block.x, block.value);
   });
   const bool floored = a.floor_variance && s * s >= 1 / a.eps;
   const double grad_mean = m.count ? sum / m.count : 0;
   const double constant = (a.shift_mean ? 0.0 : grad_mean) - s * grad_mean;
   const double slope = floored ? 0.0 : s * s * s * dot / m.divisor;
   chunks.each(a.threads, [=](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const double d = s * static_cast<double>(grad[i]) - slope * (static_cast<double>(x[i]) - mean) + constant;
-      grad_x[i] = !mask || mask[i] ? static_cast<T>(d) : T(0);
-    }
+    each_block(begin, end, [=](int64_t at, int size) {
+      CentredBlock<T> block;
+      block.load(x, mask, mean, at, size);
+      load_block(block.x, grad, block.real, at, size);
+      for (int i = 0; i < kBlock; ++i)
+        block.x[i] = static_cast<T>(s * static_cast<double>(block.x[i]) - slope * block.value[i] + constant);
+      block.store(grad_x, at, size);
+    });
   });
 }
 

@@ -55,7 +55,10 @@ def reward_loss(
     if mask is not None:
         mask = _check.mask_like(op, mask, chosen_scores, "chosen_scores")
     center_coef = _check.number(op, "center_coef", center_coef, 0.0)
-    label_smoothing = _check.number(op, "label_smoothing", label_smoothing, 0.0, 0.5)
+    if label_smoothing:
+        label_smoothing = _check.number(op, "label_smoothing", label_smoothing, 0.0, 0.5)
+        if label_smoothing == 0.5:
+            raise _check.error(ValueError, op, "label_smoothing", 0.5, "less than 0.5: labels that mean nothing")
     if margin is not None or chosen_scores.dtype is not torch.float32 or rejected_scores.dtype is not torch.float32:
         chosen_scores, rejected_scores, margin = _check.common_wide(chosen_scores, rejected_scores, margin)  # type: ignore[assignment]
     gradients = torch.is_grad_enabled() and (chosen_scores.requires_grad or rejected_scores.requires_grad)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _buffers, _check
 from rlhf_fast._native import DTYPES, contiguous, kernel, pointers
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast._types import TokenStats
-from rlhf_fast.reference.token_logprobs import refused_id
+from rlhf_fast.reference.token_logprobs import refused_id, refused_temperature
 from rlhf_fast.reference.token_logprobs import token_logprobs as reference
 
 
@@ -133,18 +133,19 @@ def _refuse(row: int, token_ids: Tensor, temperature: Tensor | None, vocab: int)
     token_id = int(token_ids.flatten()[row])
     if not 0 <= token_id < vocab:
         raise ValueError(refused_id("token_logprobs", row, token_id, vocab))
-    value = None if temperature is None else float(temperature.flatten()[row])
-    raise _check.error(ValueError, "token_logprobs", "temperature", f"{value} at row {row}", "a finite number > 0")
+    value = float("nan") if temperature is None else float(temperature.flatten()[row])
+    raise ValueError(refused_temperature("token_logprobs", row, value))
 
 
-def _forward(logits, token_ids, mask, temperature, ref_logits, temperature_value, softcap, keep_state):  # type: ignore[no-untyped-def]
+def forward(logits, token_ids, mask, temperature, ref_logits, temperature_value, softcap, keep_state):  # type: ignore[no-untyped-def]
     rows, vocab = token_ids.numel(), logits.shape[-1]
     logits, ref_logits, layout = _layout(logits, ref_logits)
     token_ids, mask, temperature = _ids(token_ids), contiguous(mask), contiguous(temperature)
     dtype = wide(logits.dtype)
-    logprobs, entropy, logsumexp = (torch.empty(token_ids.shape, dtype=dtype) for _ in range(3))
-    kl = torch.empty(token_ids.shape if ref_logits is not None else 0, dtype=dtype)
-    state = torch.empty(_state_shape(rows, ref_logits) if keep_state else 0, dtype=dtype)
+    logprobs = torch.empty_like(token_ids, dtype=dtype)  # empty_like: half the time of torch.empty with a shape
+    entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
+    kl = torch.empty_like(_NOTHING[dtype] if ref_logits is None else logprobs)
+    state = torch.empty(state_shape(rows, ref_logits), dtype=dtype) if keep_state else torch.empty_like(_NOTHING[dtype])
     refused = kernel("token_logprobs")(
         *pointers(logits, ref_logits, token_ids, mask, temperature, logprobs, entropy, logsumexp),
         kl.data_ptr() if ref_logits is not None else 0,
@@ -163,27 +164,19 @@ def _forward(logits, token_ids, mask, temperature, ref_logits, temperature_value
     return logprobs, entropy, logsumexp, kl, state
 
 
-def _state_shape(rows: int, ref_logits: Tensor | None) -> tuple[int, int]:
+_NOTHING = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def state_shape(rows: int, ref_logits: Tensor | None) -> tuple[int, int]:
     """Per row: max, log sum, entropy; with a reference also its max, its log sum and KL."""
     return (rows, 3 if ref_logits is None else 6)
 
 
 def _reference_forward(logits, token_ids, mask, temperature, ref_logits, temperature_value, softcap, keep_state):  # type: ignore[no-untyped-def]
-    if temperature is not None and temperature.device.type == "cpu":
-        bad = ~((temperature > 0) & temperature.isfinite())
-        bad = (bad if mask is None else bad & mask).flatten().nonzero()
-        if bad.numel():
-            raise _check.error(
-                ValueError,
-                "token_logprobs",
-                "temperature",
-                f"{float(temperature.flatten()[bad[0]])} at row {int(bad[0])}",
-                "a finite number > 0",
-            )
     logprobs, entropy, logsumexp, kl = reference(
         logits, token_ids, mask, temperature, ref_logits, temperature_value, softcap
     )
-    state = logprobs.new_zeros(_state_shape(token_ids.numel(), ref_logits) if keep_state else 0)
+    state = logprobs.new_zeros(state_shape(token_ids.numel(), ref_logits) if keep_state else 0)
     return logprobs, entropy, logsumexp, logprobs.new_zeros(0) if kl is None else kl, state
 
 
@@ -191,7 +184,7 @@ def _fake_forward(logits, token_ids, mask, temperature, ref_logits, temperature_
     dtype = wide(logits.dtype)
     logprobs, entropy, logsumexp = (logits.new_empty(token_ids.shape, dtype=dtype) for _ in range(3))
     kl = logits.new_empty(token_ids.shape if ref_logits is not None else 0, dtype=dtype)
-    state = logits.new_empty(_state_shape(token_ids.numel(), ref_logits) if keep_state else 0, dtype=dtype)
+    state = logits.new_empty(state_shape(token_ids.numel(), ref_logits) if keep_state else 0, dtype=dtype)
     return logprobs, entropy, logsumexp, kl, state
 
 
@@ -235,7 +228,7 @@ def _backward_cpp(
     softcap,
 ):  # type: ignore[no-untyped-def]
     grads = (g_logprobs, g_entropy, g_logsumexp, g_kl)
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    grad = _buffers.empty(logits.shape, logits.dtype)
     return backward_into(
         grad, logits, token_ids, state, mask, temperature, ref_logits, grads, temperature_value, softcap
     )
@@ -293,7 +286,7 @@ _token_logprobs = Op(
     "float temperature_value, float softcap, bool keep_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     fake=_fake_forward,
-    backends=[cpp(_forward)],
+    backends=[cpp(forward)],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0,),

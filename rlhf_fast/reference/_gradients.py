@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rlhf_fast._op import grad_inside_op
+
 
 def with_gradients(reference: Callable[..., Any], wanted: Sequence[int]) -> Callable[..., Any]:
     """The reference cell of a loss whose forward also returns its gradients: (loss, stats, gradients).
@@ -21,7 +23,7 @@ def with_gradients(reference: Callable[..., Any], wanted: Sequence[int]) -> Call
         if not gradients or torch.is_grad_enabled():
             return (*reference(*inputs), inputs[0].new_empty(0))
         given = [i for i in wanted if inputs[i] is not None]
-        with torch.enable_grad():
+        with grad_inside_op():
             for i in given:
                 inputs[i] = inputs[i].detach().requires_grad_()
             loss, stats = reference(*inputs)

@@ -1,10 +1,10 @@
-"""Log-probs of tokens from hidden states, by the whole matrix of logits."""
+"""Token statistics of hidden states under a language-model head, through the full logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional as F
 
 from rlhf_fast.reference.token_logprobs import token_logprobs
 
@@ -12,54 +12,100 @@ from rlhf_fast.reference.token_logprobs import token_logprobs
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
-    token_ids: Tensor,
     bias: Tensor | None,
+    token_ids: Tensor,
     mask: Tensor | None,
     temperature: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
     temperature_value: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """token_logprobs of hidden (..., H) @ weight (V, H)^T + bias (V,); the reference shares weight and bias unless ref_weight.
+    """(logprobs, entropy, logsumexp, kl), each (...), of logits = hidden weight^T + bias.
 
-    A masked row of hidden is not read: it is replaced before the product, since NaN * 0 would spread into the gradient
-    of the weight.
+    hidden (..., H), weight (V, H), bias (V,), ref_hidden (..., R), ref_weight (V, R) or None: `weight`, ref_bias (V,).
+    Mixed dtypes are promoted; the logits are stored in the promoted one.
     """
 
-    def logits(x: Tensor, w: Tensor) -> Tensor:
-        return linear(x if mask is None else x.masked_fill(~mask[..., None], 0.0), w, bias)
-
+    logits = _project(hidden, weight, bias, mask)
     ref_logits = None
     if ref_hidden is not None:
+        shared = ref_weight is None
         with torch.no_grad():
-            ref_logits = logits(ref_hidden, weight if ref_weight is None else ref_weight)
-    return token_logprobs(logits(hidden, weight), token_ids, mask, temperature, ref_logits, temperature_value, softcap)
+            ref_logits = _project(
+                ref_hidden, weight if ref_weight is None else ref_weight, bias if shared else ref_bias, mask
+            )
+    return token_logprobs(
+        logits,
+        token_ids,
+        mask,
+        temperature,
+        ref_logits,
+        temperature_value,
+        softcap,
+        op="linear_token_logprobs",
+    )
+
+
+def logprob_direction(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor | None,
+    temperature_value: float,
+    softcap: float,
+) -> Tensor:
+    """d logprobs / d hidden as rows (N, H): (W[token] - sum_v p_v W_v) / temperature, with the slope of the soft cap."""
+    wide = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    logits = _project(hidden, weight, bias, mask).to(wide)
+    t = torch.tanh(logits / softcap) if softcap else None
+    scale = temperature_value if temperature is None else temperature[..., None]
+    p = ((logits if t is None else softcap * t) / scale).softmax(-1)
+    real = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    onehot = F.one_hot(token_ids.to(torch.int64).masked_fill(~real, 0), weight.shape[0])
+    d_logits = (onehot - p) / scale
+    if t is not None:
+        d_logits = d_logits * (1 - t * t)
+    direction = (d_logits @ weight.to(wide)).masked_fill(~real[..., None], 0.0)
+    return direction.reshape(-1, hidden.shape[-1])
+
+
+def _project(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(x.dtype, w.dtype)
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None], 0.0)  # 0 * NaN in the gradient of the weight
+    return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
 
 
 def sample(
-    rows: tuple[int, ...] = (3, 11),
-    vocab: int = 97,
-    hidden: int = 16,
+    shape: tuple[int, ...] = (4, 9),
+    vocab: int = 127,
+    hidden_size: int = 24,
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    ref: bool = False,
+    ref: bool = True,
+    bias: bool = True,
 ) -> dict[str, Tensor]:
-    """Tensor arguments of ops.linear_token_logprobs: peaked logits, a ragged mask, bad ids under it."""
+    """Tensor arguments of ops.linear_token_logprobs for tests and benchmarks."""
     g = torch.Generator().manual_seed(seed)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=g, dtype=torch.float64) * std).to(dtype)
 
-    mask = torch.rand(*rows, generator=g) > 0.25
+    mask = torch.rand(shape, generator=g) > 0.25
     kwargs = {
-        "hidden": draw(*rows, hidden).to(dtype),
-        "weight": (draw(vocab, hidden) * 3 / hidden**0.5).to(dtype),
-        "bias": draw(vocab).to(dtype),
-        "token_ids": torch.randint(0, vocab, rows, generator=g).masked_fill(~mask, -100),
+        "hidden": normal(*shape, hidden_size),
+        "weight": normal(vocab, hidden_size, std=2.0 / hidden_size**0.5),
+        "token_ids": torch.randint(0, vocab, shape, generator=g).masked_fill(~mask, -100),
         "mask": mask,
     }
+    if bias:
+        kwargs["bias"] = normal(vocab)
     if ref:
-        kwargs["ref_hidden"] = kwargs["hidden"] + (0.2 * draw(*rows, hidden)).to(dtype)
+        kwargs["ref_hidden"] = (kwargs["hidden"].double() + 0.1 * normal(*shape, hidden_size).double()).to(dtype)
+        kwargs["ref_weight"] = normal(vocab, hidden_size, std=2.0 / hidden_size**0.5)
     return kwargs

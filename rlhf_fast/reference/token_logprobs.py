@@ -14,6 +14,7 @@ def token_logprobs(
     ref_logits: Tensor | None,
     temperature_value: float,
     softcap: float,
+    op: str = "token_logprobs",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(logprobs, entropy, logsumexp, kl), each (...), of z = softcap(logits) / temperature.
 
@@ -23,9 +24,9 @@ def token_logprobs(
     """
     real = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    scale = (
-        temperature_value if temperature is None else temperature.detach().to(wide).masked_fill(~real, 1.0)[..., None]
-    )
+    if temperature is not None:
+        temperature = _checked_temperature(op, temperature.detach().masked_fill(~real, 1.0))
+    scale = temperature_value if temperature is None else temperature.to(wide)[..., None]
 
     def scaled(x: Tensor) -> Tensor:
         x = x.to(wide).masked_fill(~real[..., None], 0.0)  # a NaN in a masked row must not spread
@@ -38,7 +39,7 @@ def token_logprobs(
     p = log_p.exp()
     dead = p == 0  # 0 * -inf
     ids = token_ids.to(torch.int64).masked_fill(~real, 0)
-    ids, ok = _checked_ids(ids, logits.shape[-1], token_ids, real)
+    ids, ok = _checked_ids(op, ids, logits.shape[-1])
     logprobs = log_p.gather(-1, ids[..., None]).squeeze(-1)
     entropy = -(p * log_p.masked_fill(dead, 0.0)).sum(-1)
     logsumexp = z.logsumexp(-1)
@@ -55,18 +56,31 @@ def token_logprobs(
     return result(logprobs), result(entropy), result(logsumexp), None if kl is None else result(kl)
 
 
-def _checked_ids(ids: Tensor, vocab: int, given: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def _checked_ids(op: str, ids: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     """Legal ids, and where they were legal to begin with. On a CPU an illegal one raises."""
     ok = (ids >= 0) & (ids < vocab)
     if ids.device.type == "cpu" and not bool(ok.all()):
         row = int((~ok).flatten().nonzero()[0])
-        raise ValueError(refused_id("token_logprobs", row, int(given.flatten()[row]), vocab))
+        raise ValueError(refused_id(op, row, int(ids.flatten()[row]), vocab))
     return ids.clamp(0, vocab - 1), ok
+
+
+def _checked_temperature(op: str, temperature: Tensor) -> Tensor:
+    bad = ~((temperature > 0) & temperature.isfinite())
+    if temperature.device.type == "cpu" and bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        raise ValueError(refused_temperature(op, row, float(temperature.flatten()[row])))
+    return temperature
 
 
 def refused_id(op: str, row: int, token_id: int, vocab: int) -> str:
     """The message for a token id outside of the vocabulary."""
     return f"{op}: argument 'token_ids' got {token_id} at row {row}, expected a token id in [0, {vocab})"
+
+
+def refused_temperature(op: str, row: int, temperature: float) -> str:
+    """The message for a temperature that is not a finite number > 0."""
+    return f"{op}: argument 'temperature' got {temperature} at row {row}, expected a finite number > 0"
 
 
 def sample(
@@ -82,7 +96,7 @@ def sample(
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(*shape, vocab, generator=g, dtype=torch.float64) * spread
     near = logits + 0.3 * torch.randn(*shape, vocab, generator=g, dtype=torch.float64)
-    mask = torch.rand(*shape, generator=g) > 0.25
+    mask = torch.rand(shape, generator=g) > 0.25
     token_ids = torch.randint(0, vocab, shape, generator=g).masked_fill(~mask, -100)
     kwargs = {"logits": logits.to(dtype), "token_ids": token_ids, "mask": mask}
     if ref:

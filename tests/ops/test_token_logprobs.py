@@ -1,0 +1,685 @@
+from __future__ import annotations
+
+import math
+import multiprocessing
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+from parity import assert_parity, double
+from torch.library import opcheck
+
+import rlhf_fast
+from rlhf_fast.ops.token_logprobs import _layout
+from rlhf_fast.reference import token_logprobs as reference
+
+NAMES = ("logprobs", "entropy", "logsumexp", "kl")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NAN, INF = float("nan"), float("inf")
+
+
+def stats(kwargs, **options):
+    """Results of the kernels, and (upstream weights drawn once) the gradient towards the logits of their weighted sum."""
+    kwargs = {**kwargs, "logits": kwargs["logits"].detach().clone().requires_grad_()}
+    out = rlhf_fast.token_logprobs(**kwargs, **options)
+    g = torch.Generator().manual_seed(5)
+    total = 0
+    for x in out:
+        if x is not None:
+            total = total + (x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum()
+    (grad,) = torch.autograd.grad(total, kwargs["logits"])
+    return [*(x.detach() for x in out if x is not None), grad]
+
+
+def three(kwargs, **options):
+    got = stats(kwargs, **options)
+    with rlhf_fast.use_backend("reference"):
+        wide = {
+            k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()
+        }
+        return got, stats(double(kwargs), **wide), stats(kwargs, **options)
+
+
+def assert_all_parity(got, truth, plain):
+    if got[0].dtype is torch.float64:
+        for results in ((got[:-1], truth[:-1]), (got[-1:], truth[-1:])):
+            g, t = (torch.cat([x.flatten() for x in part]) for part in results)
+            assert (g - t).abs().max() <= tolerances.DOUBLE * t.abs().max()
+        return
+    for g, t, p, name in zip(got, truth, plain, (*NAMES, "gradient"), strict=True):
+        assert_parity(g, t, p, name)
+
+
+# 1-3: below any vector; 15-17: around one; 127: several and a tail; 1000: unrolled; 50257: many blocks, odd rows.
+@pytest.mark.parametrize("V", [1, 2, 3, 15, 16, 17, 127, 1000, 50257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity(V, dtype):
+    kwargs = reference.sample((5,) if V < 5000 else (2,), V, dtype=dtype)
+    got, truth, plain = three(kwargs)
+    assert_all_parity(got, truth, plain)
+    assert all(x.dtype == (torch.float64 if dtype is torch.float64 else torch.float32) for x in got[:4])
+    assert got[4].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options", [{"softcap": 5.0}, {"temperature": 0.3}, {"softcap": 30.0, "temperature": 1.7}], ids=str
+)
+def test_parity_with_soft_cap_and_temperature(dtype, options):
+    assert_all_parity(*three(reference.sample((3, 4), 261, dtype=dtype), **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_each_row_has_its_own_temperature(dtype):
+    kwargs = reference.sample((3, 4), 261, dtype=dtype)
+    temperature = torch.rand(3, 4) + 0.3
+    together = rlhf_fast.token_logprobs(**kwargs, temperature=temperature)
+    for i in range(12):
+        one = {k: v.flatten(0, 1)[i] for k, v in kwargs.items()}
+        alone = rlhf_fast.token_logprobs(**one, temperature=float(temperature.flatten()[i]))
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a.flatten()[i], b, rtol=tolerances.FLOOR[torch.float32], atol=1e-6)
+    assert_all_parity(*three(kwargs, temperature=temperature))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 6.0], ids=str)
+def test_gradient_of_each_output_alone(name, dtype, softcap):
+    kwargs = reference.sample((2, 5), 700, dtype=dtype)
+
+    def grad(kwargs):
+        z = kwargs["logits"].detach().clone().requires_grad_()
+        out = getattr(rlhf_fast.token_logprobs(**{**kwargs, "logits": z}, temperature=0.8, softcap=softcap), name)
+        return torch.autograd.grad(out.sum(), z)[0]
+
+    with rlhf_fast.use_backend("reference"):
+        truth, plain = grad(double(kwargs)), grad(kwargs)
+    assert truth.abs().max() > 1e-3
+    assert_parity(grad(kwargs), truth, plain, name)
+
+
+def test_worked_values():
+    logits = torch.tensor([[1.0, 2.0, 3.0]]).expand(3, 3)
+    ids = torch.tensor([0, 1, 2])
+    one, cold = rlhf_fast.token_logprobs(logits, ids), rlhf_fast.token_logprobs(logits, ids, temperature=0.7)
+    close = {"atol": tolerances.WORKED, "rtol": 0}
+    torch.testing.assert_close(one.logprobs, torch.tensor([-2.4076060, -1.4076060, -0.4076060]), **close)
+    torch.testing.assert_close(one.entropy, torch.full((3,), 0.8323956), **close)
+    torch.testing.assert_close(one.logsumexp, torch.full((3,), 3.4076060), **close)
+    torch.testing.assert_close(cold.logprobs, torch.tensor([-3.1172613, -1.6886898, -0.2601184]), **close)
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]).log().requires_grad_(), torch.tensor([[0.4, 0.4, 0.2]]).log()
+    out = rlhf_fast.token_logprobs(p, torch.tensor([0]), ref_logits=q)
+    torch.testing.assert_close(out.entropy, torch.tensor([1.0296530]), **close)
+    torch.testing.assert_close(out.kl, torch.tensor([0.0252672]), **close)
+    (d_entropy,) = torch.autograd.grad(out.entropy.sum(), p, retain_graph=True)
+    torch.testing.assert_close(d_entropy, torch.tensor([[-0.1682529, 0.0522959, 0.1159570]]), **close)
+    (d_kl,) = torch.autograd.grad(out.kl.sum(), p)
+    torch.testing.assert_close(d_kl, torch.tensor([[0.0989382, -0.0938848, -0.0050534]]), **close)
+    reverse = rlhf_fast.token_logprobs(q, torch.tensor([0]), ref_logits=p.detach())
+    torch.testing.assert_close(reverse.kl, torch.tensor([0.0258154]), **close)
+
+
+@pytest.mark.parametrize("V", [50257, 128256, 151936])
+def test_entropy_of_the_uniform_distribution_is_log_v(V):
+    out = rlhf_fast.token_logprobs(torch.full((1, V), 3.25), torch.tensor([7]))
+    for x in (out.entropy, -out.logprobs, out.logsumexp - 3.25):
+        assert abs(float(x) - math.log(V)) <= tolerances.FLOOR[torch.float32] * math.log(V)
+
+
+def test_adding_a_constant_to_the_logits_changes_only_logsumexp():
+    kwargs = reference.sample((2, 3), 1000)
+    kwargs["logits"] = (kwargs["logits"] * 64).round() / 64  # exact after the shift
+    kwargs["ref_logits"] = (kwargs["ref_logits"] * 64).round() / 64
+    shifted = {**kwargs, "logits": kwargs["logits"] + 1e4, "ref_logits": kwargs["ref_logits"] + 1e4}
+    here, there = stats(kwargs), stats(shifted)
+    for i in (0, 1, 3, 4):
+        assert torch.equal(here[i], there[i])
+    torch.testing.assert_close(there[2], (here[2] + 1e4).masked_fill(~kwargs["mask"], 0), rtol=1e-7, atol=0)
+
+
+def test_exp_is_accurate_over_its_whole_range():
+    """With two classes the gradient of logsumexp is (1, e^-x) / (1 + e^-x): the exp of the kernel, one value a row."""
+    x = torch.linspace(0, 87, 20011)
+    logits = torch.stack([torch.zeros_like(x), -x], 1).requires_grad_()
+    (grad,) = torch.autograd.grad(
+        rlhf_fast.token_logprobs(logits, torch.zeros(20011, dtype=torch.int64)).logsumexp.sum(), logits
+    )
+    truth = 1 / (1 + x.double().exp())
+    error = ((grad[:, 1].double() - truth) / truth).abs()
+    # e^(x log2(e)): the constant has 24 bits, so the error grows with x as that of x itself does
+    assert (error <= 2.0**-23 * (3 + x.double() / 4)).all()
+
+
+def test_target_gradient_keeps_its_digits_when_the_policy_is_sure():
+    logits = torch.tensor([[20.0, 0.0, 1.0, 2.0]]).requires_grad_()
+    (grad,) = torch.autograd.grad(rlhf_fast.token_logprobs(logits, torch.tensor([0])).logprobs.sum(), logits)
+    truth = 1 - torch.tensor([[20.0, 0.0, 1.0, 2.0]], dtype=torch.float64).softmax(-1)[0, 0]
+    assert abs(float(grad[0, 0]) - float(truth)) <= 2.0**-23  # 1 - p is 2e-8; its last digits hang on the sum
+    exact = rlhf_fast.token_logprobs(logits.detach(), torch.tensor([0])).logprobs
+    assert float(grad[0, 0]) >= 0 and float(exact) <= 0
+
+
+def test_kl_of_equal_distributions_is_zero_and_of_close_ones_not_negative():
+    z = torch.randn(4, 3000)
+    ids = torch.zeros(4, dtype=torch.int64)
+    assert torch.equal(rlhf_fast.token_logprobs(z, ids, ref_logits=z.clone()).kl, torch.zeros(4))
+    assert torch.equal(rlhf_fast.token_logprobs(z, ids, ref_logits=z + 2.0).kl.round(decimals=6), torch.zeros(4))
+    for scale in (1e-6, 1e-5, 1e-4, 1e-3):
+        assert (rlhf_fast.token_logprobs(z, ids, ref_logits=z + scale * torch.randn(4, 3000)).kl >= 0).all()
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF, 1e30])
+def test_masked_rows_are_never_read(poison):
+    kwargs = reference.sample((3, 7), 130)
+    clean = stats(kwargs, temperature=torch.ones(3, 7))
+    bad = ~kwargs["mask"]
+    dirty = {k: v.clone() for k, v in kwargs.items()}
+    dirty["logits"][bad] = poison
+    dirty["ref_logits"][bad] = poison
+    dirty["token_ids"][bad] = 2**40
+    got = stats(dirty, temperature=torch.ones(3, 7).masked_fill(bad, NAN))
+    assert bad.any() and all(torch.equal(a, b) for a, b in zip(clean, got, strict=True))
+    assert all(not x[bad].any() for x in got)
+    with rlhf_fast.use_backend("reference"):
+        assert all(not x[bad].any() for x in stats(dirty, temperature=torch.ones(3, 7).masked_fill(bad, NAN)))
+
+
+def test_all_rows_masked():
+    kwargs = reference.sample((2, 3), 40)
+    kwargs["mask"] = torch.zeros(2, 3, dtype=torch.bool)
+    assert all(not x.any() for x in stats(kwargs))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4), ()], ids=str)
+def test_zero_rows_and_a_single_row_without_leading_dimension(shape):
+    z = torch.randn(*shape, 11).requires_grad_()
+    out = rlhf_fast.token_logprobs(z, torch.ones(shape, dtype=torch.int64), ref_logits=z.detach())
+    assert all(x.shape == shape for x in out)
+    sum(x.sum() for x in out).backward()
+    assert z.grad.shape == z.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_class_is_certain(dtype):
+    out = stats(reference.sample((4,), 1, dtype=dtype), temperature=0.5)
+    assert not out[0].any() and not out[1].any() and not out[3].any()
+
+
+@pytest.mark.parametrize("bad", [5, -1, 2**40, 2**63 - 1, -100])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_token_id_out_of_range_is_refused_with_row_id_and_v(bad, backend):
+    ids = torch.tensor([[0, 1, 2], [3, bad, 1]])
+    message = rf"token_logprobs: argument 'token_ids' got {bad} at row 4, expected a token id in \[0, 5\)"
+    with rlhf_fast.use_backend(backend), pytest.raises(ValueError, match=message):
+        rlhf_fast.token_logprobs(torch.randn(2, 3, 5), ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_narrow_token_ids_mean_the_same(dtype):
+    kwargs = reference.sample((4, 5), 120)
+    kwargs["token_ids"] = kwargs["token_ids"].clamp(0)
+    expected = stats(kwargs)
+    kwargs["token_ids"] = kwargs["token_ids"].to(dtype)
+    assert all(torch.equal(a, b) for a, b in zip(expected, stats(kwargs), strict=True))
+
+
+def test_unsigned_ids_do_not_wrap():
+    with pytest.raises(ValueError, match="got 200 at row 1"):
+        rlhf_fast.token_logprobs(torch.randn(2, 130), torch.tensor([129, 200], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_or_infinity_stays_in_its_row(poison, dtype):
+    kwargs = reference.sample((4,), 2500, dtype=dtype)
+    kwargs["mask"] = None
+    kwargs["token_ids"] = kwargs["token_ids"].clamp(0)
+    clean = stats(kwargs)
+    for position in (0, 17, 2499):
+        kwargs["logits"] = kwargs["logits"].clone()
+        kwargs["logits"][2, position] = poison
+        got = stats(kwargs)
+        others = [0, 1, 3]
+        assert all(torch.equal(a[others], b[others]) for a, b in zip(clean, got, strict=True))
+        assert all(x[2].isnan().all() for x in got)
+
+
+def test_nan_in_the_reference_spoils_only_kl_of_its_row():
+    kwargs = reference.sample((3,), 50)
+    kwargs["mask"] = None
+    kwargs["token_ids"] = kwargs["token_ids"].clamp(0)
+    clean = rlhf_fast.token_logprobs(**kwargs)
+    kwargs["ref_logits"][1, 30] = NAN
+    got = rlhf_fast.token_logprobs(**kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(clean[:3], got[:3], strict=True))
+    assert got.kl[1].isnan() and torch.equal(got.kl[[0, 2]], clean.kl[[0, 2]])
+
+
+@pytest.mark.parametrize("V", [3, 40, 5000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_entirely_at_minus_infinity_is_nan(V, dtype):
+    logits = torch.randn(3, V).to(dtype)
+    logits[1] = -INF
+    out = stats(
+        {
+            "logits": logits,
+            "token_ids": torch.zeros(3, dtype=torch.int64),
+            "ref_logits": torch.randn(3, V).to(dtype),
+        }
+    )
+    assert all(x[1].isnan().all() and not x[[0, 2]].isnan().any() for x in out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_classes_at_minus_infinity_are_as_if_absent(dtype):
+    """Also when a whole block of the vocabulary is excluded before the first finite logit."""
+    kwargs = reference.sample((3,), 6000, dtype=dtype)
+    kwargs["mask"] = None
+    keep = torch.zeros(6000, dtype=torch.bool)
+    keep[4500:5200] = True
+    keep[5900] = True
+    kwargs["token_ids"] = torch.tensor([4500, 5000, 5900])
+    excluded = {
+        k: v.masked_fill(~keep, -INF) if v is not None and v.is_floating_point() else v for k, v in kwargs.items()
+    }
+    got, truth, plain = three(excluded, temperature=0.7)
+    assert all(g.isfinite().all() for g in got)
+    assert_all_parity(got, truth, plain)
+    assert not got[4][:, ~keep].any()
+    small = {k: v[:, keep] if v is not None and v.is_floating_point() else v for k, v in kwargs.items()}
+    small["token_ids"] = torch.tensor([0, 500, 700])
+    for a, b in zip(stats(small, temperature=0.7), got, strict=True):
+        torch.testing.assert_close(a, b if b.dim() == 1 else b[:, keep], rtol=2e-6, atol=2e-6, check_dtype=False)
+
+
+def test_excluded_token_has_logprob_minus_infinity_and_pytorchs_gradient():
+    logits = torch.tensor([[0.0, -INF, 1.0]]).requires_grad_()
+    out = rlhf_fast.token_logprobs(logits, torch.tensor([1]))
+    assert out.logprobs.item() == -INF and out.entropy.isfinite().all()
+    (grad,) = torch.autograd.grad(out.logprobs.sum(), logits)
+    (expected,) = torch.autograd.grad(logits.log_softmax(-1)[0, 1], logits)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_kl_is_infinite_where_the_reference_excludes_a_possible_class():
+    q = torch.tensor([[0.0, -INF, 1.0]])
+    assert float(rlhf_fast.token_logprobs(torch.zeros(1, 3), torch.tensor([0]), ref_logits=q).kl) == INF
+    both = rlhf_fast.token_logprobs(q, torch.tensor([0]), ref_logits=q).kl
+    assert float(both) == 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_largest_numbers_do_not_overflow(dtype):
+    top = torch.finfo(dtype).max if dtype is not torch.float64 else 3e38
+    logits = torch.tensor(
+        [[top, -top, 0.0, top], [-top, -top, -top, -top], [0.0, top, -top, 1.0]], dtype=torch.float64
+    ).to(dtype)
+    out = stats({"logits": logits, "token_ids": torch.tensor([0, 1, 1]), "ref_logits": logits.flip(0)})
+    expected = torch.tensor([-math.log(2), -math.log(4), 0.0])
+    torch.testing.assert_close(out[0].float(), expected)
+    torch.testing.assert_close(out[1].float(), -expected)
+    assert out[2].isfinite().all() and not any(x.isnan().any() for x in out[:4])
+    cold = rlhf_fast.token_logprobs(logits, torch.tensor([0, 1, 1]), temperature=1e-30)
+    torch.testing.assert_close(cold.logprobs.float(), expected)
+    hot = rlhf_fast.token_logprobs(torch.randn(2, 8).to(dtype), torch.tensor([0, 1]), temperature=1e30)
+    torch.testing.assert_close(hot.entropy.float(), torch.full((2,), math.log(8)))
+
+
+def test_soft_cap_makes_infinite_logits_finite():
+    logits = torch.tensor([[INF, 0.0, -INF, 1.0]]).requires_grad_()
+    out = rlhf_fast.token_logprobs(logits, torch.tensor([0]), softcap=3.0)
+    capped = torch.tensor([[3.0, 0.0, -3.0, 3 * math.tanh(1 / 3)]])
+    torch.testing.assert_close(out.logsumexp, capped.logsumexp(-1))
+    (grad,) = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), logits)
+    assert grad.isfinite().all() and float(grad[0, 0]) == 0.0 and float(grad[0, 2]) == 0.0 and float(grad[0, 1]) != 0.0
+
+
+def test_strided_logits_give_the_same_bits():
+    kwargs = reference.sample((6, 8), 75)
+    expected = stats(kwargs)
+
+    def same(logits, ref, pick=lambda x: x):
+        got = stats({"logits": logits, "token_ids": kwargs["token_ids"], "mask": kwargs["mask"], "ref_logits": ref})
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+    z, r = kwargs["logits"], kwargs["ref_logits"]
+    wide = torch.randn(6, 9, 80)
+    wide[:, :8, :75] = z
+    odd = torch.randn(7, 9, 78)
+    odd[1:, 1:, 3:] = r
+    same(wide[:, :8, :75], odd[1:, 1:, 3:])  # two different strides, odd offset
+    same(z.transpose(0, 1).contiguous().transpose(0, 1), r)
+    same(z.transpose(1, 2).contiguous().transpose(1, 2), r)  # a strided vocabulary
+
+
+@pytest.mark.parametrize("view", ["shifted", "expanded", "folding"])
+def test_common_views_are_read_in_place(view):
+    base = torch.randn(4, 9, 2, 33)
+    x = {
+        "shifted": base[:, :, 0][:, :-1],
+        "expanded": base[0, 0, 0].expand(5, 6, 33),
+        "folding": base[:, :, :, :30],
+    }[view]
+    logits, _, layout = _layout(x, None)
+    assert logits.data_ptr() == x.data_ptr()
+    inner, outer_stride, inner_stride = layout[:3]
+    flat = [(i // inner) * outer_stride + (i % inner) * inner_stride for i in range(x[..., 0].numel())]
+    offsets = torch.as_tensor(flat) + x.storage_offset()
+    storage = torch.as_strided(x, (x.untyped_storage().size() // 4,), (1,), 0)
+    assert torch.equal(storage[offsets], x[..., 0].flatten())
+    ids = torch.zeros(x.shape[:-1], dtype=torch.int64)
+    assert torch.equal(
+        rlhf_fast.token_logprobs(x, ids).logprobs, rlhf_fast.token_logprobs(x.contiguous(), ids).logprobs
+    )
+
+
+def test_leading_dimensions_that_do_not_fold_are_copied():
+    x = torch.randn(5, 4, 3, 2, 10).permute(2, 0, 3, 1, 4)
+    ids = torch.zeros(x.shape[:-1], dtype=torch.int64)
+    a, b = rlhf_fast.token_logprobs(x, ids), rlhf_fast.token_logprobs(x.contiguous(), ids)
+    assert torch.equal(a.logprobs, b.logprobs) and torch.equal(a.entropy, b.entropy)
+
+
+def test_rows_further_apart_than_two_to_the_31_elements():
+    V, far = 4096, 2**31
+    storage = torch.empty(far + V)  # 8 GiB of address space, of which two rows are touched
+    z = torch.as_strided(storage, (2, V), (far, 1))
+    z.copy_(torch.randn(2, V))
+    ids = torch.tensor([5, V - 1])
+    near, distant = z.clone().requires_grad_(), z.requires_grad_()
+    a, b = (rlhf_fast.token_logprobs(x, ids, ref_logits=x.detach() * 1) for x in (near, distant))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    c = rlhf_fast.token_logprobs(near, ids, ref_logits=distant.detach())
+    assert torch.equal(c.kl, torch.zeros(2))
+    out = rlhf_fast.ops.token_logprobs(distant, ids)
+    (ga,), (gb,) = (
+        torch.autograd.grad(a.logprobs.sum(), near),
+        torch.autograd.grad(out.logprobs.sum(), distant, retain_graph=True),
+    )
+    assert torch.equal(ga, gb)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_gradients_are_streamed_with_the_same_bits(dtype):
+    """Past 32 MiB the stores bypass the cache and want alignment, which odd rows lack."""
+    V = 50257
+    rows = (34 << 20) // (V * dtype.itemsize)
+    logits = torch.randn(rows, V).to(dtype).requires_grad_()
+    ids = torch.randint(0, V, (rows,))
+    out = rlhf_fast.token_logprobs(logits, ids)
+    (whole,) = torch.autograd.grad([out.logprobs, out.entropy], logits, [torch.ones(rows), torch.ones(rows)])
+    for i in (0, 1, 2, 3, rows - 1):
+        one = logits.detach()[i : i + 1].clone().requires_grad_()
+        alone = rlhf_fast.token_logprobs(one, ids[i : i + 1])
+        (grad,) = torch.autograd.grad([alone.logprobs, alone.entropy], one, [torch.ones(1), torch.ones(1)])
+        assert torch.equal(whole[i : i + 1], grad)
+
+
+def test_rows_without_upstream_gradient_are_not_read():
+    logits = torch.randn(3, 30)
+    logits[1] = NAN
+    logits.requires_grad_()
+    out = rlhf_fast.token_logprobs(logits, torch.zeros(3, dtype=torch.int64))
+    (grad,) = torch.autograd.grad(out.logprobs, logits, torch.tensor([1.0, 0.0, 1.0]))
+    assert not grad[1].any() and grad[[0, 2]].isfinite().all() and grad[0].any()
+
+
+def test_gradient_is_a_new_contiguous_tensor_and_inputs_are_untouched():
+    base = torch.randn(3, 5, 20)
+    before = base.clone()
+    z = base[:, :-1].requires_grad_()
+    out = rlhf_fast.token_logprobs(z, torch.zeros(3, 4, dtype=torch.int64))
+    (grad,) = torch.autograd.grad(out.logprobs.sum(), z)
+    assert grad.is_contiguous() and grad.data_ptr() != z.data_ptr() and torch.equal(base, before)
+
+
+def test_reference_of_another_dtype_promotes():
+    kwargs = reference.sample((2, 3), 64)
+    mixed = {**kwargs, "logits": kwargs["logits"].bfloat16()}
+    promoted = {**kwargs, "logits": kwargs["logits"].bfloat16().float()}
+    a, b = stats(mixed), stats(promoted)
+    assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+    assert a[4].dtype is torch.bfloat16 and torch.equal(a[4], b[4].bfloat16())
+
+
+def test_reference_and_temperature_get_no_gradient():
+    kwargs = reference.sample((2, 3), 20)
+    for backend in ("cpp", "reference"):
+        z, r = kwargs["logits"].clone().requires_grad_(), kwargs["ref_logits"].clone().requires_grad_()
+        t = torch.ones(2, 3, requires_grad=True)
+        with rlhf_fast.use_backend(backend):
+            rlhf_fast.token_logprobs(
+                z, kwargs["token_ids"], mask=kwargs["mask"], ref_logits=r, temperature=t
+            ).kl.sum().backward()
+        assert z.grad is not None and r.grad is None and t.grad is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"logits": torch.zeros(2, 3, dtype=torch.int8)},
+            "'logits' got torch.int8, expected one of float32, bfloat16",
+        ),
+        ({"logits": torch.zeros(2, 3, dtype=torch.complex64)}, "'logits' got torch.complex64"),
+        ({"logits": torch.zeros(2, 3, dtype=torch.float8_e4m3fn)}, "'logits' got torch.float8_e4m3fn"),
+        ({"logits": [[1.0]]}, "'logits' got list"),
+        ({"logits": torch.zeros(2, 0)}, r"'logits' got shape \(2, 0\), expected \(..., V\) with V > 0"),
+        ({"logits": torch.zeros(())}, r"'logits' got shape \(\)"),
+        ({"token_ids": torch.zeros(3, dtype=torch.int64)}, r"'token_ids' got shape \(3,\), expected \(2,\)"),
+        ({"token_ids": torch.zeros(2)}, "'token_ids' got torch.float32, expected one of int64, int32"),
+        (
+            {"token_ids": torch.zeros(2, dtype=torch.int64, device="meta")},
+            "'token_ids' got device meta, expected cpu",
+        ),
+        ({"mask": torch.ones(2, 3, dtype=torch.bool)}, r"'mask' got shape \(2, 3\), expected \(2,\)"),
+        ({"mask": torch.ones(2)}, "'mask' got torch.float32, expected torch.bool"),
+        ({"ref_logits": torch.zeros(2, 4)}, r"'ref_logits' got shape \(2, 4\), expected \(2, 3\)"),
+        ({"temperature": 0.0}, "'temperature' got 0.0, expected a finite number"),
+        ({"temperature": -1}, "'temperature' got -1"),
+        ({"temperature": NAN}, "'temperature' got nan"),
+        ({"temperature": "1"}, "'temperature' got '1' of type str"),
+        ({"temperature": torch.ones(3)}, r"'temperature' got shape \(3,\), expected \(2,\)"),
+        (
+            {"temperature": torch.tensor([1.0, 0.0])},
+            "'temperature' got 0.0 at row 1, expected a finite number > 0",
+        ),
+        ({"temperature": torch.tensor([1.0, NAN])}, "'temperature' got nan at row 1"),
+        ({"softcap": 0.0}, "'softcap' got 0.0"),
+        ({"softcap": INF}, "'softcap' got inf"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_wrong_arguments_are_named(change, message, backend):
+    kwargs = {"logits": torch.zeros(2, 3), "token_ids": torch.zeros(2, dtype=torch.int64), **change}
+    logits, ids = kwargs.pop("logits"), kwargs.pop("token_ids")
+    with (
+        rlhf_fast.use_backend(backend),
+        pytest.raises((ValueError, TypeError), match=f"token_logprobs: argument {message}"),
+    ):
+        rlhf_fast.token_logprobs(logits, ids, **kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_gradcheck(options, backend):
+    kwargs = double(reference.sample((2, 3), 9))
+
+    def call(z):
+        return tuple(rlhf_fast.token_logprobs(**{**kwargs, "logits": z}, **options))
+
+    with rlhf_fast.use_backend(backend):
+        assert torch.autograd.gradcheck(call, kwargs["logits"].requires_grad_(), **tolerances.GRADCHECK)
+
+
+def test_opcheck():
+    k = reference.sample((2, 3), 17)
+    for grad in (False, True):
+        z = k["logits"].clone().requires_grad_(grad)
+        op = torch.ops.rlhf_fast.token_logprobs.default
+        opcheck(op, (z, k["token_ids"], k["mask"], torch.ones(2, 3), k["ref_logits"], 1.0, 0.0, grad))
+        opcheck(op, (z, k["token_ids"].clamp(0), None, None, None, 0.7, 5.0, grad))
+
+
+def test_compile_gives_the_eager_result_and_gradient():
+    k = reference.sample((2, 3), 17)
+
+    def call(z):
+        out = rlhf_fast.token_logprobs(
+            z[:, :2], k["token_ids"][:, :2], mask=k["mask"][:, :2], ref_logits=k["ref_logits"][:, :2]
+        )
+        return out.logprobs.sum() + out.entropy.square().sum() + out.kl.sum()
+
+    z = k["logits"].requires_grad_()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(call(z), compiled(z))
+    assert torch.equal(*(torch.autograd.grad(f(z), z)[0] for f in (call, compiled)))
+
+
+def test_second_derivative_is_a_clear_error_and_the_reference_has_it():
+    z, ids = torch.randn(2, 6, requires_grad=True), torch.tensor([1, 2])
+    (first,) = torch.autograd.grad(rlhf_fast.token_logprobs(z, ids).logprobs.sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="token_logprobs: the second derivative is not available"):
+        first.square().sum().backward()
+    with rlhf_fast.use_backend("reference"):
+        (first,) = torch.autograd.grad(rlhf_fast.token_logprobs(z, ids).logprobs.sum(), z, create_graph=True)
+        assert torch.autograd.grad(first.square().sum(), z)[0].abs().sum() > 0
+
+
+def test_change_of_the_logits_before_backward_is_an_error():
+    x = torch.randn(2, 6, requires_grad=True)
+    z = x * 1
+    out = rlhf_fast.token_logprobs(z, torch.tensor([1, 2]))
+    z.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.logprobs.sum().backward()
+
+
+def test_results_may_be_changed_before_backward():
+    x = torch.randn(2, 6, requires_grad=True)
+    ids = torch.tensor([1, 2])
+    out = rlhf_fast.token_logprobs(x, ids)
+    (expected,) = torch.autograd.grad(out.logprobs.sum(), x, retain_graph=True)
+    out.entropy.detach().fill_(NAN)
+    out.logsumexp.detach().fill_(NAN)
+    assert torch.equal(torch.autograd.grad(out.logprobs.sum(), x)[0], expected)
+
+
+def test_inference_mode_autocast_and_vmap_give_the_same_numbers():
+    z, ids = torch.randn(3, 4, 50), torch.randint(0, 50, (3, 4))
+    expected = rlhf_fast.token_logprobs(z, ids)
+    with torch.inference_mode():
+        assert torch.equal(rlhf_fast.token_logprobs(z, ids).logprobs, expected.logprobs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = rlhf_fast.token_logprobs(z, ids)
+        assert got.logprobs.dtype is torch.float32 and torch.equal(got.entropy, expected.entropy)
+    mapped = torch.vmap(lambda a, b: rlhf_fast.token_logprobs(a, b).logprobs)(z, ids)
+    assert torch.equal(mapped, expected.logprobs)
+
+
+def test_meta_tensors_have_shapes_and_no_data():
+    out = rlhf_fast.token_logprobs(
+        torch.zeros(2, 3, 8, device="meta", dtype=torch.bfloat16),
+        torch.zeros(2, 3, device="meta", dtype=torch.int64),
+    )
+    assert (
+        out.logprobs.shape == (2, 3) and out.logprobs.is_meta and out.logprobs.dtype is torch.float32 and out.kl is None
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_do_not_depend_on_batch_threads_or_address(dtype):
+    kwargs = reference.sample((40,), 3001, dtype=dtype)
+    torch.set_num_threads(2)
+    whole = stats(kwargs)
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, stats(kwargs), strict=True))
+    g = torch.Generator().manual_seed(5)
+    weights = [torch.randn(40, generator=g, dtype=torch.float64) for _ in range(4)]
+    for i in (0, 19, 39):
+        shifted = torch.zeros(3004, dtype=dtype)[3:]  # another alignment
+        shifted.copy_(kwargs["logits"][i])
+        one = {k: v[i : i + 1] for k, v in kwargs.items()}
+        one["logits"] = shifted[None].requires_grad_()
+        out = rlhf_fast.token_logprobs(**one)
+        (grad,) = torch.autograd.grad(
+            sum((x * w[i].to(x.dtype)).sum() for x, w in zip(out, weights, strict=True)), one["logits"]
+        )
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole, [*out, grad], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 8.0], ids=str)
+def test_instruction_sets_agree(each_isa, dtype, softcap):
+    kwargs = reference.sample((5,), 4200, dtype=dtype)
+    results = dict(each_isa(lambda: stats(kwargs, temperature=0.9, softcap=softcap)))
+    best = results[next(iter(results))]
+    largest = max(float(x.abs().max()) for x in best[:4])
+    for name, found in results.items():
+        for a, b in zip(best[:4], found[:4], strict=True):
+            assert (a.double() - b.double()).abs().max() <= tolerances.ISA * largest, name
+        floor = max(tolerances.ISA, tolerances.FLOOR[dtype])  # the gradient is rounded to dtype
+        assert (best[4].double() - found[4].double()).abs().max() <= floor * best[4].double().abs().max(), name
+    if dtype is torch.float64:
+        assert all(torch.equal(a, b) for found in results.values() for a, b in zip(best, found, strict=True))
+    if {"avx2", "avx512"} <= results.keys():
+        assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity_of_the_scalar_kernels(native, dtype):
+    before = native.isa()
+    native.select_isa("scalar")
+    try:
+        assert_all_parity(*three(reference.sample((5,), 333, dtype=dtype), softcap=20.0))
+    finally:
+        native.select_isa(before)
+
+
+def test_threads_may_call_at_the_same_time():
+    kwargs = reference.sample((30,), 2000)
+    expected, wrong = stats(kwargs), []
+
+    def work():
+        for _ in range(5):
+            if not all(torch.equal(a, b) for a, b in zip(expected, stats(kwargs), strict=True)):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def _in_child(queue, kwargs):
+    torch.set_num_threads(1)
+    queue.put([x.tolist() for x in rlhf_fast.token_logprobs(**kwargs)])
+
+
+def test_a_forked_child_completes():
+    kwargs = reference.sample((40,), 2000)
+    torch.set_num_threads(2)
+    expected = [x.tolist() for x in rlhf_fast.token_logprobs(**kwargs)]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(queue, kwargs))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join(timeout=60)
+    assert child.exitcode == 0
+
+
+def test_simd_objects_define_no_weak_symbols():
+    """A weak symbol compiled with AVX-512 could be the copy that an older processor runs."""
+    objects = sorted(Path(__file__).parents[2].glob("build/temp*/cpu/token_logprobs.*.o"))
+    if not objects:
+        pytest.skip("the object files of the build are not here (installed package)")
+    for path in objects:
+        symbols = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout
+        assert not [line for line in symbols.splitlines() if line.split()[-2] in "WVwvu"], path.name

@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import tolerances
+import torch
+from parity import assert_parity, double
+
+from rlhf_fast.losses import LEVELS, RECIPES, SURROGATES, policy_loss, preference_loss
+from rlhf_fast.ops import kl_estimate, ppo_loss
+from rlhf_fast.preference import KINDS
+from rlhf_fast.reference import ppo_loss as sample_source
+
+
+def batch(shape=(6, 41), dtype=torch.float32, seed=0):
+    kwargs = sample_source.sample(shape, dtype=dtype, seed=seed)
+    return {k: kwargs[k] for k in ("logprobs", "old_logprobs", "advantages", "mask", "ref_logprobs")}
+
+
+def run(recipe, kwargs, **options):
+    leaf = kwargs["logprobs"].clone().requires_grad_()
+    out = policy_loss(recipe, **{**kwargs, "logprobs": leaf}, **options)
+    return out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0], out.stats
+
+
+def single(ratios, advantage, recipe, **options):
+    """One sequence with the given log-ratios: (loss, gradient, stats)."""
+    log_ratio = torch.tensor([ratios], dtype=torch.float64)
+    kwargs = {
+        "logprobs": log_ratio,
+        "old_logprobs": torch.zeros_like(log_ratio),
+        "advantages": torch.full_like(log_ratio, advantage),
+        "mask": torch.ones_like(log_ratio, dtype=torch.bool),
+    }
+    return run(recipe, kwargs, **options)
+
+
+@pytest.mark.parametrize("recipe", ["ppo", "ppo_dual_clip", "grpo", "dapo"])
+def test_the_fused_loss_and_the_recipe_agree(recipe):
+    rules = RECIPES[recipe]
+    for dtype in (torch.float64, torch.float32):
+        kwargs = batch(dtype=dtype)
+        leaf = kwargs["logprobs"].clone().requires_grad_()
+        fused = ppo_loss(
+            **{**kwargs, "logprobs": leaf}, clip=rules.clip, dual_clip=rules.dual_clip, kl_coef=0.1,
+            kl_kind=rules.kl_kind, reduction=rules.reduction,
+        )  # fmt: skip
+        loss, grad, stats = run(recipe, kwargs, kl_coef=0.1)
+        truth = run(recipe, double(kwargs), kl_coef=0.1)
+        assert_parity(1 + fused.loss.detach(), 1 + truth[0], 1 + loss)  # at the size of a term: the terms cancel
+        assert_parity(torch.autograd.grad(fused.loss, leaf)[0], truth[1], grad)
+        for name in stats:
+            assert_parity(1 + fused.stats[name], 1 + truth[2][name], 1 + stats[name], name)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradcheck_of_every_recipe(recipe):
+    kwargs = batch((3, 6), torch.float64)
+    leaf = kwargs["logprobs"].requires_grad_()
+    if RECIPES[recipe].surrogate == "cispo":  # the ratio is a constant weight, so freeze it for the finite differences
+        weight = (leaf - kwargs["old_logprobs"]).detach().exp().clamp(0, 5)
+        expected = -(weight * kwargs["advantages"]).where(kwargs["mask"], 0.0) / kwargs["mask"].sum()
+        torch.testing.assert_close(run(recipe, {**kwargs, "logprobs": leaf.detach()})[1], expected)
+        return
+    if (
+        RECIPES[recipe].level == "sequence"
+    ):  # the token form has the value, and per token the gradient, of the sequence ratio
+        lengths = kwargs["mask"].sum(1, keepdim=True).clamp(min=1)
+        A = kwargs["advantages"] = torch.randn(3, dtype=torch.float64)
+
+        def direct(logprobs):
+            s = ((logprobs - kwargs["old_logprobs"]).where(kwargs["mask"], 0.0).sum(1) / lengths[:, 0]).exp()
+            return torch.maximum(-A * s, -A * s.clamp(1 - 3e-4, 1 + 4e-4)).mean()
+
+        expected = torch.autograd.grad(direct(leaf), leaf)[0]
+        loss, grad, _ = run(recipe, {**kwargs, "logprobs": leaf.detach()})
+        torch.testing.assert_close(loss, direct(leaf).detach())
+        torch.testing.assert_close(grad, expected)
+        return
+    call = lambda x: policy_loss(recipe, **{**kwargs, "logprobs": x}, kl_coef=0.2).loss
+    assert torch.autograd.gradcheck(call, leaf, **tolerances.GRADCHECK)
+
+
+def test_worked_values_of_sequence_ratios():
+    ratios = [0.1, -0.2, 0.3]
+    assert single(ratios, 1.0, "gspo", clip=(0.5, 0.5))[0].item() == pytest.approx(-1.0689391, abs=6e-8)
+    assert single(ratios, 1.0, "rloo", clip=(0.5, 0.5))[0].item() == pytest.approx(-1.2214028, abs=6e-8)
+    assert single(ratios, 1.0, "gmpo", clip=0.2)[0].item() == pytest.approx(-1.0338951, abs=6e-8)
+    assert single(ratios, -1.0, "gmpo", clip=0.2)[0].item() == pytest.approx(1.0689391, abs=6e-8)
+
+
+def test_worked_values_of_surrogates():
+    log = math.log
+    assert single([log(1.5)], 1.0, "dapo")[0].item() == pytest.approx(-1.28)
+    assert single([log(5.0)], -1.0, "ppo_dual_clip")[0].item() == pytest.approx(3.0)
+    assert single([log(5.0)], -1.0, "ppo")[0].item() == pytest.approx(5.0)
+    loss, grad, _ = single([0.0], 1.0, "sapo")
+    assert loss.item() == pytest.approx(-2.0) and grad.item() == pytest.approx(-1.0)  # value 2 / tau, slope 1
+    assert single([0.0], -1.0, "sapo")[0].item() == pytest.approx(2 / 1.05)
+
+
+def test_cispo_caps_the_weight_relative_to_one_and_keeps_every_gradient():
+    _, grad, stats = single([2.0], 1.0, "cispo")
+    assert grad.item() == pytest.approx(-5.0) and stats["clip_fraction"] == 1
+    assert single([2.0], 1.0, "cispo", clip=(0.2, 0.2))[1].item() == pytest.approx(-1.2)
+    assert single([-2.0], 1.0, "cispo")[1].item() == pytest.approx(-math.exp(-2.0))  # no lower cap by default
+
+
+def test_worked_values_of_the_aggregations():
+    token_loss = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0], [7.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    zeros = torch.zeros(3, 3)
+    for recipe, expected in (
+        ("ppo", 3.6667),
+        ("bnpo", 3.6667),
+        ("dapo", 3.6667),
+        ("grpo", 4.1667),
+        ("dr_grpo", 2.4444),
+    ):
+        got = policy_loss(recipe, zeros, None, -token_loss, mask).loss.item()
+        assert got == pytest.approx(expected, abs=tolerances.WORKED4), recipe
+    summed = policy_loss("ppo", zeros, None, -token_loss, mask, reduction="seq-mean-token-sum").loss.item()
+    assert summed == pytest.approx(7.3333, abs=tolerances.WORKED4)
+
+
+def test_the_constant_reduction_does_not_scale_with_the_batch():
+    # verl's seq-mean-token-sum-norm lacks the batch mean: its loss doubles when the batch does.
+    kwargs = batch()
+    twice = {k: torch.cat([v, v]) for k, v in kwargs.items()}
+    for recipe in RECIPES:
+        torch.testing.assert_close(run(recipe, twice)[0], run(recipe, kwargs)[0], msg=recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_micro_batches_that_share_a_normalizer_add_up_to_the_one_shot_gradient(recipe):
+    kwargs = batch(dtype=torch.float64)
+    reduction = RECIPES[recipe].reduction
+    count = {"token-mean": kwargs["mask"].sum(), "constant": torch.tensor(kwargs["mask"].numel())}
+    normalizer = count.get(reduction, kwargs["mask"].any(1).sum()).double()
+    whole = run(recipe, kwargs, kl_coef=0.1)
+    parts = [
+        run(recipe, {k: v[i : i + 2] for k, v in kwargs.items()}, kl_coef=0.1, normalizer=normalizer) for i in (0, 2, 4)
+    ]
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), whole[1])
+    torch.testing.assert_close(sum(p[0] for p in parts), whole[0])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_on_policy_every_recipe_has_the_reinforce_gradient(recipe):
+    kwargs = batch(dtype=torch.float64)
+    kwargs.pop("ref_logprobs")
+    kwargs["advantages"] = torch.randn(6, dtype=torch.float64)  # one per sequence: where all ratio levels agree
+    mask, A = kwargs["mask"], kwargs["advantages"][:, None]
+    lengths = mask.sum(1, keepdim=True)
+    weight = {
+        "token-mean": 1 / mask.sum(),
+        "seq-mean-token-mean": 1 / (lengths * 6),
+        "seq-mean-token-sum": torch.tensor(1 / 6),
+        "constant": torch.tensor(1 / mask.numel()),
+    }[RECIPES[recipe].reduction]
+    if RECIPES[recipe].level == "product":
+        weight = torch.tensor(1 / 6)  # the ratio of the whole answer moves with every token
+    got = run(recipe, {**kwargs, "old_logprobs": None})[1]
+    torch.testing.assert_close(got, (-A * weight).where(mask, 0.0).double())
+    assert torch.equal(got, run(recipe, {**kwargs, "old_logprobs": kwargs["logprobs"].clone()})[1])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_policy_equal_to_reference_recovers_the_loss_without_kl(recipe):
+    kwargs = batch()
+    kwargs["ref_logprobs"] = kwargs["logprobs"].clone()
+    bare = {k: v for k, v in kwargs.items() if k != "ref_logprobs"}
+    a, b, c = run(recipe, kwargs, kl_coef=0.5), run(recipe, kwargs), run(recipe, bare)
+    assert torch.equal(a[0], c[0]) and torch.equal(a[1], c[1]) and torch.equal(b[0], c[0]) and a[2]["kl"] == 0
+
+
+def test_the_kl_term_is_the_estimator_reduced_like_the_policy_term():
+    kwargs = batch(dtype=torch.float64)
+    for kind in ("k1", "k2", "k3", "k3+", "abs"):
+        kl = kl_estimate(kwargs["logprobs"], kwargs["ref_logprobs"], kind, clamp=(20.0, 10.0), mask=kwargs["mask"])
+        added = run("ppo", kwargs, kl_coef=0.3, kl_kind=kind, kl_clamp=(20.0, 10.0))[0] - run("ppo", kwargs)[0]
+        torch.testing.assert_close(added, 0.3 * kl.sum() / kwargs["mask"].sum())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_masked_tokens_are_never_read_and_packed_equals_padded(recipe):
+    kwargs = batch()
+    lengths = torch.tensor([41, 17, 0, 1, 41, 30])
+    inside = torch.arange(41)[None] < lengths[:, None]
+    kwargs["mask"] &= inside
+    loss, grad, _ = run(recipe, kwargs, kl_coef=0.1)
+    dirty = {k: v.clone() for k, v in kwargs.items()}
+    for k in ("logprobs", "old_logprobs", "advantages", "ref_logprobs"):
+        dirty[k][~kwargs["mask"]] = float("nan")
+    poisoned = run(recipe, dirty, kl_coef=0.1)
+    assert torch.equal(poisoned[0], loss) and torch.equal(poisoned[1], grad) and not grad[~kwargs["mask"]].any()
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    normalizer = float(kwargs["mask"].numel()) if RECIPES[recipe].reduction == "constant" else None
+    packed = run(
+        recipe, {k: v[inside] for k, v in kwargs.items()}, kl_coef=0.1, cu_seqlens=cu_seqlens, normalizer=normalizer
+    )
+    torch.testing.assert_close(packed[0], loss, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(packed[1], grad[inside], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_everything_masked_gives_zero_loss_and_zero_gradient(recipe):
+    kwargs = batch()
+    kwargs["mask"][:] = False
+    loss, grad, stats = run(recipe, kwargs, kl_coef=0.1)
+    assert loss == 0 and not grad.any() and not stats.tensor.any()
+
+
+def test_importance_weights_scale_the_policy_term():
+    kwargs = batch()
+    half = run("grpo", kwargs, importance_weights=torch.full((6, 41), 0.5))
+    torch.testing.assert_close(half[0], 0.5 * run("grpo", kwargs)[0])
+
+
+def test_every_level_and_surrogate_of_the_tables_is_used_by_a_recipe():
+    assert {r.level for r in RECIPES.values()} == set(LEVELS)
+    assert {r.surrogate for r in RECIPES.values()} == set(SURROGATES)
+
+
+Z = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": "trpo"}, "'recipe' got 'trpo', expected one of 'ppo', 'ppo_dual_clip', 'grpo'"),
+        ({"mask": None}, "'mask' got NoneType"),
+        ({"mask": Z}, "'mask' got torch.float32"),
+        ({"logprobs": torch.zeros(6)}, r"'mask' got shape|'logprobs' got shape"),
+        ({"old_logprobs": torch.zeros(3, 2)}, "'old_logprobs' got shape"),
+        ({"advantages": torch.zeros(3)}, "'advantages' got shape"),
+        ({"clip": -1.0}, "'clip' got -1.0"),
+        ({"dual_clip": 0.5}, "'dual_clip' got 0.5"),
+        ({"kl_coef": 0.1}, "'ref_logprobs' got None"),
+        ({"kl_coef": float("nan")}, "'kl_coef' got nan"),
+        ({"kl_kind": "k7"}, "'kl_kind' got 'k7'"),
+        ({"reduction": "sum"}, "'reduction' got 'sum', expected one of .*'constant'"),
+        ({"normalizer": -1.0}, "'normalizer' got -1.0"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, "'logprobs' got shape"),
+    ],
+)
+def test_wrong_arguments_of_policy_loss_are_named(change, message):
+    kwargs = {
+        "recipe": "ppo", "logprobs": Z, "old_logprobs": Z, "advantages": Z, "mask": torch.ones(2, 3, dtype=torch.bool),
+        **change,
+    }  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match="policy_loss: argument " + message):
+        policy_loss(**kwargs)
+
+
+# logpi_w = -10, logpi_l = -12, reference -11 for both, lengths 5 and 8, beta .1: D = 2.
+W, L, REF = torch.tensor([-10.0]).double(), torch.tensor([-12.0]).double(), torch.tensor([-11.0]).double()
+LENGTHS = {"chosen_lengths": torch.tensor([5]), "rejected_lengths": torch.tensor([8])}
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def pair_options(kind):
+    """What a kind needs besides the log-probs."""
+    return {
+        **({"label_smoothing": 0.1} if "label_smoothing" in KINDS[kind].options else {}),
+        **(LENGTHS if KINDS[kind].per_token else {}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("dpo", {}, 0.5981389),
+        ("dpo", {"label_smoothing": 0.1}, 0.6181389),
+        ("cdpo", {"label_smoothing": 0.1}, 0.6181389),
+        ("robust", {"label_smoothing": 0.1}, (0.9 * 0.5981389 - 0.1 * 0.7981389) / 0.8),
+        ("ipo", {}, 9.0),
+        ("ipo", LENGTHS, (1 / 5 + 1 / 8 - 5) ** 2),
+        ("hinge", {}, 0.8),
+        ("nca", {}, -math.log(sigmoid(0.1)) - math.log(sigmoid(-0.1)) / 2 - math.log(sigmoid(0.1)) / 2),
+        ("bco", {}, -2 * math.log(sigmoid(0.1))),
+        ("bco", {"delta": 0.3}, -math.log(sigmoid(-0.2)) - math.log(sigmoid(0.4))),
+        ("apo_zero", {}, 1 - sigmoid(0.1) + sigmoid(-0.1)),
+        ("apo_down", {}, sigmoid(0.1) + 1 - sigmoid(0.2)),
+        ("sppo", {}, (1 - 5) ** 2 + (-1 + 5) ** 2),
+        ("aot", {}, 0.5981389),
+        ("dpop", {}, 0.5981389),
+        ("simpo", LENGTHS, -math.log(sigmoid(0.1 * (-2 + 1.5)))),
+        ("simpo", {**LENGTHS, "gamma": 0.5}, -math.log(sigmoid(0.1 * (-2 + 1.5) - 0.5))),
+        ("cpo", {}, 0.5981389 + 10),
+    ],
+)  # fmt: skip
+def test_worked_values_of_preference_losses(kind, options, expected):
+    refs = (REF, REF) if KINDS[kind].reference else ()
+    assert preference_loss(W, L, *refs, kind=kind, **options).loss.item() == pytest.approx(expected, abs=1e-7)
+
+
+def test_worked_values_of_exo_orpo_and_discopop():
+    q, e = sigmoid(0.2), 0.1
+    exo = q * math.log(q / (1 - e)) + (1 - q) * math.log((1 - q) / e)
+    assert preference_loss(W, L, REF, REF, kind="exo", label_smoothing=e).loss.item() == pytest.approx(exo)
+    a, b = -2.0, -1.5
+    odds = (a - b) - (math.log(1 - math.exp(a)) - math.log(1 - math.exp(b)))
+    assert preference_loss(W, L, kind="orpo", **LENGTHS).loss.item() == pytest.approx(2 - 0.1 * math.log(sigmoid(odds)))
+    gate = sigmoid(0.2 / 0.05)
+    expected = -(1 - gate) * math.log(sigmoid(0.2)) + gate * math.exp(-0.2)
+    assert preference_loss(W, L, REF, REF, kind="discopop").loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("dpo", math.log(2)),
+        ("cdpo", math.log(2)),
+        ("robust", math.log(2)),
+        ("ipo", 25.0),
+        ("hinge", 1.0),
+        ("aot", math.log(2)),
+    ],
+)
+def test_at_the_reference_the_losses_have_their_known_start(kind, expected):
+    x = -10 * torch.rand(7)
+    assert preference_loss(x, x - 1, x, x - 1, kind=kind).loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_ipo_differs_between_sums_and_means_per_token():
+    # OpenRLHF uses sums, TRL means: here the lengths say which.
+    sums = preference_loss(W, L, REF, REF, kind="ipo").loss
+    means = preference_loss(W, L, REF, REF, kind="ipo", **LENGTHS).loss
+    assert sums.item() == 9.0 and means.item() == pytest.approx(21.855625)
+
+
+def test_cdpo_without_smoothing_is_dpo_and_dpop_charges_a_falling_chosen_answer():
+    w, l, rw, rl = (-5 * torch.rand(9).double() for _ in range(4))
+    assert torch.equal(preference_loss(w, l, rw, rl, kind="cdpo").loss, preference_loss(w, l, rw, rl).loss)
+    fallen = preference_loss(rw - 1, l, rw, rl, kind="dpop", penalty=2.0).loss
+    logits = 0.1 * ((-1 - (l - rl)) - 2.0)
+    torch.testing.assert_close(fallen, -torch.nn.functional.logsigmoid(logits).mean())
+
+
+def test_aot_compares_the_sorted_rewards_and_leaves_masked_pairs_out():
+    w, l, zero = torch.tensor([3.0, 1.0, 9.0]), torch.tensor([0.0, 2.0, 9.0]), torch.zeros(3)
+    mask = torch.tensor([True, True, False])
+    got = preference_loss(w, l, zero, zero, kind="aot", beta=1.0, mask=mask).loss
+    expected = -torch.nn.functional.logsigmoid(torch.tensor([1.0 - 0.0, 3.0 - 2.0])).mean()
+    torch.testing.assert_close(got, expected)
+
+
+def test_rewards_are_beta_times_the_log_ratio_and_detached():
+    w = W.clone().requires_grad_()
+    out = preference_loss(w, L, REF, REF, beta=0.5)
+    assert out.chosen_rewards.item() == 0.5 and out.rejected_rewards.item() == -0.5
+    assert not out.chosen_rewards.requires_grad and out.loss.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_every_preference_loss(kind):
+    g = torch.Generator().manual_seed(1)
+    draw = lambda: -3 - torch.rand(5, generator=g, dtype=torch.float64)
+    w, l = draw().requires_grad_(), draw().requires_grad_()
+    refs = (draw(), draw()) if KINDS[kind].reference else ()
+    options = {k: v.expand(5) if isinstance(v, torch.Tensor) else v for k, v in pair_options(kind).items()}
+    call = lambda a, b: preference_loss(a, b, *refs, kind=kind, mask=torch.arange(5) != 2, **options).loss
+    assert torch.autograd.gradcheck(call, (w, l), **tolerances.GRADCHECK)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_pairs_are_never_read_and_the_order_does_not_matter(kind):
+    tensors = [-5 - torch.rand(6) for _ in range(4 if KINDS[kind].reference else 2)]
+    mask = torch.tensor([True, False, True, True, False, True])
+    options = {k: v.expand(6) if isinstance(v, torch.Tensor) else v for k, v in pair_options(kind).items()}
+    clean = preference_loss(*tensors, kind=kind, mask=mask, **options)
+    dirty = [x.where(mask, float("nan")).requires_grad_() for x in tensors]
+    got = preference_loss(*dirty, kind=kind, mask=mask, **options)
+    assert torch.equal(got.loss.detach(), clean.loss) and not got.chosen_rewards[~mask].any()
+    got.loss.backward()
+    assert dirty[0].grad.isfinite().all() and not dirty[0].grad[~mask].any()
+    assert all(x.grad is None for x in dirty[2:])
+    order = torch.randperm(6)
+    moved = preference_loss(*(x[order] for x in tensors), kind=kind, mask=mask[order], **options)
+    torch.testing.assert_close(moved.loss, clean.loss)
+    nothing = preference_loss(*tensors, kind=kind, mask=torch.zeros(6, dtype=torch.bool), **options)
+    assert nothing.loss == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_preference_losses_stay_finite_for_sure_pairs(kind):
+    refs = [torch.full((2,), -500.0)] * 2 if KINDS[kind].reference else []
+    options = {k: v.expand(2) if isinstance(v, torch.Tensor) else v for k, v in pair_options(kind).items()}
+    w = torch.tensor([-1e-8, -1000.0], requires_grad=True)
+    loss = preference_loss(w, torch.tensor([-1000.0, -1e-8]), *refs, kind=kind, beta=0.5, **options).loss
+    loss.backward()
+    assert loss.isfinite() and w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "dpoo"}, "'kind' got 'dpoo', expected one of 'dpo', 'cdpo', 'robust'"),
+        ({"beta": 0.0}, "'beta' got 0.0"),
+        ({"beta": -0.1}, "'beta' got -0.1"),
+        ({"beta": float("nan")}, "'beta' got nan"),
+        ({"label_smoothing": 0.5}, "'label_smoothing' got 0.5"),
+        (
+            {"kind": "ipo", "label_smoothing": 0.1},
+            r"'label_smoothing' got 0.1, expected 0.0 with kind 'ipo' \(only dpo, cdpo",
+        ),
+        ({"kind": "exo"}, "'label_smoothing' got 0.0, expected a number in"),
+        ({"gamma": 1.0}, "'gamma' got 1.0"),
+        ({"ref_chosen_logprobs": None}, "'ref_chosen_logprobs' got NoneType"),
+        ({"kind": "cpo"}, "'ref_chosen_logprobs' got a tensor, expected None: cpo takes no reference"),
+        ({"kind": "simpo", "ref_chosen_logprobs": None, "ref_rejected_logprobs": None}, "'chosen_lengths' got None"),
+        ({"chosen_lengths": torch.tensor([5])}, "'rejected_lengths' got None, .* the other lengths are given"),
+        ({"rejected_logprobs": torch.zeros(2)}, r"'rejected_logprobs' got shape \(2,\), expected \(1,\)"),
+        ({"chosen_logprobs": torch.zeros(1, 1)}, r"'chosen_logprobs' got shape \(1, 1\)"),
+        ({"mask": torch.ones(1)}, "'mask' got torch.float32"),
+    ],
+)
+def test_wrong_arguments_of_preference_loss_are_named(change, message):
+    kwargs = {
+        "chosen_logprobs": W, "rejected_logprobs": L, "ref_chosen_logprobs": REF, "ref_rejected_logprobs": REF, **change,
+    }  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match="preference_loss: argument " + message):
+        preference_loss(**kwargs)
