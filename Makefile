@@ -33,7 +33,9 @@ format: setup
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only -s $(ARGS)
+	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/memory.py --shared-layers 20
 
 clean:
 	rm -rf $(VENV) build *.egg-info rlhf_fast/_cpu*.so

@@ -57,6 +57,7 @@ def missing() -> str | None:
     return load()[1]
 
 
+@functools.cache
 def kernel(name: str) -> Callable[..., int]:
     """The function `name` of the compiled module; it takes the fields of its struct in csrc/cpu/ops.h by position."""
     module, reason = load()

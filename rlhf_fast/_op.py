@@ -86,9 +86,11 @@ class Op:
         OPS[name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _plain(args[0]):
+        first = args[0]
+        if torch.compiler.is_compiling() or not _plain(first):
             return self._packet(*args)
-        backend = self.select(args[0].device.type)
+        device = "cpu" if first.is_cpu else first.device.type  # device.type costs ten times as much
+        backend = self._chosen.get(device) or self.select(device)
         if self._function is not None and torch.is_grad_enabled():
             for i in self._differentiable:
                 if args[i] is not None and args[i].requires_grad:
@@ -220,7 +222,7 @@ def _first_derivative_only(name: str, backward: Callable[..., Any]) -> Callable[
         if not torch.is_grad_enabled():  # create_graph=True turns it on
             return found
         delayed = torch._C._functions.DelayedError(message, len(found))  # type: ignore[attr-defined]
-        return delayed(*(x if x is None else x.detach().requires_grad_() for x in found))
+        return delayed(*(x if x is None else x.detach().requires_grad_() for x in found))  # type: ignore[arg-type]
 
     return first
 

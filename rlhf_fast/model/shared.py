@@ -132,8 +132,16 @@ class SharedModel(nn.Module):
             raise ValueError(
                 f"SharedModel.from_pretrained: no local safetensors model at {str(path)!r}: {error}"
             ) from error
-        options = {"seed": seed, "gradient_checkpointing": gradient_checkpointing}
-        return cls(base, roles, lora, shared_layers, fold=fold, adapters=adapters, **options)
+        return cls(
+            base,
+            roles,
+            lora,
+            shared_layers,
+            fold=fold,
+            adapters=adapters,
+            seed=seed,
+            gradient_checkpointing=gradient_checkpointing,
+        )
 
     def train(self, mode: bool = True) -> SharedModel:
         """LoRA dropout follows `mode`; the base stays in eval mode, its own dropout never runs."""

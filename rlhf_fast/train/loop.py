@@ -219,11 +219,12 @@ class Run:
 
     def log(self, step: int, metrics: Mapping[str, float], tokens: int, text: str = "") -> None:
         """Write metrics (by log_every) and move the progress bar; `tokens` were processed in this step."""
+        self.monitor.advance(step + 1, tokens=tokens, text=text)
         skipped = {"skipped_updates": float(self.bad_steps)} if self.bad_steps else {}
         if (step + 1) % self.settings.log_every == 0 or step + 1 == self.total_steps:
             lr = {f"lr/{r}": g["lr"] for r, g in zip(self.rates, self.optimizer.param_groups, strict=True)}
-            self.monitor.log(step + 1, {**metrics, **lr, **skipped})
-        self.monitor.advance(step + 1, tokens=tokens, text=text)
+            rate = {"tokens_per_second": self.monitor.tokens_per_second}
+            self.monitor.log(step + 1, {**metrics, **lr, **skipped, **rate})
 
     def save(self, step: int) -> None:
         """A checkpoint that continues bit for bit."""
