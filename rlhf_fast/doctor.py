@@ -48,7 +48,7 @@ def grid() -> list[str]:
     table = backends()
     width = max(map(len, table))
     lines = []
-    for op, devices in table.items():
+    for op, devices in sorted(table.items()):
         for i, (device, cells) in enumerate(devices.items()):
             usable = ", ".join(name for name, available, _ in cells if available)
             lines.append(f"  {op if i == 0 else '':<{width}}  {device:<5} {usable}")
