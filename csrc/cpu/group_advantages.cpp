@@ -19,6 +19,7 @@ struct Groups {
   int64_t count = 0;
   int64_t* of;        // (n,) group of each sample, -1 where masked
   double *a, *b, *c;  // (n,) sums of each group
+  int64_t* first;     // (n,) first sample of each group
 
   explicit Groups(const GroupAdvantagesArgs& args) : mask(args.mask), n(args.n) {
     int64_t* table = args.scratch;  // group number + 1 of the id that hashes here; 0 = free
@@ -27,6 +28,7 @@ struct Groups {
     a = reinterpret_cast<double*>(keys + n);
     b = a + n;
     c = b + n;
+    first = reinterpret_cast<int64_t*>(c + n);
     memset(table, 0, sizeof(int64_t) * args.slots);
     for (int64_t i = 0; i < n; ++i) {
       if (mask && !mask[i]) {
@@ -39,6 +41,7 @@ struct Groups {
       while (table[h] && keys[table[h] - 1] != id) h = (h + 1) & (args.slots - 1);
       if (!table[h]) {
         keys[count] = id;
+        first[count] = i;
         table[h] = ++count;
       }
       of[i] = table[h] - 1;
@@ -77,12 +80,16 @@ void run(const GroupAdvantagesArgs& args) {
   T* out = static_cast<T*>(args.out);
   const Groups groups(args);
   double *a = groups.a, *b = groups.b, *c = groups.c;
-  const auto score = [&](int64_t i) { return static_cast<double>(r[i]); };
+  // Around the first score of the group, so that equal scores are zeros and leave no rounding to be scaled up.
+  const auto score = [&](int64_t i) {
+    return static_cast<double>(r[i]) - static_cast<double>(r[groups.first[groups.of[i]]]);
+  };
   const auto upstream = [&](int64_t i) { return static_cast<double>(grad[i]); };
 
   if (args.kind == kRemax) {
     const T* greedy = static_cast<const T*>(args.greedy);
-    return groups.write(out, [&](int64_t i, int64_t) { return grad ? upstream(i) : score(i) - greedy[i]; });
+    return groups.write(out,
+                        [&](int64_t i, int64_t) { return grad ? upstream(i) : static_cast<double>(r[i]) - greedy[i]; });
   }
   if (args.kind == kOpo) {  // r - sum(w r) / sum(w)
     const auto weight = [&](int64_t i) { return static_cast<double>(args.lengths[i]); };

@@ -124,7 +124,7 @@ struct GroupAdvantagesArgs {
   const int64_t* lengths;    // (n,), for opo
   const void* greedy;        // (n,) wide, for remax
   void* out;                 // (n,), wide: advantages, or the gradient of the scores
-  int64_t* scratch;          // (slots + 5 n,)
+  int64_t* scratch;          // (slots + 6 n,)
   int64_t n, slots;          // slots: a power of two >= 2 n
   int kind;                  // GroupKind of group_advantages.cpp
   bool unbiased;

@@ -90,7 +90,7 @@ def _run(grad, scores, group_ids, mask, lengths, greedy_scores, kind, unbiased, 
     out = torch.empty_like(tensors[1])
     n = out.shape[0]
     slots = 1 << max(1, (2 * n - 1).bit_length())  # a hash table of group ids, at most half full
-    scratch = torch.empty(slots + 5 * n, dtype=torch.int64)
+    scratch = torch.empty(slots + 6 * n, dtype=torch.int64)
     kernel("group_advantages")(
         *pointers(*tensors, out, scratch),
         n,

@@ -33,16 +33,19 @@ def group_advantages(
     ids, index = torch.unique(group_ids, return_inverse=True)
     sums = lambda x: torch.zeros(len(ids), dtype=r.dtype, device=r.device).index_add(0, index, x.where(real, 0.0))
     count = sums(torch.ones_like(r))[index].clamp(min=1)
+    if kind == "pass@k":
+        lead = [_best_minus_second(r, real, index == index[i], i) for i in range(len(r))]
+        return torch.stack(lead) if lead else r
+    # Around the lowest score of the group, so that equal scores are zeros and leave no rounding to be scaled up.
+    lowest = torch.full((len(ids),), torch.inf, dtype=r.dtype, device=r.device)
+    lowest = lowest.scatter_reduce(0, index, r.detach().where(real, torch.inf), "amin")
+    r = (r - lowest[index]).where(real, 0.0)
     if kind == "opo":
         assert lengths is not None
         weight = lengths.to(r.dtype).where(real, 0.0)
         total = sums(weight)[index]
         baseline = sums(weight * r)[index] / total.where(total > 0, 1.0)
         return (r - baseline).where(real & (total > 0), 0.0)
-    if kind == "pass@k":
-        return torch.stack([_best_minus_second(r, real, index == index[i], i) for i in range(len(r))] or [r.sum()])[
-            : len(r)
-        ]
     centred = (r - sums(r)[index] / count).where(real, 0.0)
     if kind == "dr_grpo":
         return centred

@@ -75,7 +75,7 @@ def test_worked_values():
     torch.testing.assert_close(got.advantages, expected, atol=tolerances.WORKED, rtol=0)
 
 
-def test_trl_puts_the_score_in_the_slot_after_the_last_token_and_trains_its_value():
+def test_item_21_trl_puts_the_score_in_the_slot_after_the_last_token_and_trains_its_value():
     values = torch.tensor([[0.5, 0.6, 0.7, 0.65, 9.0]])
     mask = torch.tensor([[True, True, True, False, False]])
     got = advantages(torch.tensor([1.0]), values, mask, whiten=False, dialect="trl")
@@ -156,7 +156,7 @@ def test_dialects_differ_in_what_their_tables_say():
             assert run["openrlhf"].rewards[i, t].item() == pytest.approx(clipped.item(), abs=1e-5)
 
 
-def test_advantages_are_whitened_over_real_tokens_and_masked_to_zero():
+def test_item_24_advantages_are_whitened_over_real_tokens_and_masked_to_zero():
     kwargs = reference.sample((16, 64))
     got = advantages(**kwargs, kl_coef=0.1).advantages
     real = got[kwargs["mask"]].double()
@@ -164,7 +164,7 @@ def test_advantages_are_whitened_over_real_tokens_and_masked_to_zero():
     assert not got[~kwargs["mask"]].any()
 
 
-def test_returns_are_computed_before_whitening():
+def test_item_25_returns_are_computed_before_whitening():
     kwargs = reference.sample((6, 33))
     raw, white = advantages(**kwargs, kl_coef=0.1, whiten=False), advantages(**kwargs, kl_coef=0.1)
     assert torch.equal(raw.returns, white.returns)

@@ -119,7 +119,7 @@ def test_bf16_inputs_are_computed_in_fp32():
         (5.0, -1.0, {"dual_clip": 3.0}, 3.0, False),
     ],
 )
-def test_worked_values_of_a_token_and_where_its_gradient_is_zero(ratio, advantage, options, loss, flows):
+def test_item_27_worked_values_of_the_ratio_clip_and_where_its_gradient_is_zero(ratio, advantage, options, loss, flows):
     logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     out = ppo_loss(
         logprobs, torch.zeros(1, 1).double(), torch.tensor([[advantage]]), torch.ones(1, 1, dtype=torch.bool), **options
@@ -167,7 +167,7 @@ def test_sequence_mean_weighs_a_short_answer_like_a_long_one_and_token_mean_does
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_micro_batches_that_share_a_normalizer_add_up_to_the_one_shot_gradient(reduction):
+def test_item_26_micro_batches_that_share_a_normalizer_add_up_to_the_one_shot_gradient(reduction):
     kwargs = reference.sample((8, 29))
     kwargs["mask"][3] = False
     sequences, tokens = kwargs["mask"].any(1).sum(), kwargs["mask"].sum()
@@ -221,7 +221,7 @@ def test_the_loss_is_the_sum_of_its_terms():
     torch.testing.assert_close(got["kl"], mean_kl)
 
 
-def test_value_clipping_and_its_fraction():
+def test_item_27_value_clipping_and_its_fraction():
     kwargs = core(reference.sample((1, 4)))
     kwargs["mask"][:] = True
     old, returns = torch.zeros(1, 4), torch.tensor([[1.0, 1.0, -1.0, 1.0]])
@@ -237,7 +237,7 @@ def test_value_clipping_and_its_fraction():
     assert torch.equal(free.loss, ppo_loss(**kwargs, values=values, returns=returns).loss)
 
 
-def test_explained_variance_is_zero_for_a_constant_critic_one_for_a_perfect_one_and_never_nan():
+def test_item_34_explained_variance_is_zero_for_a_constant_critic_one_for_a_perfect_one_and_never_nan():
     kwargs = core(reference.sample((1, 3)))
     kwargs["mask"][:] = True
     explained = lambda v, r: (
@@ -250,7 +250,7 @@ def test_explained_variance_is_zero_for_a_constant_critic_one_for_a_perfect_one_
     assert explained([3.0, 2.0, 1.0], [1.0, 2.0, 3.0]) == pytest.approx(-3.0)
 
 
-def test_statistics_are_masked_and_match_their_definitions():
+def test_item_33_statistics_are_masked_and_match_their_definitions():
     kwargs = double(reference.sample((6, 50)))
     got, real = run(kwargs, **FULL), kwargs["mask"]
     d = (kwargs["logprobs"] - kwargs["old_logprobs"])[real]
