@@ -1,0 +1,64 @@
+"""What pip gets to see: wheels with and without a compiler, and a source archive that can be built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIP = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "__pycache__", "*.so", "*.egg-info", ".*cache")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "rlhf_fast", ignore=SKIP)
+
+
+def wheel(source: Path, out: Path, *, compiler: bool, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`pip wheel` without isolation (so without a network), with or without a compiler to be found."""
+    env = {k: v for k, v in os.environ.items() if k != "CXX"} | environment
+    if not compiler:
+        env["PATH"] = str(Path(sys.executable).parent)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", out, source]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_says_so_once(source, tmp_path):
+    done = wheel(source, tmp_path, compiler=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(built).namelist()
+    assert "rlhf_fast/kernels/__init__.py" in names and "rlhf_fast/py.typed" in names
+    assert not any(n.endswith(".so") or n.startswith(("kernels/", "tests/")) for n in names)
+    assert (done.stdout + done.stderr).count("no C++ compiler was found") >= 1
+
+
+def test_a_required_native_build_without_a_compiler_is_an_error(source, tmp_path):
+    done = wheel(source, tmp_path, compiler=False, RLHF_FAST_REQUIRE_NATIVE="1")
+    assert done.returncode != 0 and "RLHF_FAST_REQUIRE_NATIVE=1, and no C++ compiler" in done.stdout + done.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_a_compiler_that_fails_falls_back_unless_native_is_required(source, tmp_path):
+    if shutil.which("false") is None:
+        pytest.skip("needs the command `false` as a broken compiler")
+    done = wheel(source, tmp_path, compiler=True, CXX="false")
+    assert done.returncode == 0 and "the C++ kernels did not build" in done.stdout + done.stderr
+    assert wheel(source, tmp_path, compiler=True, CXX="false", RLHF_FAST_REQUIRE_NATIVE="1").returncode != 0
+
+
+def test_the_source_archive_holds_all_that_the_build_reads(source, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    names = {n.partition("/")[2] for n in tarfile.open(archive).getnames()}
+    needed = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cpp")}
+    assert needed | {"kernels/__init__.py", "LICENSE", "pyproject.toml", "rlhf_fast/_op.py"} <= names
