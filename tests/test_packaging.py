@@ -59,6 +59,7 @@ def test_the_source_archive_holds_all_that_the_build_reads(source, tmp_path):
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=source, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
-    names = {n.partition("/")[2] for n in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as opened:
+        names = {n.partition("/")[2] for n in opened.getnames()}
     needed = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cpp")}
     assert needed | {"kernels/__init__.py", "LICENSE", "pyproject.toml", "rlhf_fast/_op.py"} <= names
