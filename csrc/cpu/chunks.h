@@ -7,6 +7,9 @@
 #include <string.h>
 
 #include "parallel.h"
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by inlined functions only
+#endif
 
 namespace rlhf_fast {
 namespace {
