@@ -63,7 +63,7 @@ class DemoConfig:
     """Review openings for SFT."""
     reward_pairs: int = 900
     """Pairs (positive, negative) for the reward model."""
-    ppo_steps: int = 16
+    ppo_steps: int = 20
     """Rollout batches of 64 completions."""
     prompts: int = 384
     """Held-out prompts of the evaluation."""
