@@ -1,5 +1,5 @@
-// The pybind11 module over the native core. Python passes the fields of an argument struct by position: addresses,
-// sizes and numbers. Nothing here knows torch.
+// The pybind11 module over the native core. Python passes the fields of an argument struct by position: tensors, sizes
+// and numbers. Nothing here knows torch: a tensor is what answers data_ptr(), and None is a null pointer.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -16,10 +16,20 @@ namespace {
 struct Field {
   PyObject* object;
 
+  void* address() const {
+    if (object == Py_None) return nullptr;
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    PyObject* number = PyObject_CallMethodNoArgs(object, data_ptr);
+    if (!number) return nullptr;  // the error stays set
+    void* found = PyLong_AsVoidPtr(number);
+    Py_DECREF(number);
+    return found;
+  }
+
   template <class T>
   operator T() const {
     if constexpr (std::is_pointer_v<T>) {
-      return static_cast<T>(PyLong_AsVoidPtr(object));
+      return static_cast<T>(address());
     } else if constexpr (std::is_same_v<T, bool>) {
       return PyObject_IsTrue(object) == 1;
     } else if constexpr (std::is_floating_point_v<T>) {
@@ -36,23 +46,31 @@ template <class T, class... F>
 struct CountFields<T, std::void_t<decltype(T{std::declval<F>()...})>, F...> : CountFields<T, void, F..., Field> {};
 
 template <class Args, size_t... I>
-Args fill(const py::args& values, std::index_sequence<I...>) {
-  Args args{Field{PyTuple_GET_ITEM(values.ptr(), I)}...};
-  if (PyErr_Occurred()) throw py::error_already_set();
-  return args;
+Args fill(PyObject* const* values, std::index_sequence<I...>) {
+  return Args{Field{values[I]}...};
 }
 
-template <class Args>
-void bind(py::module_& m, const char* name, int64_t (*KernelTable::*kernel)(const Args&)) {
-  constexpr size_t fields = CountFields<Args>::value;
-  m.def(name, [name, kernel](const py::args& values) {
-    if (values.size() != fields)
-      throw py::type_error(std::string(name) + ": got " + std::to_string(values.size()) + " fields, expected " +
-                           std::to_string(fields));
-    const Args args = fill<Args>(values, std::make_index_sequence<fields>());
-    py::gil_scoped_release release;
-    return (active_isa()->kernels->*kernel)(args);
-  });
+// One kernel as a plain C function of Python: half the cost of a call through pybind11's dispatcher, which matters for
+// ops on a few tokens.
+template <class Args, int64_t (*KernelTable::*kernel)(const Args&)>
+PyObject* call(PyObject* name, PyObject* const* values, Py_ssize_t count) {
+  constexpr Py_ssize_t fields = CountFields<Args>::value;
+  if (count != fields) return PyErr_Format(PyExc_TypeError, "%U: got %zd fields, expected %zd", name, count, fields);
+  const Args args = fill<Args>(values, std::make_index_sequence<fields>());
+  if (PyErr_Occurred()) return nullptr;
+  const auto run = active_isa()->kernels->*kernel;
+  PyThreadState* state = PyEval_SaveThread();  // other threads run meanwhile
+  const int64_t refused = run(args);
+  PyEval_RestoreThread(state);
+  return PyLong_FromLongLong(refused);
+}
+
+template <class Args, int64_t (*KernelTable::*kernel)(const Args&)>
+void bind(py::module_& m, const char* name) {
+  static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call<Args, kernel>)),
+                               METH_FASTCALL, nullptr};
+  const py::str self(name);
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(&method, self.ptr()));
 }
 
 }  // namespace
@@ -88,7 +106,7 @@ PYBIND11_MODULE(_cpu, m) {
         throw py::value_error("unknown instruction set '" + name + "', expected one of " + known);
       },
       "Force one instruction set by name");
-#define RLHF_FAST_BIND(name, Args) bind<Args>(m, #name, &KernelTable::name);
+#define RLHF_FAST_BIND(name, Args) bind<Args, &KernelTable::name>(m, #name);
   RLHF_FAST_KERNELS(RLHF_FAST_BIND)
 #undef RLHF_FAST_BIND
 }

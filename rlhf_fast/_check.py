@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+_FP32 = torch.float32
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -56,25 +58,47 @@ def device(op: str, argument: str, x: Tensor, other: Tensor, like: str) -> None:
 
 def like(op: str, argument: str, x: object, other: Tensor, name: str) -> None:
     """`x` is a float tensor with the shape and the device of `other`."""
-    if isinstance(x, Tensor) and x.shape == other.shape and x.device == other.device and x.dtype in FLOATS:
-        return
-    floating(op, argument, x)
-    shape(op, argument, x, other.shape, name)  # type: ignore[arg-type]
-    device(op, argument, x, other, name)  # type: ignore[arg-type]
+    alike(op, other, name, {argument: x})
+
+
+def alike(op: str, other: Tensor, name: str, tensors: Mapping[str, object]) -> bool:
+    """Every one of `tensors` is float and has the shape and the device of `other`.
+
+    Returns whether all of them, and `other`, are fp32 and contiguous: what the kernels take as it is.
+    """
+    expected, place, on_cpu = other.shape, other.device, other.is_cpu  # is_cpu: a third of the cost of device
+    ready = other.dtype is _FP32 and other.is_contiguous()
+    for x in tensors.values():
+        if (
+            type(x) is not Tensor
+            or x.dtype is not _FP32
+            or x.shape != expected
+            or not (x.is_cpu if on_cpu else x.device == place)
+        ):
+            break
+        ready = ready and x.is_contiguous()
+    else:
+        return ready
+    for argument, x in tensors.items():
+        floating(op, argument, x)
+        shape(op, argument, x, expected, name)  # type: ignore[arg-type]
+        device(op, argument, x, other, name)  # type: ignore[arg-type]
+    return False
 
 
 def mask_like(op: str, x: Tensor | None, other: Tensor, name: str, argument: str = "mask") -> Tensor | None:
-    """Checked mask with the shape of `other`, as bool; None stays None (every position is real)."""
+    """Checked mask with the shape of `other`, bool and contiguous; None stays None (every position is real)."""
     if x is None:
         return None
-    if type(x) is Tensor and x.dtype is torch.bool and x.shape == other.shape and x.device == other.device:
-        return x
+    near = other.is_cpu and x.is_cpu if type(x) is Tensor else False  # is_cpu is a third of the cost of device
+    if near and x.dtype is torch.bool and x.shape == other.shape:
+        return x if x.is_contiguous() else x.contiguous()
     boolean(op, argument, x)
     if x.shape != other.shape:
         shape(op, argument, x, other.shape, name)
     if x.device != other.device:
         device(op, argument, x, other, name)
-    return x if x.dtype is torch.bool else x != 0
+    return (x if x.dtype is torch.bool else x != 0).contiguous()
 
 
 def number(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf_fast import _env
 
-ABI = 1
+ABI = 2
 """Version of the argument structs in csrc/cpu/ops.h; the module carries the one it was built with."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -83,16 +83,12 @@ def missing() -> str | None:
 
 @functools.cache
 def kernel(name: str) -> Callable[..., int]:
-    """The function `name` of the compiled module; it takes the fields of its struct in csrc/cpu/ops.h by position."""
+    """The function `name` of the compiled module; it takes the fields of its struct in csrc/cpu/ops.h by position,
+    tensors (or None) for the pointers. What they point to is the caller's to check."""
     module, reason = load()
     if module is None:
         raise RuntimeError(f"rlhf_fast: kernel '{name}' is not available: {reason}")
     return getattr(module, name)
-
-
-def pointers(*tensors: Tensor | None) -> list[int]:
-    """Addresses for a kernel; 0 for None."""
-    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -46,6 +46,10 @@ def cpp(fn: Callable[..., Any]) -> Backend:
 class Op:
     """A registered op. Calling it picks the backend; `backward` makes it differentiable.
 
+    A cell finds its tensors contiguous, from the checks of the public function or, below the dispatcher, from here; only the
+    upstream gradients of a backward may have any strides. An op with `strided` takes any strides everywhere. A cell may
+    return None for a result that nobody asked for; below the dispatcher it becomes an empty tensor, as the schema wants.
+
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` follow torch.library.register_autograd; a backward must
     itself be made of ops, since torch.compile traces it. Inputs that are tensors come first in the schema.
 
@@ -65,6 +69,7 @@ class Op:
         backward: Callable[..., Any] | None = None,
         differentiable: Sequence[int] = (),
         gradients_in_forward: bool = False,
+        strided: bool = False,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -72,6 +77,7 @@ class Op:
         self.backends = (*backends, Backend("reference", "*", reference))
         self._differentiable = tuple(differentiable)
         self._gradients_in_forward = gradients_in_forward
+        self._strided = strided
         if gradients_in_forward:
             setup_context, backward = self._setup_scaling, _scale_gradients
         self._chosen: dict[str, Backend] = {}
@@ -128,8 +134,12 @@ class Op:
         raise RuntimeError(f"{self.name}: backend '{forced}' was forced and is not available: {why}")
 
     def _below_autograd(self, *args: Any) -> Any:
-        first = args[0]
-        return self.select(first.device.type).fn(*args)
+        if not self._strided:
+            args = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
+        found = self.select(args[0].device.type).fn(*args)
+        if type(found) is tuple:
+            return tuple(found[0].new_empty(0) if x is None else x for x in found)
+        return found
 
     def _setup_scaling(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         _, stats, grads = output

@@ -322,7 +322,7 @@ def test_worked_values_of_exo_orpo_and_discopop():
         ("aot", math.log(2)),
     ],
 )
-def test_at_the_reference_the_losses_have_their_known_start(kind, expected):
+def test_item_39_at_the_reference_the_losses_have_their_known_start(kind, expected):
     x = -10 * torch.rand(7)
     assert preference_loss(x, x - 1, x, x - 1, kind=kind).loss.item() == pytest.approx(expected, rel=1e-6)
 

@@ -11,7 +11,7 @@
 
 namespace rlhf_fast {
 
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 struct GaeArgs {
   const void* rewards;        // (rows, length) or (cu_seqlens[rows],), wide
@@ -177,6 +177,17 @@ struct PpoLossArgs {
   int threads;
 };
 
+enum Limit { kRead, kCopy, kExp };
+
+struct MachineLimitArgs {
+  const void* in;  // (n,) float, aligned to 64 bytes
+  void* out;       // as in
+  int64_t n;
+  int kind;         // Limit
+  int64_t repeats;  // of kExp
+  int threads;
+};
+
 // Row i of the logits starts at (i / inner) * outer_stride + (i % inner) * inner_stride; the vocabulary has stride 1.
 // A masked row is never read, nor are its id and temperature.
 struct TokenLogprobsArgs {
@@ -226,6 +237,7 @@ struct TokenLogprobsBackwardArgs {
   KERNEL(group_advantages, GroupAdvantagesArgs)              \
   KERNEL(kl_estimate, KlEstimateArgs)                        \
   KERNEL(kl_estimate_backward, KlEstimateBackwardArgs)       \
+  KERNEL(machine_limit, MachineLimitArgs)                    \
   KERNEL(ppo_loss, PpoLossArgs)                              \
   KERNEL(reward_loss, RewardLossArgs)                        \
   KERNEL(token_logprobs, TokenLogprobsArgs)                  \

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     summary = summary_table(outcomes)
     (folder / "summary.md").write_text(summary, encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(summary_rows(outcomes), indent=1), encoding="utf-8")
-    console.print(f"\n{summary}")
+    print(f"\n{summary}")  # as it is: a console would wrap the rows of the table
     return 0
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast._types import Advantages
 from rlhf_fast.dialects import dialect as dialect_of
@@ -83,11 +83,10 @@ def advantages(
     if (logprobs is None) != (ref_logprobs is None):
         missing, given = ("logprobs", "ref_logprobs") if logprobs is None else ("ref_logprobs", "logprobs")
         raise _check.error(ValueError, op, missing, None, f"a tensor, since {given} is given")
-    if logprobs is not None:
-        _check.like(op, "logprobs", logprobs, values, "values")
-        _check.like(op, "ref_logprobs", ref_logprobs, values, "values")
-    elif kl_coef:
+    if logprobs is None and kl_coef:
         raise _check.error(ValueError, op, "kl_coef", kl_coef, "0 without logprobs and ref_logprobs")
+    given = {} if logprobs is None else {"logprobs": logprobs, "ref_logprobs": ref_logprobs}
+    ready = _check.alike(op, values, "values", given)
     if bootstrap is not None:
         _check.floating(op, "bootstrap", bootstrap)
         _check.shape(op, "bootstrap", bootstrap, (rows,), "one value per sequence")
@@ -100,9 +99,10 @@ def advantages(
         gap = rules.gap
     else:
         _check.choice(op, "gap", gap, ("carry", "decay"))
-    scores, values, logprobs, ref_logprobs, bootstrap = _check.common_wide(  # type: ignore[assignment]
-        scores, values, logprobs, ref_logprobs, bootstrap
-    )
+    if not (ready and bootstrap is None and scores.dtype is torch.float32 and scores.is_contiguous()):
+        scores, values, logprobs, ref_logprobs, bootstrap = _check.common_wide(  # type: ignore[assignment]
+            scores, values, logprobs, ref_logprobs, bootstrap
+        )
     return Advantages(
         *_advantages(
             scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, per_token, kl_coef, kl_kind,
@@ -130,18 +130,15 @@ def _forward(
     scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, token_scores, kl_coef, kl_kind, clamp_in,
     clamp_out, score_clip, after_last, gamma, lam, decay_gaps, whiten, unbiased, floor_variance,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    values, mask = values.contiguous(), mask.contiguous()
-    scores, logprobs, ref_logprobs, bootstrap = map(contiguous, (scores, logprobs, ref_logprobs, bootstrap))
-    outputs = [torch.empty_like(values) for _ in range(4)]
-    padded = cu_seqlens is None
-    rows, length = values.shape if padded else (cu_seqlens.shape[0] - 1, 0)
+    outputs = torch.empty_like(values), torch.empty_like(values), torch.empty_like(values), torch.empty_like(values)
+    rows, length = values.shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 0)
     kernel("advantages")(
-        *pointers(scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, *outputs),
+        scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, *outputs,
         rows, length, values.numel(), token_scores, kl_coef, ALL_KINDS.index(kl_kind) % len(KINDS), clamp_in, clamp_out,
         score_clip, after_last, gamma, lam, decay_gaps, whiten, unbiased, floor_variance, WHITEN_EPS,
         values.dtype is torch.float64, torch.get_num_threads(),
     )  # fmt: skip
-    return tuple(outputs)
+    return outputs
 
 
 def _backward_cpp(
@@ -151,7 +148,6 @@ def _backward_cpp(
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """The adjoint, step by step with the kernels of the single ops: whiten, gae, placement, KL."""
     f64, threads = values.dtype is torch.float64, torch.get_num_threads()
-    mask = mask.contiguous()
     valued = with_slot_after(mask, cu_seqlens) if after_last else mask
     rows, length = values.shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 0)
     grad = grad_advantages.contiguous().where(mask, 0.0)
@@ -162,13 +158,13 @@ def _backward_cpp(
         )  # fmt: skip
         upstream, grad = grad, torch.empty_like(raw)
         kernel("whiten_backward")(
-            *pointers(upstream, raw, mask, grad), raw.numel(), True, unbiased, floor_variance, WHITEN_EPS, f64, threads
+            upstream, raw, mask, grad, raw.numel(), True, unbiased, floor_variance, WHITEN_EPS, f64, threads
         )
     shaped, into_values = torch.empty_like(grad), torch.empty_like(grad)
     into_bootstrap = grad.new_empty(rows)
     grad_returns = grad_returns.contiguous()
     kernel("gae_backward")(
-        *pointers(grad, grad_returns, valued, cu_seqlens, shaped, into_values, into_bootstrap),
+        grad, grad_returns, valued, cu_seqlens, shaped, into_values, into_bootstrap,
         rows, length, gamma, lam, decay_gaps, f64, threads,
     )  # fmt: skip
     shaped += grad_rewards  # rewards are an output too
@@ -183,10 +179,9 @@ def _backward_cpp(
     into_logprobs = into_ref = empty
     if logprobs is not None:
         upstream = (grad_kl - kl_coef * shaped).contiguous()
-        logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
         into_logprobs = torch.empty_like(logprobs)
         kernel("kl_estimate_backward")(
-            *pointers(upstream, logprobs, ref_logprobs, mask, into_logprobs), upstream.numel(),
+            upstream, logprobs, ref_logprobs, mask, into_logprobs, upstream.numel(),
             ALL_KINDS.index(kl_kind) % len(KINDS), kl_kind[-1] == "+", clamp_in, clamp_out, f64, threads,
         )  # fmt: skip
         into_ref = -into_logprobs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast.reference.gae import gae as reference
 
@@ -46,7 +46,7 @@ def gae(
     """
     if not isinstance(rewards, Tensor) or rewards.dtype not in _check.FLOATS:
         _check.floating("gae", "rewards", rewards)
-    _check.like("gae", "values", values, rewards, "rewards")
+    ready = _check.alike("gae", rewards, "rewards", {"values": values})
     mask = _check.mask_like("gae", mask, rewards, "rewards")
     gamma = _check.number("gae", "gamma", gamma, 0.0, 1.0)
     lam = _check.number("gae", "lam", lam, 0.0, 1.0)
@@ -69,7 +69,7 @@ def gae(
         _check.shape("gae", "bootstrap", bootstrap, rows, "one value per sequence")
         _check.device("gae", "bootstrap", bootstrap, rewards, "rewards")
         bootstrap = bootstrap.reshape(-1)
-    if rewards.dtype is not values.dtype or rewards.dtype is not torch.float32 or bootstrap is not None:
+    if not ready or bootstrap is not None:
         rewards, values, bootstrap = _check.common_wide(rewards, values, bootstrap)  # type: ignore[assignment]
     advantages, returns = _gae(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, gap == "decay")
     if advantages.shape != shape:
@@ -83,10 +83,15 @@ def _rows(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 
 def _forward(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, decay_gaps):  # type: ignore[no-untyped-def]
-    rewards, values, mask = rewards.contiguous(), values.contiguous(), contiguous(mask)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     kernel("gae")(
-        *pointers(rewards, values, mask, bootstrap, cu_seqlens, advantages, returns),
+        rewards,
+        values,
+        mask,
+        bootstrap,
+        cu_seqlens,
+        advantages,
+        returns,
         *_rows(rewards, cu_seqlens),
         gamma,
         lam,
@@ -99,12 +104,17 @@ def _forward(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, decay_gap
 
 def _backward_cpp(grad_advantages, grad_returns, mask, cu_seqlens, gamma, lam, decay_gaps):  # type: ignore[no-untyped-def]
     grad_advantages, grad_returns = grad_advantages.contiguous(), grad_returns.contiguous()
-    mask = contiguous(mask)
     grad_rewards, grad_values = torch.empty_like(grad_advantages), torch.empty_like(grad_advantages)
     rows, length = _rows(grad_advantages, cu_seqlens)
     grad_bootstrap = grad_advantages.new_empty(rows)
     kernel("gae_backward")(
-        *pointers(grad_advantages, grad_returns, mask, cu_seqlens, grad_rewards, grad_values, grad_bootstrap),
+        grad_advantages,
+        grad_returns,
+        mask,
+        cu_seqlens,
+        grad_rewards,
+        grad_values,
+        grad_bootstrap,
         rows,
         length,
         gamma,

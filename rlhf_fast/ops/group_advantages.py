@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast.reference.group_advantages import KINDS
 from rlhf_fast.reference.group_advantages import group_advantages as reference
@@ -66,10 +66,10 @@ def group_advantages(
         greedy_scores = greedy_scores.detach()  # type: ignore[union-attr]
     else:
         greedy_scores = None
-    if scores.dtype is not torch.float32 or greedy_scores is not None:
+    if scores.dtype is not torch.float32 or greedy_scores is not None or not scores.is_contiguous():
         scores, greedy_scores = _check.common_wide(scores, greedy_scores)  # type: ignore[assignment]
-    if group_ids.dtype is not torch.int64:
-        group_ids = group_ids.long()
+    if group_ids.dtype is not torch.int64 or not group_ids.is_contiguous():
+        group_ids = group_ids.long().contiguous()
     shape = scores.shape
     if len(shape) == 1:
         return _group_advantages(scores, group_ids, mask, lengths, greedy_scores, kind, bool(unbiased), eps)
@@ -81,18 +81,24 @@ def _lengths(lengths: Tensor | None, scores: Tensor) -> Tensor:
     _check.integer("group_advantages", "lengths", lengths)
     _check.shape("group_advantages", "lengths", lengths, scores.shape, "scores")  # type: ignore[arg-type]
     _check.device("group_advantages", "lengths", lengths, scores, "scores")  # type: ignore[arg-type]
-    return lengths.long()  # type: ignore[union-attr]
+    return lengths.long().contiguous()  # type: ignore[union-attr]
 
 
 def _run(grad, scores, group_ids, mask, lengths, greedy_scores, kind, unbiased, eps):  # type: ignore[no-untyped-def]
     """The kernel serves both directions: advantages without `grad`, the gradient of the scores with it."""
-    tensors = [contiguous(x) for x in (grad, scores, group_ids, mask, lengths, greedy_scores)]
-    out = torch.empty_like(tensors[1])
+    out = torch.empty_like(scores)
     n = out.shape[0]
     slots = 1 << max(1, (2 * n - 1).bit_length())  # a hash table of group ids, at most half full
     scratch = torch.empty(slots + 6 * n, dtype=torch.int64)
     kernel("group_advantages")(
-        *pointers(*tensors, out, scratch),
+        grad,
+        scores,
+        group_ids,
+        mask,
+        lengths,
+        greedy_scores,
+        out,
+        scratch,
         n,
         slots,
         KINDS.index(kind),
@@ -108,7 +114,7 @@ def _forward(*args):  # type: ignore[no-untyped-def]
 
 
 def _backward_cpp(grad, scores, group_ids, mask, lengths, kind, unbiased, eps):  # type: ignore[no-untyped-def]
-    return _run(grad, scores, group_ids, mask, lengths, None, kind, unbiased, eps)
+    return _run(grad.contiguous(), scores, group_ids, mask, lengths, None, kind, unbiased, eps)
 
 
 def _backward_reference(grad, scores, group_ids, mask, lengths, kind, unbiased, eps):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast.reference.kl_estimate import KINDS
 from rlhf_fast.reference.kl_estimate import kl_estimate as reference
@@ -48,12 +48,12 @@ def kl_estimate(
     """
     if not isinstance(logprobs, Tensor) or logprobs.dtype not in _check.FLOATS:
         _check.floating("kl_estimate", "logprobs", logprobs)
-    _check.like("kl_estimate", "ref_logprobs", ref_logprobs, logprobs, "logprobs")
+    ready = _check.alike("kl_estimate", logprobs, "logprobs", {"ref_logprobs": ref_logprobs})
     if mask is not None:
         mask = _check.mask_like("kl_estimate", mask, logprobs, "logprobs")
     _check.choice("kl_estimate", "kind", kind, ALL_KINDS)
     clamp_in, clamp_out = (math.inf, math.inf) if clamp is None else bounds("kl_estimate", "clamp", clamp)
-    if logprobs.dtype is not torch.float32 or ref_logprobs.dtype is not torch.float32:
+    if not ready:
         logprobs, ref_logprobs = _check.common_wide(logprobs, ref_logprobs)  # type: ignore[assignment]
     return _kl_estimate(logprobs, ref_logprobs, mask, kind, clamp_in, clamp_out)
 
@@ -69,10 +69,12 @@ def bounds(op: str, argument: str, clamp: Clamp) -> tuple[float, float]:
 
 
 def _forward(logprobs, ref_logprobs, mask, kind, clamp_in, clamp_out):  # type: ignore[no-untyped-def]
-    logprobs, ref_logprobs, mask = logprobs.contiguous(), ref_logprobs.contiguous(), contiguous(mask)
     out = torch.empty_like(logprobs)
     kernel("kl_estimate")(
-        *pointers(logprobs, ref_logprobs, mask, out),
+        logprobs,
+        ref_logprobs,
+        mask,
+        out,
         out.numel(),
         ALL_KINDS.index(kind) % len(KINDS),
         clamp_in,
@@ -84,11 +86,14 @@ def _forward(logprobs, ref_logprobs, mask, kind, clamp_in, clamp_out):  # type: 
 
 
 def _backward_cpp(grad, logprobs, ref_logprobs, mask, kind, clamp_in, clamp_out):  # type: ignore[no-untyped-def]
-    grad, logprobs, ref_logprobs = grad.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous()
-    mask = contiguous(mask)
+    grad = grad.contiguous()
     grad_logprobs = torch.empty_like(grad)
     kernel("kl_estimate_backward")(
-        *pointers(grad, logprobs, ref_logprobs, mask, grad_logprobs),
+        grad,
+        logprobs,
+        ref_logprobs,
+        mask,
+        grad_logprobs,
         grad.numel(),
         ALL_KINDS.index(kind) % len(KINDS),
         kind.endswith("+"),

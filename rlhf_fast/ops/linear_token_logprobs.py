@@ -347,6 +347,7 @@ _linear_backward = Op(
     reference=_backward_reference,
     fake=_fake_backward,
     backends=[Backend("cpp", "cpu", _backward_chunked, _native.missing)],
+    strided=True,
 )
 
 
@@ -385,4 +386,5 @@ _linear = Op(
     setup_context=_setup,
     backward=_backward,
     differentiable=(0, 1, 2),
+    strided=True,
 )

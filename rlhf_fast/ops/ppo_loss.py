@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast._native import kernel, pointers
+from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp
 from rlhf_fast._types import LossOutput, Stats
 from rlhf_fast.dialects import dialect as dialect_of
@@ -83,7 +83,6 @@ def ppo_loss(
     rules = dialect_of(OP, dialect)
     if not isinstance(logprobs, Tensor) or logprobs.dtype not in _check.FLOATS:
         _check.floating(OP, "logprobs", logprobs)
-    _check.like(OP, "old_logprobs", old_logprobs, logprobs, "logprobs")
     if mask is None:
         raise _check.error(TypeError, OP, "mask", None, "a torch.Tensor")
     mask = _check.mask_like(OP, mask, logprobs, "logprobs")  # type: ignore[assignment]
@@ -91,26 +90,26 @@ def ppo_loss(
         if logprobs.dim() != 1:
             raise _check.error(ValueError, OP, "logprobs", f"shape {tuple(logprobs.shape)}", "(N,) with cu_seqlens")
         cu_seqlens = _check.cu_seqlens(OP, cu_seqlens, logprobs.shape[0], logprobs)
-    if not isinstance(advantages, Tensor) or advantages.shape != logprobs.shape:
+    if cu_seqlens is not None or not isinstance(advantages, Tensor) or advantages.dim() != logprobs.dim():
         advantages = _advantages(advantages, logprobs, cu_seqlens)
-    _check.like(OP, "advantages", advantages, logprobs, "logprobs")
+    checked: dict[str, object] = {"old_logprobs": old_logprobs, "advantages": advantages}
     if entropy is not None:
-        _check.like(OP, "entropy", entropy, logprobs, "logprobs")
+        checked["entropy"] = entropy
     elif entropy_coef:
         raise _check.error(ValueError, OP, "entropy", None, f"a tensor with entropy_coef={entropy_coef}")
     if ref_logprobs is not None:
-        _check.like(OP, "ref_logprobs", ref_logprobs, logprobs, "logprobs")
+        checked["ref_logprobs"] = ref_logprobs
     elif kl_coef:
         raise _check.error(ValueError, OP, "ref_logprobs", None, f"a tensor with kl_coef={kl_coef}")
     if values is not None or returns is not None:
-        _check.like(OP, "values", values, logprobs, "logprobs")
-        _check.like(OP, "returns", returns, logprobs, "logprobs")
+        checked["values"], checked["returns"] = values, returns
         if old_values is not None:
-            _check.like(OP, "old_values", old_values, logprobs, "logprobs")
+            checked["old_values"] = old_values
     elif old_values is not None:
         raise _check.error(ValueError, OP, "values", None, "a tensor with old_values")
     if importance_weights is not None:
-        _check.like(OP, "importance_weights", importance_weights, logprobs, "logprobs")
+        checked["importance_weights"] = importance_weights
+    ready = _check.alike(OP, logprobs, "logprobs", checked)
     low, high = clip if clip == (0.2, 0.2) else clip_range(OP, clip)
     dual = rules.dual_clip if dual_clip is None else _check.number(OP, "dual_clip", dual_clip, 1.0, open_low=True)
     entropy_coef = _check.number(OP, "entropy_coef", entropy_coef, 0.0)
@@ -129,10 +128,20 @@ def ppo_loss(
     divisor = 0.0
     if normalizer is not None and not isinstance(normalizer, Tensor):
         divisor, normalizer = _check.number(OP, "normalizer", normalizer, 0.0, open_low=True), None
-    tensors = _check.common_wide(
-        logprobs, old_logprobs, advantages, entropy, ref_logprobs, values, old_values, returns, importance_weights
+    tensors = (
+        logprobs,
+        old_logprobs,
+        advantages,
+        entropy,
+        ref_logprobs,
+        values,
+        old_values,
+        returns,
+        importance_weights,
     )
-    logprobs, old_logprobs, advantages, *rest = tensors  # type: ignore[assignment]
+    if not ready:
+        tensors = _check.common_wide(*tensors)  # type: ignore[assignment]
+    logprobs, old_logprobs, advantages, *rest = tensors
     if normalizer is not None:
         normalizer = scalar(OP, normalizer, logprobs)
     gradients = torch.is_grad_enabled() and _wants(logprobs, rest[0], rest[2])
@@ -189,45 +198,33 @@ def _rows(logprobs: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     return (logprobs.numel() // length if length else 0), length
 
 
-def _forward(*args):  # type: ignore[no-untyped-def]
-    tensors = [x if x is None or x.is_contiguous() else x.contiguous() for x in args[:12]]
-    (
-        low,
-        high,
-        dual,
-        clamp,
-        bonus,
-        kl_coef,
-        kl_kind,
-        kl_in,
-        kl_out,
-        value_clip,
-        value_coef,
-        reduction,
-        divisor,
-        gradients,
-    ) = args[12:]
-    logprobs = tensors[0]
-    loss, stats, grads = (torch.empty_like(x) for x in _TEMPLATES[logprobs.dtype])
+def _forward(
+    logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns, importance_weights,
+    normalizer, cu_seqlens, low, high, dual, clamp, bonus, kl_coef, kl_kind, kl_in, kl_out, value_clip, value_coef,
+    reduction, divisor, gradients,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    dtype = logprobs.dtype
+    scalar_like, stats_like = _TEMPLATES[dtype]
+    loss, stats = torch.empty_like(scalar_like), torch.empty_like(stats_like)
+    grads = d_logprobs = d_entropy = d_values = None
     if gradients:
-        grads = _fake(*args)[2]
-    into = [None, None, None]
-    if gradients:
-        for i, grad in zip(_given(tensors), grads, strict=True):
-            into[_GRADIENTS.index(i)] = grad
-    rows, length = _rows(logprobs, tensors[11])
+        given = [x is not None for x in (logprobs, entropy, values)]
+        grads = logprobs.new_empty((sum(given), *logprobs.shape))
+        each = iter(grads.unbind())
+        d_logprobs, d_entropy, d_values = (next(each) if wanted else None for wanted in given)
+    rows, length = _rows(logprobs, cu_seqlens)
     lengths = torch.empty(rows, dtype=torch.int64) if reduction == "seq-mean-token-mean" else None
-    kernel("ppo_loss")(
-        *pointers(*tensors, loss, stats, *into, lengths),
-        rows, length, logprobs.numel(), low, high, dual, clamp, bonus, kl_coef,
-        ALL_KINDS.index(kl_kind) % len(KINDS), kl_kind[-1] == "+", kl_in, kl_out, value_clip, value_coef,
-        REDUCTIONS.index(reduction), divisor, logprobs.dtype is torch.float64, torch.get_num_threads(),
+    kernel(OP)(
+        logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns, importance_weights,
+        normalizer, cu_seqlens, loss, stats, d_logprobs, d_entropy, d_values, lengths, rows, length, logprobs.numel(),
+        low, high, dual, clamp, bonus, kl_coef, ALL_KINDS.index(kl_kind) % len(KINDS), kl_kind[-1] == "+", kl_in, kl_out,
+        value_clip, value_coef, REDUCTIONS.index(reduction), divisor, dtype is torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grads
 
 
 # empty_like of these costs half of new_empty.
-_TEMPLATES = {d: [torch.empty(n, dtype=d) for n in ((), len(STATS), 0)] for d in (torch.float32, torch.float64)}
+_TEMPLATES = {d: [torch.empty(n, dtype=d) for n in ((), len(STATS))] for d in (torch.float32, torch.float64)}
 _GRADIENTS = (0, 4, 6)
 """Inputs that get a gradient: logprobs, entropy, values."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp
 from rlhf_fast._types import LossOutput, Stats
 from rlhf_fast.reference._gradients import with_gradients
@@ -45,7 +45,7 @@ def reward_loss(
     op = "reward_loss"
     if not isinstance(chosen_scores, Tensor) or chosen_scores.dtype not in _check.FLOATS:
         _check.floating(op, "chosen_scores", chosen_scores)
-    _check.like(op, "rejected_scores", rejected_scores, chosen_scores, "chosen_scores")
+    ready = _check.alike(op, chosen_scores, "chosen_scores", {"rejected_scores": rejected_scores})
     if margin is not None:
         if isinstance(margin, Tensor):
             _check.like(op, "margin", margin, chosen_scores, "chosen_scores")
@@ -59,7 +59,7 @@ def reward_loss(
         label_smoothing = _check.number(op, "label_smoothing", label_smoothing, 0.0, 0.5)
         if label_smoothing == 0.5:
             raise _check.error(ValueError, op, "label_smoothing", 0.5, "less than 0.5: labels that mean nothing")
-    if margin is not None or chosen_scores.dtype is not torch.float32 or rejected_scores.dtype is not torch.float32:
+    if not ready or margin is not None:
         chosen_scores, rejected_scores, margin = _check.common_wide(chosen_scores, rejected_scores, margin)  # type: ignore[assignment]
     gradients = torch.is_grad_enabled() and (chosen_scores.requires_grad or rejected_scores.requires_grad)
     loss, stats, _ = _reward_loss(chosen_scores, rejected_scores, margin, mask, center_coef, label_smoothing, gradients)
@@ -67,10 +67,16 @@ def reward_loss(
 
 
 def _forward(chosen, rejected, margin, mask, center_coef, label_smoothing, gradients):  # type: ignore[no-untyped-def]
-    chosen, rejected, margin, mask = map(contiguous, (chosen, rejected, margin, mask))
-    loss, stats, grads = _fake(chosen, rejected, margin, mask, center_coef, label_smoothing, gradients)
+    loss, stats = chosen.new_empty(()), chosen.new_empty(len(STATS))
+    grads = chosen.new_empty((2, *chosen.shape)) if gradients else None
     kernel("reward_loss")(
-        *pointers(chosen, rejected, margin, mask, loss, stats, grads if gradients else None),
+        chosen,
+        rejected,
+        margin,
+        mask,
+        loss,
+        stats,
+        grads,
         chosen.numel(),
         center_coef,
         label_smoothing,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _buffers, _check
-from rlhf_fast._native import DTYPES, contiguous, kernel, pointers
+from rlhf_fast._native import DTYPES, contiguous, kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast._types import TokenStats
 from rlhf_fast.reference.token_logprobs import refused_id, refused_temperature
@@ -144,12 +144,19 @@ def forward(logits, token_ids, mask, temperature, ref_logits, temperature_value,
     dtype = wide(logits.dtype)
     logprobs = torch.empty_like(token_ids, dtype=dtype)  # empty_like: half the time of torch.empty with a shape
     entropy, logsumexp = torch.empty_like(logprobs), torch.empty_like(logprobs)
-    kl = torch.empty_like(_NOTHING[dtype] if ref_logits is None else logprobs)
-    state = torch.empty(state_shape(rows, ref_logits), dtype=dtype) if keep_state else torch.empty_like(_NOTHING[dtype])
+    kl = None if ref_logits is None else torch.empty_like(logprobs)
+    state = torch.empty(state_shape(rows, ref_logits), dtype=dtype) if keep_state else None
     refused = kernel("token_logprobs")(
-        *pointers(logits, ref_logits, token_ids, mask, temperature, logprobs, entropy, logsumexp),
-        kl.data_ptr() if ref_logits is not None else 0,
-        state.data_ptr() if keep_state else 0,
+        logits,
+        ref_logits,
+        token_ids,
+        mask,
+        temperature,
+        logprobs,
+        entropy,
+        logsumexp,
+        kl,
+        state,
         rows,
         vocab,
         *layout,
@@ -162,9 +169,6 @@ def forward(logits, token_ids, mask, temperature, ref_logits, temperature_value,
     if refused >= 0:
         _refuse(refused, token_ids, temperature, vocab)
     return logprobs, entropy, logsumexp, kl, state
-
-
-_NOTHING = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def state_shape(rows: int, ref_logits: Tensor | None) -> tuple[int, int]:
@@ -197,7 +201,14 @@ def backward_into(grad, logits, token_ids, state, mask, temperature, ref_logits,
     token_ids, mask, temperature = _ids(token_ids), contiguous(mask), contiguous(temperature)
     grads = [g if g is None else g.to(state.dtype).contiguous() for g in grads]
     refused = kernel("token_logprobs_backward")(
-        *pointers(logits, ref_logits, token_ids, mask, temperature, state, *grads, grad),
+        logits,
+        ref_logits,
+        token_ids,
+        mask,
+        temperature,
+        state,
+        *grads,
+        grad,
         rows,
         vocab,
         *layout,
@@ -261,6 +272,7 @@ _token_logprobs_backward = Op(
     reference=_backward_reference,
     fake=lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     backends=[cpp(_backward_cpp)],
+    strided=True,
 )
 
 
@@ -290,4 +302,5 @@ _token_logprobs = Op(
     setup_context=_setup,
     backward=_backward,
     differentiable=(0,),
+    strided=True,
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast._native import contiguous, kernel, pointers
+from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast.reference.whiten import whiten as reference
 
@@ -42,16 +42,17 @@ def whiten(
     if mask is not None:
         mask = _check.mask_like("whiten", mask, x, "x")
     eps = _check.number("whiten", "eps", eps, 0.0, open_low=True)
-    if x.dtype is not torch.float32:
+    if x.dtype is not torch.float32 or not x.is_contiguous():
         x = _check.wide(x)
     return _whiten(x, mask, bool(shift_mean), bool(unbiased), eps)
 
 
 def _forward(x, mask, shift_mean, unbiased, eps):  # type: ignore[no-untyped-def]
-    x, mask = x.contiguous(), contiguous(mask)
     out = torch.empty_like(x)
     kernel("whiten")(
-        *pointers(x, mask, out),
+        x,
+        mask,
+        out,
         x.numel(),
         shift_mean,
         unbiased,
@@ -63,10 +64,13 @@ def _forward(x, mask, shift_mean, unbiased, eps):  # type: ignore[no-untyped-def
 
 
 def _backward_cpp(grad, x, mask, shift_mean, unbiased, eps):  # type: ignore[no-untyped-def]
-    grad, x, mask = grad.contiguous(), x.contiguous(), contiguous(mask)
+    grad = grad.contiguous()
     grad_x = torch.empty_like(x)
     kernel("whiten_backward")(
-        *pointers(grad, x, mask, grad_x),
+        grad,
+        x,
+        mask,
+        grad_x,
         x.numel(),
         shift_mean,
         unbiased,

@@ -164,6 +164,23 @@ def test_item_24_advantages_are_whitened_over_real_tokens_and_masked_to_zero():
     assert not got[~kwargs["mask"]].any()
 
 
+def test_item_23_rewards_are_not_whitened():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    logprobs, ref = torch.randn(2, 3), torch.randn(2, 3)
+    out = rlhf_fast.advantages(
+        torch.tensor([5.0, -7.0]),
+        torch.zeros(2, 3),
+        mask,
+        logprobs=logprobs,
+        ref_logprobs=ref,
+        kl_coef=0.1,
+        whiten=True,
+    )
+    expected = -0.1 * (logprobs - ref)
+    expected[:, -1] += torch.tensor([5.0, -7.0])
+    assert torch.allclose(out.rewards, expected, atol=1e-6)
+
+
 def test_item_25_returns_are_computed_before_whitening():
     kwargs = reference.sample((6, 33))
     raw, white = advantages(**kwargs, kl_coef=0.1, whiten=False), advantages(**kwargs, kl_coef=0.1)

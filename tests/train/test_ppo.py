@@ -180,6 +180,19 @@ def test_item_11_the_value_role_starts_at_exactly_0(folder):
     assert not experience(trainer).values.any()
 
 
+def test_item_18_the_reward_role_scores_what_the_cut_completion_says_and_nothing_after_it(folder):
+    trainer, model = make(folder)
+    e = experience(trainer)
+    ended = next(i for i in range(len(e.mask)) if e.rollout.finished[i] and not e.rollout.response_mask[i].all())
+    ids, attention = e.rollout.input_ids.clone(), e.rollout.attention_mask
+    scores = model(ids, attention, roles=("reward",)).reward.scores
+    ids[ended, ~attention[ended]] = 9  # whatever stands before the prompt and after the end
+    assert torch.equal(model(ids, attention, roles=("reward",)).reward.scores, scores)
+    row = ids[ended][attention[ended]][None]
+    alone = model(row, torch.ones_like(row, dtype=torch.bool), roles=("reward",)).reward.scores
+    assert torch.allclose(alone[0], scores[ended], atol=1e-5)
+
+
 def test_item_19_missing_eos_is_replaced_subtracted_or_kept():
     scores, finished = torch.tensor([2.0, 2.0]), torch.tensor([True, False])
     rule = lambda kind: apply_missing_eos(scores, finished, RolloutConfig(missing_eos=kind)).tolist()
@@ -194,6 +207,16 @@ def test_item_32_adaptive_kl_coefficient(kl, expected):
     fixed = KLController(KLConfig(kind="fixed", coef=0.15))
     fixed.update(kl, 256)
     assert fixed.coef == 0.15
+
+
+def test_item_29_epochs_stop_once_the_kl_from_the_sampling_policy_is_too_large(folder):
+    updates = PPOUpdateConfig(epochs=4, minibatch_size=8, micro_batch_size=8, target_kl=1e-9)
+    trainer, model = make(folder, ppo=updates)
+    metrics = trainer.update(Updates(model, lr=0.1), experience(trainer), torch.Generator().manual_seed(0))
+    assert metrics["ppo/updates"] == 2.0  # the first one starts from ratio 1, the second sees what it did
+    trainer, model = make(folder, ppo=dataclasses.replace(updates, target_kl=None))
+    metrics = trainer.update(Updates(model, lr=0.1), experience(trainer), torch.Generator().manual_seed(0))
+    assert metrics["ppo/updates"] == 8.0
 
 
 def test_item_34_explained_variance_is_1_perfect_0_constant_and_never_nan():
@@ -243,7 +266,7 @@ def test_unscorable_completions_are_left_out_and_counted(folder):
     assert e.scores.isfinite().all()
 
 
-def test_rewards_before_step_1_are_normalised_by_the_reference(folder):
+def test_item_15_rewards_before_step_1_are_normalised_by_the_reference(folder):
     config = ppo_config(folder, steps=1, reward=RewardSource(source=SCORE, normalize="reference", clip=2.0))
     train_ppo(config)
     rewards = Rewards(config.reward)
