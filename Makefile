@@ -32,8 +32,14 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
 
-bench: setup
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only -s $(ARGS)
+# Peers without their dependencies: they would bring other versions of torch and transformers.
+$(VENV)/.peers: $(VENV)/.ready bench/peers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r bench/peers.txt
+	touch $@
+
+bench: setup $(VENV)/.peers
+	mkdir -p runs/bench
+	$(BIN)/rlhf-fast bench --peers --json runs/bench/bench.json --markdown runs/bench/bench.md --plot runs/bench/roofline.png $(ARGS)
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/memory.py --shared-layers 20
 

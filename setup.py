@@ -26,7 +26,13 @@ BASELINE = ("dispatch", "parallel")
 ISAS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", *(f"-mavx512{x}" for x in ("f", "dq", "bw", "vl"))],
+    "avx512": [
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        *(f"-mavx512{x}" for x in ("f", "dq", "bw", "vl")),
+        "-mprefer-vector-width=512",
+    ],
 }
 ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 if platform.machine() not in ("x86_64", "AMD64"):

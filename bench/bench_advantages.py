@@ -1,14 +1,12 @@
-"""advantages (KL, shaping, GAE, returns, whitening) against the loop over T in eager PyTorch: `pytest bench --benchmark-enable`."""
+"""The rows of `rlhf-fast bench advantages` under pytest-benchmark: `pytest bench --benchmark-enable`."""
 
 from __future__ import annotations
 
 import pytest
 
-import rlhf_fast
-from rlhf_fast.reference.advantages import sample
+from rlhf_fast.bench.cases.advantages import cases
 
 
-@pytest.mark.parametrize("shape", [(64, 1024), (256, 4096)], ids=str)
-def test_forward(against_eager, shape):
-    kwargs = sample(shape)
-    against_eager(lambda: rlhf_fast.advantages(**kwargs, kl_coef=0.1, kl_kind="k3"), atol=1e-3)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_row(bench_row, case):
+    bench_row(case)

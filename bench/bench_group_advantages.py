@@ -1,16 +1,12 @@
-"""group_advantages against eager PyTorch: `pytest bench --benchmark-enable`."""
+"""The rows of `rlhf-fast bench group_advantages` under pytest-benchmark: `pytest bench --benchmark-enable`."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-import rlhf_fast
-from rlhf_fast.reference.group_advantages import sample
+from rlhf_fast.bench.cases.group_advantages import cases
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "reinforce++"])
-def test_512_groups_of_8_in_any_order(against_eager, kind):
-    kwargs = sample(4096)
-    kwargs["group_ids"] = torch.arange(512).repeat(8)[torch.randperm(4096)]
-    against_eager(lambda: (rlhf_fast.group_advantages(**kwargs, kind=kind),))
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_row(bench_row, case):
+    bench_row(case)

@@ -1,20 +1,12 @@
-"""reward_loss, forward and backward, against eager PyTorch: `pytest bench --benchmark-enable`."""
+"""The rows of `rlhf-fast bench reward_loss` under pytest-benchmark: `pytest bench --benchmark-enable`."""
 
 from __future__ import annotations
 
-import rlhf_fast
-from rlhf_fast.reference.reward_loss import sample
+import pytest
+
+from rlhf_fast.bench.cases.reward_loss import cases
 
 
-def test_forward_and_backward_of_1024_pairs(against_eager):
-    kwargs = sample(1024)
-    leaves = [kwargs[k].requires_grad_() for k in ("chosen_scores", "rejected_scores")]
-
-    def call():
-        for leaf in leaves:
-            leaf.grad = None
-        out = rlhf_fast.reward_loss(**kwargs, center_coef=0.01)
-        out.loss.backward()
-        return (out.loss.detach(), out.stats.tensor, *(leaf.grad for leaf in leaves))
-
-    against_eager(call)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_row(bench_row, case):
+    bench_row(case)

@@ -30,6 +30,9 @@ COMMANDS = {
     "evaluate": Command(
         "compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"
     ),
+    "bench": Command(
+        "time every op against other libraries and the machine's limits", None, "rlhf_fast.bench.command:main"
+    ),
     "doctor": Command("versions, devices, and which kernels run here", None, "rlhf_fast.doctor:main"),
 }
 
@@ -105,7 +108,7 @@ def _import(where: str, command: str) -> Any:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] != "rlhf_fast":
-            extra = "demo" if command == "demo" else "train"
+            extra = command if command in ("demo", "bench") else "train"
             raise UsageError(f"{command} needs the package {error.name!r}: pip install 'rlhf-fast[{extra}]'") from None
         raise
     return getattr(found, attribute) if attribute else found

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 
-def assert_parity(got: Tensor, truth: Tensor, plain: Tensor | None = None, what: str = "result") -> None:
+def assert_parity(
+    got: Tensor, truth: Tensor, plain: Tensor | None = None, what: str = "result", scale: float | None = None
+) -> None:
     """`got` is at most FACTOR times as far from `truth` (fp64) as `plain` (PyTorch, same dtype as got), plus the floor.
 
-    Non-finite values must agree in place and kind.
+    scale: what the floor is a share of, when the result is a difference of larger numbers. Non-finite values must agree in place and kind.
     """
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     finite = truth.isfinite()
@@ -22,7 +24,7 @@ def assert_parity(got: Tensor, truth: Tensor, plain: Tensor | None = None, what:
         return
     error = (got.double() - truth.double())[finite].abs().max().item()
     own = 0.0 if plain is None else (plain.double() - truth.double())[finite].abs().max().item()
-    scale = truth.double()[finite].abs().max().item()
+    scale = truth.double()[finite].abs().max().item() if scale is None else scale
     bound = tolerances.FACTOR * own + tolerances.FLOOR[got.dtype] * max(scale, 1e-30)
     assert error <= bound, f"{what}: error {error:.3g} against fp64, bound {bound:.3g} (plain PyTorch {own:.3g})"
 

@@ -230,7 +230,8 @@ def test_any_input_gives_what_the_reference_gives(inputs):
             if x.dtype is torch.float64:  # the truth is rounded like the result itself
                 assert (x - truth[name]).abs().max().item() <= tolerances.DOUBLE * largest, name
             else:
-                assert_parity(x, truth[name], plain[name], name)
+                # Sums that cancel are as exact as their terms: the digits of small results are the business of each op's tests.
+                assert_parity(x, truth[name], plain[name], name, scale=largest)
         for name, x in before.items():
             assert torch.equal(x, kwargs[name]), f"{name} was changed"
 

@@ -12,17 +12,18 @@
 namespace rlhf_fast {
 namespace {
 
-// Sums over the part of the row read so far, relative to the largest logit in it.
+// Sums over the part of the row read so far, relative to its largest logit or, to save a pass, to one that is not far
+// below: d is then a little above 0 at most, and every formula below holds for any point of reference.
 template <class Real>
 struct SoftmaxSums {
-  Real max = -static_cast<Real>(INFINITY);  // of y
+  Real max = -static_cast<Real>(INFINITY);  // of y, or near it
   Real sum = 0;                             // sum e^d
   Real weighted = 0;                        // sum e^d d
 
   // What to subtract from a logit: the maximum, or 0 while only -inf was seen (-inf - -inf would be NaN).
   RLHF_FAST_HD Real base() const { return max == -static_cast<Real>(INFINITY) ? 0 : max; }
 
-  // Moves the reference point up to `to`. Returns the shift of every earlier d (<= 0).
+  // Moves the point of reference up to `to`. Returns the shift of every earlier d (<= 0).
   RLHF_FAST_HD Real raise(Real to, Real scale) {
     if (!(to > max)) return 0;
     const bool first = max == -static_cast<Real>(INFINITY);  // every term so far is 0 (or NaN)

@@ -1,9 +1,7 @@
 // KL estimate, reward shaping, GAE, returns and whitening in one call: a pass over every row, then the whitening.
-#include "common/gae_scan.h"
+#include "gae_rows.h"
 #include "kl.h"
-#include "moments.h"
 #include "ops.h"
-#include "rows.h"
 
 namespace rlhf_fast {
 namespace {
@@ -25,8 +23,8 @@ struct Arrays {
         kl(static_cast<T*>(a.kl)) {}
 };
 
-// Token rewards of a row, and the end of the slots that have a value: the end of the row, or with after_last the slot
-// after the last real token.
+// Fills the token rewards of a row. Returns the slot after the last real token when that one has a value too, otherwise
+// -1.
 template <class T>
 int64_t shape_rewards(const AdvantagesArgs& a, const Arrays<T>& x, Row row, int64_t i) {
   int64_t last = row.end - 1;
@@ -51,33 +49,32 @@ int64_t shape_rewards(const AdvantagesArgs& a, const Arrays<T>& x, Row row, int6
     const T clip = static_cast<T>(a.score_clip);
     x.rewards[extra ? last + 1 : last] += clamp_of(x.scores[i], -clip, clip);
   }
-  return extra ? last + 1 : row.end;
+  return extra ? last + 1 : -1;
 }
 
 template <class T>
 void run(const AdvantagesArgs& a) {
   const Arrays<T> x(a);
-  for_ranges(a.rows, row_grain(a), a.threads, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const Row row = row_of(a, i);
-      const int64_t extra = shape_rewards(a, x, row, i);
-      GaeScan carry{a.gamma, a.lam, x.bootstrap ? static_cast<double>(x.bootstrap[i]) : 0.0};
-      bool seen = false;
-      for (int64_t t = row.end - 1; t >= row.begin; --t) {
-        if (!a.mask[t] && t != extra) {
-          if (a.decay_gaps && seen) carry.decay();
-          x.advantages[t] = x.returns[t] = 0;
-          continue;
-        }
-        const double value = x.values[t], advantage = carry.step(static_cast<double>(x.rewards[t]), value);
-        seen = true;
-        x.advantages[t] = a.mask[t] ? static_cast<T>(advantage) : T(0);
-        x.returns[t] = static_cast<T>(advantage + value);
+  const GaeRules rules{a.gamma, a.lam, a.decay_gaps};
+  const GaeArrays<T> scanned{x.rewards, x.values, a.mask, x.advantages, x.returns};
+  // Rows go in chunks that depend on their number alone, so that the moments have the same bits for any number of
+  // threads.
+  const int64_t size = (a.rows + kMaxChunks - 1) / kMaxChunks, chunks = size ? (a.rows + size - 1) / size : 0;
+  RunningMoments moments[kMaxChunks];
+  for_ranges(chunks, (row_grain(a) + size - 1) / (size ? size : 1), a.threads, [&](int64_t from, int64_t to) {
+    GaeRowScan<T> scan(rules, scanned);
+    for (int64_t c = from; c < to; ++c) {
+      for (int64_t i = c * size; i < (c + 1) * size && i < a.rows; ++i) {
+        const Row row = row_of(a, i);
+        const int64_t extra = shape_rewards(a, x, row, i);
+        scan.run(row, x.bootstrap ? static_cast<double>(x.bootstrap[i]) : 0.0, extra, a.whiten ? &moments[c] : nullptr);
       }
     }
   });
   if (!a.whiten) return;
-  const Moments m = moments_of(x.advantages, a.mask, a.n, {a.unbiased, a.floor_variance, a.eps}, a.threads);
+  RunningMoments all;
+  for (int64_t c = 0; c < chunks; ++c) all.join(moments[c]);
+  const Moments m = finish(all, {a.unbiased, a.floor_variance, a.eps});
   standardise(x.advantages, a.mask, x.advantages, a.n, m, 0.0, a.threads);
 }
 

@@ -1,33 +1,10 @@
-// Generalised advantage estimation (arXiv 1506.02438, eq. 16) and its adjoint, one sequential pass per row.
-#include "common/gae_scan.h"
+// Generalised advantage estimation (arXiv 1506.02438, eq. 16) and its adjoint, one pass.
+#include "gae_rows.h"
 #include "ops.h"
 #include "parallel.h"
-#include "rows.h"
 
 namespace rlhf_fast {
 namespace {
-
-template <class T>
-void scan(const GaeArgs& a, Row row, double bootstrap) {
-  const T* rewards = static_cast<const T*>(a.rewards);
-  const T* values = static_cast<const T*>(a.values);
-  T* advantages = static_cast<T*>(a.advantages);
-  T* returns = static_cast<T*>(a.returns);
-  GaeScan carry{a.gamma, a.lam, bootstrap};
-  bool seen = false;
-  for (int64_t t = row.end - 1; t >= row.begin; --t) {
-    if (a.mask && !a.mask[t]) {
-      if (a.decay_gaps && seen) carry.decay();
-      advantages[t] = returns[t] = 0;
-      continue;
-    }
-    const double value = values[t];
-    const double running = carry.step(static_cast<double>(rewards[t]), value);
-    seen = true;
-    advantages[t] = static_cast<T>(running);
-    returns[t] = static_cast<T>(running + value);
-  }
-}
 
 // With s_t the adjoint of delta_t: s_t = gA_t + gR_t + gamma lam s_{t-1}, dr_t = s_t, dV_t = gR_t - s_t + gamma
 // s_{t-1}.
@@ -57,9 +34,14 @@ void scan_backward(const GaeBackwardArgs& a, Row row, T* grad_bootstrap) {
 
 template <class T>
 void forward_rows(const GaeArgs& a) {
+  const GaeRules rules{a.gamma, a.lam, a.decay_gaps};
+  const GaeArrays<T> x{static_cast<const T*>(a.rewards), static_cast<const T*>(a.values), a.mask,
+                       static_cast<T*>(a.advantages), static_cast<T*>(a.returns)};
   const T* bootstrap = static_cast<const T*>(a.bootstrap);
   for_ranges(a.rows, row_grain(a), a.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) scan<T>(a, row_of(a, i), bootstrap ? static_cast<double>(bootstrap[i]) : 0.0);
+    GaeRowScan<T> scan(rules, x);
+    for (int64_t i = begin; i < end; ++i)
+      scan.run(row_of(a, i), bootstrap ? static_cast<double>(bootstrap[i]) : 0.0, -1);
   });
 }
 

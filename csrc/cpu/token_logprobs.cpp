@@ -1,9 +1,10 @@
 // Log-probability of a token, entropy, log-sum-exp and exact KL of its distribution, in one read of the logits; and the
 // gradient of all four in one read and one write.
 //
-// The vocabulary is walked in blocks that stay in the first-level cache: a pass for the maximum, then a pass with one
-// exp per logit whose sums live in fp32 lanes. Blocks are joined in double. The blocks depend on V alone, so a row has
-// the same bits in any batch, at any address and on any thread.
+// The vocabulary is walked in blocks that stay in the first-level cache, with one exp per logit whose sums live in fp32
+// lanes. Exponentials are taken relative to a logit near the largest so far, which costs a look at few of them; a block
+// that exceeds it by far is taken again, relative to its own largest. Blocks are joined in double, and depend on V
+// alone, so a row has the same bits in any batch, at any address and on any thread.
 #include "common/softmax.h"
 #include "memory.h"
 #include "ops.h"
@@ -14,6 +15,8 @@ namespace rlhf_fast {
 namespace {
 
 constexpr int64_t kBlock = 2048;           // elements; 8 KiB of fp32
+constexpr int64_t kProbe = 128;            // logits whose largest is the first point of reference
+constexpr double kLargestSum = 1e6;        // e^14: what a block may add up to before its point of reference moves
 constexpr int64_t kGrainElements = 32768;  // below this a second thread costs more than it saves
 constexpr int64_t kLargeBytes = 32 << 20;  // a gradient that does not stay in cache
 
@@ -147,13 +150,22 @@ struct RowSums {
   GapSum<double> gap;
 };
 
+// `highest`: measures from the largest logit of the block. Without it the point of reference stays where it is, which
+// saves a pass; returns false, having added nothing, when the terms are then too large.
 template <class V, class T, bool kCap, bool kRef>
-void add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_t j, int64_t n, double scale,
-               RowSums* row) {
+bool add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_t j, int64_t n, double scale,
+               bool highest, RowSums* row) {
   using S = typename V::Scalar;
   constexpr int U = kRef ? 2 : 4;
-  const double shift = row->policy.raise(z.largest_of(j, n), scale);
-  if constexpr (kRef) row->gap.shift(shift, row->reference.raise(zr.largest_of(j, n), scale), row->policy.sum);
+  if constexpr (kRef) {
+    const double shift = row->policy.raise(z.largest_of(j, n), scale);
+    row->gap.shift(shift, row->reference.raise(zr.largest_of(j, n), scale), row->policy.sum);
+  } else if (highest) {
+    row->policy.raise(z.largest_of(j, n), scale);
+  } else {
+    if (j == 0) row->policy.raise(z.largest_of(0, n < kProbe ? n : kProbe), scale);
+    if (row->policy.max == -INFINITY) return false;  // nothing to measure from yet
+  }
   const V base = V::splat(static_cast<S>(row->policy.base())),
           ref_base = V::splat(static_cast<S>(row->reference.base()));
   const ScaledExp<V> exp_of(scale);
@@ -192,12 +204,15 @@ void add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_
           add(z.at(j + i, lanes), base, 0);
         }
       });
-  row->policy.sum += e_sum.total();
+  const double sum = e_sum.total();
+  if (!kRef && !highest && !(sum < kLargestSum)) return false;
+  row->policy.sum += sum;
   row->policy.weighted += scale * weighted.total();
   if constexpr (kRef) {
     row->reference.sum += ref_sum.total();
     row->gap.gap += scale * gap.total();
   }
+  return true;
 }
 
 template <class S, class Args>
@@ -269,8 +284,11 @@ void forward_row(const TokenLogprobsArgs& a, int64_t i, const SoftCap<V>& soft) 
   const Logits<V, T, kCap> zr{kRef ? row_of<T>(a, a.ref_logits, a.ref_outer_stride, a.ref_inner_stride, i) : nullptr,
                               soft};
   RowSums row;
-  for (int64_t j = 0; j < a.vocab; j += kBlock)
-    add_block<V, T, kCap, kRef>(z, zr, j, a.vocab - j < kBlock ? a.vocab - j : kBlock, scale, &row);
+  for (int64_t j = 0; j < a.vocab; j += kBlock) {
+    const int64_t n = a.vocab - j < kBlock ? a.vocab - j : kBlock;
+    if (!add_block<V, T, kCap, kRef>(z, zr, j, n, scale, kRef, &row))
+      add_block<V, T, kCap, kRef>(z, zr, j, n, scale, true, &row);
+  }
   *logprobs = static_cast<S>(row.policy.log_p(z.one(id_of(a, i)), scale));
   *entropy = static_cast<S>(row.policy.entropy());
   *logsumexp = static_cast<S>(row.policy.logsumexp(scale));

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check, _native
+from rlhf_fast import _buffers, _check, _native
 from rlhf_fast._op import Backend, Op, reference_backward
 from rlhf_fast._types import TokenStats
 from rlhf_fast.ops.token_logprobs import backward_into, state_shape, temperature_of
@@ -136,17 +136,18 @@ class _Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     dtype: torch.dtype
-    tile_bytes: int
+    tile: Tensor | None
+    """(rows, H) room for a part of the weight in the compute dtype; None when the weight has it already."""
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """(vocabulary range, weight of it in the compute dtype); another dtype is converted piecewise."""
-        V, H = self.weight.shape
-        if self.weight.dtype is self.dtype:
+        """(vocabulary range, weight of it in the compute dtype), the second valid until the next."""
+        V = self.weight.shape[0]
+        if self.tile is None:
             yield slice(0, V), self.weight
             return
-        step = max(1, self.tile_bytes // (max(1, H) * self.dtype.itemsize))
-        for v in range(0, V, step):
-            yield slice(v, min(v + step, V)), self.weight[v : v + step].to(self.dtype)
+        for v in range(0, V, len(self.tile)):
+            part = self.weight[v : v + len(self.tile)]
+            yield slice(v, v + len(part)), self.tile[: len(part)].copy_(part)
 
     def logits(self, x: Tensor, buffer: Tensor) -> Tensor:
         """x (n, H) times the head, into the first n rows of buffer (rows, V)."""
@@ -195,10 +196,17 @@ class _Inputs(NamedTuple):
 
     def heads(self) -> tuple[_Head, _Head | None]:
         """The head of the policy, and of the reference if there is one."""
-        head = _Head(self.weight, self.bias, self.dtype, self.chunk_bytes // 4)
+
+        def made(weight: Tensor, bias: Tensor | None) -> _Head:
+            V, H = weight.shape
+            rows = min(V, max(1, self.chunk_bytes // 4 // (max(1, H) * self.dtype.itemsize)))
+            same = weight.dtype is self.dtype
+            return _Head(weight, bias, self.dtype, None if same else torch.empty((rows, H), dtype=self.dtype))
+
+        head = made(self.weight, self.bias)
         if self.ref_hidden is None:
             return head, None
-        return head, head if self.ref_weight is None else head._replace(weight=self.ref_weight, bias=self.ref_bias)
+        return head, head if self.ref_weight is None else made(self.ref_weight, self.ref_bias)
 
 
 class _Chunk(NamedTuple):
@@ -211,16 +219,16 @@ class _Chunk(NamedTuple):
     temperature: Tensor | None
 
 
-def _chunks(x: _Inputs, live: Tensor | None) -> Iterator[_Chunk]:
+def _chunks(x: _Inputs, heads: tuple[_Head, _Head | None], live: Tensor | None) -> Iterator[_Chunk]:
     """The rows of flat inputs where `live` (N,) is True (None: all of them), as many at a time as the budget allows."""
-    head, ref_head = x.heads()
+    head, ref_head = heads
     vocab = x.weight.shape[0]
     index = None if live is None else live.nonzero().squeeze(1)
     count = x.hidden.shape[0] if index is None else index.shape[0]
     row_bytes = vocab * x.dtype.itemsize * (1 if ref_head is None else 2)
     size = min(count, max(1, x.chunk_bytes // row_bytes))
-    buffer = torch.empty((size, vocab), dtype=x.dtype)
-    ref_buffer = None if ref_head is None else torch.empty_like(buffer)
+    buffer = _buffers.empty((size, vocab), x.dtype)  # the same memory call after call
+    ref_buffer = None if ref_head is None else _buffers.empty((size, vocab), x.dtype)
     for begin in range(0, count, max(1, size)):
         rows = slice(begin, min(begin + size, count)) if index is None else index[begin : begin + size]
         ref_logits = None
@@ -263,8 +271,9 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     x = x.flat()
     _check_rows(x)
     numbers = (x.temperature_value, x.softcap)
-    head, _ = x.heads()
-    for rows, logits, ref_logits, ids, temperature in _chunks(x, x.mask):
+    heads = x.heads()
+    head = heads[0]
+    for rows, logits, ref_logits, ids, temperature in _chunks(x, heads, x.mask):
         *found, row_state = tokens_forward(logits, ids, None, temperature, ref_logits, *numbers, keep_state)
         for out, values in zip(stats, found, strict=True):
             if out.numel():
@@ -307,11 +316,12 @@ def _backward_chunked(*args):  # type: ignore[no-untyped-def]
     live = torch.stack([g != 0 for g in grads if g is not None]).any(0)
     if x.mask is not None:
         live &= x.mask
-    head, _ = x.heads()
+    heads = x.heads()
+    head = heads[0]
     d_hidden = x.hidden.new_zeros(x.hidden.shape if wanted[0] else 0)
     d_weight = torch.zeros(x.weight.shape if wanted[1] else 0, dtype=x.dtype)
     d_bias = torch.zeros(x.weight.shape[0] if wanted[2] else 0, dtype=x.dtype)
-    for rows, logits, ref_logits, ids, temperature in _chunks(x, live):
+    for rows, logits, ref_logits, ids, temperature in _chunks(x, heads, live):
         upstream = [None if g is None else g[rows] for g in grads]
         numbers = (x.temperature_value, x.softcap)
         backward_into(logits, logits, ids, state[rows], None, temperature, ref_logits, upstream, *numbers)

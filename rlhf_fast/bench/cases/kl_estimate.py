@@ -1,0 +1,68 @@
+"""kl_estimate against the formulas trainers write out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+import rlhf_fast
+from rlhf_fast.bench import peers
+from rlhf_fast.bench.cases.common import Compiled, no_grad, peer
+from rlhf_fast.bench.engine import OURS, Call, Case, Results
+from rlhf_fast.bench.machine import Machine
+
+
+def make(rows: int, length: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    logprobs = -torch.randn(rows, length, generator=g).abs()
+    return {"logprobs": logprobs, "ref_logprobs": logprobs + 0.3 * torch.randn(rows, length, generator=g)}
+
+
+def k3(x: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    d = ref - x
+    return d.exp() - d - 1
+
+
+def ours(x: dict[str, Any]) -> Results:
+    return (rlhf_fast.kl_estimate(x["logprobs"], x["ref_logprobs"], "k3"),)
+
+
+def truth(x: dict[str, Any]) -> Results:
+    d = x["ref_logprobs"].double() - x["logprobs"].double()
+    return (torch.expm1(d) - d,)
+
+
+def cases() -> Iterator[Case]:
+    for rows, length in ((32, 2048), (256, 8192)):
+
+        def limit(m: Machine, n: int = rows * length) -> float:
+            return m.seconds(read=8 * n, written=4 * n, exps=n)
+
+        compiled = Compiled(k3)
+
+        def run_compiled(x: dict[str, Any], f: Compiled = compiled) -> Results:
+            return (f(x["logprobs"], x["ref_logprobs"]),)
+
+        found: dict[str, Call | str] = {
+            OURS: ours,
+            "eager": no_grad(lambda x: (k3(x["logprobs"], x["ref_logprobs"]),)),
+            "torch.compile": no_grad(run_compiled),
+            "verl": peer(peers.verl, lambda m: lambda x: (m.kl_penalty(x["logprobs"], x["ref_logprobs"], "k3"),)),
+            "OpenRLHF": peer(
+                lambda: peers.openrlhf("models.utils"),
+                lambda m: lambda x: (m.compute_approx_kl(x["logprobs"], x["ref_logprobs"], kl_estimator="k3"),),
+            ),
+        }
+        yield Case(
+            "kl_estimate",
+            f"k3, [{rows}, {length}] fp32",
+            partial(make, rows, length),
+            found,
+            truth,
+            limit,
+            {"eager": 1.0} if rows == 32 else {},
+            memory=False,
+        )

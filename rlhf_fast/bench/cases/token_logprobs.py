@@ -1,0 +1,145 @@
+"""token_logprobs against what trainers run: log-prob and entropy of logits, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rlhf_fast
+from rlhf_fast.bench import peers
+from rlhf_fast.bench.cases.common import DTYPES, TRUTH_ROWS, Compiled, backward, leaf, no_grad, peer
+from rlhf_fast.bench.engine import OURS, Call, Case, Results
+from rlhf_fast.bench.machine import Machine
+
+SHAPES = [(2048, 50304), (2048, 151936)]
+
+Pair = tuple[Tensor, Tensor]
+Formulation = Callable[[Tensor, Tensor], Pair]
+
+
+def log_softmax(logits: Tensor, ids: Tensor) -> Pair:
+    """The textbook formulation."""
+    logp = torch.log_softmax(logits, -1)
+    return logp.gather(-1, ids[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def logsumexp(logits: Tensor, ids: Tensor) -> Pair:
+    """Without a tensor of log-probs."""
+    lse = torch.logsumexp(logits, -1)
+    logprobs = logits.gather(-1, ids[:, None]).squeeze(-1) - lse
+    return logprobs, lse - (torch.softmax(logits, -1) * logits).sum(-1)
+
+
+def upcast(formulation: Formulation) -> Formulation:
+    """In fp32 whatever the dtype, fused into the reads by the compiler."""
+    return lambda logits, ids: formulation(logits.float(), ids)
+
+
+def ours(logits: Tensor, ids: Tensor) -> Pair:
+    out = rlhf_fast.token_logprobs(logits, ids)
+    return out.logprobs, out.entropy
+
+
+def of_trl(utils: Any) -> Formulation:
+    return lambda logits, ids: (utils.selective_log_softmax(logits, ids), utils.entropy_from_logits(logits))
+
+
+def of_verl(functional: Any) -> Formulation:
+    return lambda logits, ids: (functional.logprobs_from_logits(logits, ids), functional.entropy_from_logits(logits))
+
+
+def of_openrlhf(utils: Any) -> Formulation:
+    return lambda logits, ids: (utils.log_probs_from_logits(logits, ids), utils.compute_entropy(logits))
+
+
+def forward_of(formulation: Formulation) -> Call:
+    return no_grad(lambda x: formulation(x["logits"], x["ids"]))
+
+
+def both_of(formulation: Formulation) -> Call:
+    def run(x: dict[str, Any]) -> Results:
+        logits = leaf(x["logits"])
+        outputs = formulation(logits, x["ids"])
+        backward(outputs, (x["g_logprobs"], x["g_entropy"]))
+        return *(o.detach() for o in outputs), logits.grad
+
+    return run
+
+
+def through(of: Callable[[Formulation], Call], make: Callable[[Any], Formulation], module: Any) -> Call:
+    return of(make(module))
+
+
+def contenders(of: Callable[[Formulation], Call]) -> dict[str, Call | str]:
+    found: dict[str, Call | str] = {
+        OURS: of(ours),
+        "eager": of(log_softmax),
+        "eager, logsumexp": of(logsumexp),
+        "torch.compile": of(Compiled(upcast(log_softmax))),
+        "torch.compile, logsumexp": of(Compiled(upcast(logsumexp))),
+    }
+    for name, load, make in (
+        ("TRL", peers.trl_utils, of_trl),
+        ("verl", peers.verl_functional, of_verl),
+        ("OpenRLHF", lambda: peers.openrlhf("models.utils"), of_openrlhf),
+    ):
+        found[name] = peer(load, partial(through, of, make))
+    return found
+
+
+def truth(with_gradient: bool) -> Call:
+    def run(x: dict[str, Any]) -> Results:
+        few = {k: v[:TRUTH_ROWS].double() if v.is_floating_point() else v[:TRUTH_ROWS] for k, v in x.items()}
+        return (both_of if with_gradient else forward_of)(log_softmax)(few)
+
+    return run
+
+
+def cases() -> Iterator[Case]:
+    """Forward alone, and forward with backward of log-prob and entropy."""
+    for rows, vocab in SHAPES:
+        for label, dtype in DTYPES.items():
+
+            def make(rows: int = rows, vocab: int = vocab, dtype: torch.dtype = dtype) -> dict[str, Any]:
+                generator = torch.Generator().manual_seed(0)
+                return {
+                    "logits": (3 * torch.randn(rows, vocab, generator=generator)).to(dtype),
+                    "ids": torch.randint(0, vocab, (rows,), generator=generator),
+                    "g_logprobs": torch.randn(rows, generator=generator),
+                    "g_entropy": torch.randn(rows, generator=generator),
+                }
+
+            size, n = rows * vocab * dtype.itemsize, rows * vocab
+
+            def read(m: Machine, size: int = size, n: int = n) -> float:
+                return m.seconds(read=size, exps=n)
+
+            def read_read_write(m: Machine, size: int = size, n: int = n) -> float:
+                return m.seconds(read=size, exps=n) + m.seconds(read=size, written=size, exps=n)
+
+            shape = f"[{rows}, {vocab}] {label}"
+            yield Case(
+                "token_logprobs",
+                f"{shape}, forward with entropy",
+                make,
+                contenders(forward_of),
+                truth(False),
+                read,
+                bars={"limit": 0.85},
+            )
+            native = dict.fromkeys(("eager", "eager, logsumexp"), 2.0)
+            compiled = dict.fromkeys(("torch.compile", "torch.compile, logsumexp"), 5.0)
+            yield Case(
+                "token_logprobs",
+                f"{shape}, forward + backward with entropy",
+                make,
+                contenders(both_of),
+                truth(True),
+                read_read_write,
+                bars={"TRL": 20.0, **compiled, **native, "limit": 0.85},
+                seconds=30,
+            )

@@ -1,0 +1,119 @@
+"""`rlhf-fast bench`: run the microbenchmarks, print a table with every shortfall, write JSON, Markdown and a roofline."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import json
+import pkgutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from rlhf_fast.bench import cases as rows
+from rlhf_fast.bench import machine, peers, render
+from rlhf_fast.bench.engine import Case, GateError, Row, run
+
+NATIVE = ("eager", "torch.compile", "bare", "materialised", "chunked", "gae alone")
+"""Beginnings of the names of contenders that need no other library."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Every op against the reference, PyTorch, torch.compile and other libraries, in one run after a correctness gate."""
+
+    ops: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Ops, or patterns of "op case" (all when none is given)."""
+    peers: bool = False
+    """Also time the libraries that are installed: TRL, Liger-Kernel, verl, OpenRLHF, rlox."""
+    json: str | None = None
+    """Write the measurements to this file."""
+    markdown: str | None = None
+    """Write the table to this file."""
+    readme: str | None = None
+    """Put the table between the marks <!-- bench --> and <!-- /bench --> of this file."""
+    plot: str | None = None
+    """Write the roofline picture to this file."""
+    seconds: float | None = None
+    """Time to spend on a row, roughly."""
+    threads: int | None = None
+    """Threads of PyTorch and of the kernels."""
+
+
+def is_native(contender: str) -> bool:
+    """Whether it needs no other library."""
+    return contender.startswith(NATIVE)
+
+
+def all_cases() -> Iterator[Case]:
+    """Those of every op."""
+    for info in pkgutil.iter_modules(rows.__path__):
+        module = importlib.import_module(f"{rows.__name__}.{info.name}")
+        if hasattr(module, "cases"):
+            yield from module.cases()
+
+
+def chosen(patterns: Sequence[str]) -> list[Case]:
+    """The cases that match. Raises ValueError when a pattern matches none."""
+    found = list(all_cases())
+    if not patterns:
+        return found
+    for pattern in patterns:
+        if not any(matches(case, pattern) for case in found):
+            known = ", ".join(sorted({case.op for case in found}))
+            raise ValueError(f"bench: no case matches {pattern!r}; ops: {known}")
+    return [case for case in found if any(matches(case, p) for p in patterns)]
+
+
+def matches(case: Case, pattern: str) -> bool:
+    """An op's name, or a shell pattern of "op case"."""
+    return case.op == pattern or fnmatch.fnmatchcase(f"{case.op} {case.name}", pattern)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `rlhf-fast bench`. 1 when a correctness gate fails; a missed speed is printed, not an error."""
+    config = tyro.cli(BenchConfig, prog="rlhf-fast bench", args=list(arguments))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    todo = chosen(config.ops)
+    limits = machine.measure()
+    print("\n".join(limits.lines()), flush=True)
+    if config.peers:
+        print(
+            "peers: " + (", ".join(f"{n} {v}" for n, v in peers.versions().items()) or "none is installed"), flush=True
+        )
+    done: list[Row] = []
+    failed: list[str] = []
+    for case in todo:
+        if config.seconds is not None:
+            case = replace(case, seconds=config.seconds)
+        try:
+            row = run(case, limits, only=lambda name: config.peers or is_native(name))
+        except GateError as error:
+            failed.append(str(error))
+            print(f"WRONG  {error}", file=sys.stderr, flush=True)
+            continue
+        done.append(row)
+        print(render.text_row(row), flush=True)
+    if config.json:
+        document = {
+            "machine": asdict(limits),
+            "peers": peers.versions() if config.peers else {},
+            "rows": [asdict(row) | {"share_of_limit": row.share} for row in done],
+            "failed": failed,
+        }
+        Path(config.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    if config.markdown:
+        Path(config.markdown).write_text(render.markdown(limits, done), encoding="utf-8")
+    if config.readme:
+        render.into_readme(Path(config.readme), render.markdown(limits, done))
+    if config.plot:
+        render.roofline(limits, done, Path(config.plot))
+    missed = [f"{row.op} {row.name}: {line}" for row in done for line in row.shortfalls]
+    print(f"\n{len(done)} rows, {len(failed)} wrong, {len(missed)} aims missed" + "".join(f"\n  {m}" for m in missed))
+    return 1 if failed else 0

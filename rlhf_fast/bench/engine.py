@@ -1,0 +1,227 @@
+"""One timed comparison: correctness gate, contenders in turn, medians and ratios, memory, share of the machine's limit."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _buffers
+from rlhf_fast.bench.machine import Machine
+
+Results = tuple[Tensor | None, ...]
+Call = Callable[[dict[str, Any]], Results]
+OURS = "rlhf_fast"
+SAMPLE_SECONDS = 2e-3
+"""A timing covers at least this much: shorter calls are repeated."""
+DIFFERENT = 0.02
+"""A contender whose results are further off than this share of the largest one computes something else, and is marked."""
+
+
+class GateError(Exception):
+    """Our own result is wrong: no timing without correctness."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: an op at a shape and dtype, forward or forward and backward."""
+
+    op: str
+    name: str
+    make: Callable[[], dict[str, Any]]
+    """Inputs, shared by all contenders; none of them may change them."""
+    contenders: Mapping[str, Call | str]
+    """By name, ours among them as OURS; a string is the reason why one cannot run here. Each returns the same sequence of
+    results, with None where it has none."""
+    truth: Call
+    """The same in fp64; may return only the first rows."""
+    limit: Callable[[Machine], float] | None = None
+    """Seconds that the machine needs at least."""
+    bars: Mapping[str, float] = field(default_factory=dict)
+    """Aims: how many times as fast as a contender. "limit": the share of the machine's limit to reach."""
+    memory: bool = True
+    """Whether peak memory is worth a column."""
+    memory_bar: float | None = None
+    """Bytes of peak extra memory to stay below."""
+    seconds: float = 12.0
+    """Time to spend on the row, roughly."""
+
+
+@dataclass
+class Row:
+    """What was measured."""
+
+    op: str
+    name: str
+    milliseconds: dict[str, float]
+    ratios: dict[str, float]
+    """{contender: its time / ours}, median over rounds in which both ran."""
+    errors: dict[str, float]
+    """Largest error against fp64, as a share of the largest value of that result."""
+    missing: dict[str, str]
+    different: list[str]
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    limit_ms: float | None = None
+    rounds: int = 0
+    shortfalls: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float | None:
+        """Of the machine's limit that was reached."""
+        return None if self.limit_ms is None else self.limit_ms / self.milliseconds[OURS]
+
+
+def run(case: Case, machine: Machine, *, only: Callable[[str], bool] = lambda _: True) -> Row:
+    """Gate, then time. Raises GateError when our result is wrong."""
+    inputs = case.make()
+    calls: dict[str, Call] = {}
+    missing: dict[str, str] = {}
+    for name, call in case.contenders.items():
+        if name != OURS and not only(name):
+            continue
+        if isinstance(call, str):
+            missing[name] = call
+        else:
+            calls[name] = call
+    before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor) and v.numel() < 2**22}
+    truth = case.truth(inputs)
+    errors: dict[str, float] = {}
+    different = []
+    for name in list(calls):
+        try:
+            result = calls[name](inputs)
+        except Exception as error:
+            if name == OURS:
+                raise
+            missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            del calls[name]
+            continue
+        if name == OURS:
+            gate(case, result, truth)
+        errors[name] = worst_error(result, truth)
+        if not errors[name] <= DIFFERENT:
+            different.append(name)
+        del result
+    for name, x in before.items():
+        if not torch.equal(x, inputs[name]):
+            raise GateError(f"{case.op} {case.name}: a contender changed its input {name}")
+    times, rounds = interleave(calls, inputs, case.seconds)
+    ratios = {
+        name: statistics.median(theirs / ours for theirs, ours in zip(seconds, times[OURS], strict=True))
+        for name, seconds in times.items()
+        if name != OURS
+    }
+    row = Row(
+        case.op,
+        case.name,
+        {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()},
+        ratios,
+        errors,
+        missing,
+        different,
+        limit_ms=None if case.limit is None else 1e3 * case.limit(machine),
+        rounds=rounds,
+    )
+    if case.memory:
+        row.peak_bytes = {name: peak_extra_bytes(partial(call, inputs)) for name, call in calls.items()}
+    row.shortfalls = shortfalls(case, row)
+    return row
+
+
+def gate(case: Case, result: Results, truth: Results) -> None:
+    """Our results against fp64, to ten units in the last place of the largest value."""
+    for i, (x, t) in enumerate(zip(result, truth, strict=True)):
+        if x is None or t is None:
+            continue
+        x = x[: len(t)] if x.dim() else x
+        try:
+            rtol, atol = _tolerance(x.dtype, t)
+            torch.testing.assert_close(x.double(), t.double(), rtol=rtol, atol=atol)
+        except AssertionError as error:
+            text = " ".join(str(error).split())
+            raise GateError(f"{case.op} {case.name}: result {i} is wrong: {text}") from None
+
+
+def _tolerance(dtype: torch.dtype, truth: Tensor) -> tuple[float, float]:
+    """(relative, absolute)."""
+    rtol = 10 * torch.finfo(dtype).eps
+    return rtol, rtol * (float(truth.abs().max()) if truth.numel() else 0.0)
+
+
+def worst_error(result: Results, truth: Results) -> float:
+    """Largest difference over all results, each as a share of its largest value."""
+    worst = 0.0
+    for x, t in zip(result, truth, strict=True):
+        if x is None or t is None or t.numel() == 0:
+            continue
+        x = x[: len(t)] if x.dim() else x
+        scale = float(t.double().abs().max())
+        worst = max(worst, float((x.double() - t.double()).abs().max()) / (scale or 1.0))
+    return worst
+
+
+def interleave(calls: Mapping[str, Call], inputs: dict[str, Any], budget: float) -> tuple[dict[str, list[float]], int]:
+    """{name: seconds per call, one per round}: every round times every contender once, so that drift meets all alike."""
+
+    def sample(call: Call, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call(inputs)
+        return (time.perf_counter() - start) / repeats
+
+    first = {name: sample(call, 1) for name, call in calls.items()}
+    repeats = {name: max(1, int(SAMPLE_SECONDS / max(t, 1e-7))) for name, t in first.items()}
+    once = sum(first[name] * repeats[name] for name in calls)
+    rounds = max(3, min(21, int(budget / max(once, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(sample(call, repeats[name]))
+    return times, rounds
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int:
+    """Growth of the resident set at its highest during one call; -1 where the system does not tell."""
+    gc.collect()
+    _buffers.release()
+    status = Path("/proc/self/status")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        start = _status_bytes(status, "VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        result = call()
+        peak = _status_bytes(status, "VmHWM")
+    except (OSError, AttributeError):
+        return -1
+    del result
+    return max(0, peak - start)
+
+
+def _status_bytes(status: Path, name: str) -> int:
+    for line in status.read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{name} is not in {status}")
+
+
+def shortfalls(case: Case, row: Row) -> list[str]:
+    """One line for each aim that was not reached."""
+    found = []
+    for name, aim in case.bars.items():
+        if name == "limit":
+            if row.share is not None and row.share < aim:
+                found.append(f"{row.share:.2f} of the machine's limit, aim {aim:g}")
+        elif name in row.ratios and row.ratios[name] < aim:
+            found.append(f"{row.ratios[name]:.2f} x {name}, aim {aim:.2f}")
+    if case.memory_bar is not None and row.peak_bytes.get(OURS, 0) > case.memory_bar:
+        found.append(f"{row.peak_bytes[OURS] / 2**20:.0f} MiB of extra memory, aim {case.memory_bar / 2**20:.0f}")
+    return found
