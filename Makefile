@@ -41,7 +41,7 @@ bench: setup $(VENV)/.peers
 	mkdir -p runs/bench
 	$(BIN)/rlhf-fast bench --peers --json runs/bench/bench.json --markdown runs/bench/bench.md --plot runs/bench/roofline.png $(ARGS)
 	$(BIN)/python bench/overhead.py
-	$(BIN)/python bench/memory.py --shared-layers 20
+	$(BIN)/python bench/memory.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info rlhf_fast/_cpu*.so

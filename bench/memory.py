@@ -14,6 +14,12 @@ import subprocess
 import sys
 from typing import Any
 
+SETTINGS = {
+    "20 of 30 layers shared": ["--shared-layers", "20"],
+    "gradient checkpointing": ["--gradient-checkpointing"],
+    "neither": [],
+}
+"""Of the two shared layouts; all are measured unless one is chosen."""
 LIMITS = {"ppo / sft": 1.6, "ppo / classic": 0.45}
 
 
@@ -187,27 +193,37 @@ def main() -> int:
     if args.layout:
         print(json.dumps(measure(args.layout, args)))
         return 0
-    rows = {}
-    for layout in ("sft", "ppo", "classic"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--layout", layout]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        rows[layout] = json.loads(done.stdout.splitlines()[-1])
-    ratios = {
-        "ppo / sft": rows["ppo"]["peak"] / rows["sft"]["peak"],
-        "ppo / classic": rows["ppo"]["peak"] / rows["classic"]["peak"],
-    }
+    chosen = args.shared_layers or args.gradient_checkpointing or "--shared-layers" in sys.argv
+    settings = {"as chosen": []} if chosen else SETTINGS
+    classic = peak("classic", [])
+    table = []
+    for name, extra in settings.items():
+        sft, ppo = peak("sft", extra), peak("ppo", extra)
+        ratios = {"ppo / sft": ppo / sft, "ppo / classic": ppo / classic}
+        table.append({"setting": name, "sft": sft, "ppo": ppo, "classic": classic, "ratios": ratios})
     if args.json:
-        print(json.dumps({"rows": rows, "ratios": ratios, "limits": LIMITS}))
+        print(json.dumps({"rows": table, "limits": LIMITS}))
         return 0
-    print(f"batch {args.batch} x ({args.prompt} + {args.response}) tokens, {args.layers} layers of {args.hidden}, fp32")
-    print(f"{'layout':<10}{'models (MiB)':>14}{'peak (MiB)':>14}")
-    for layout, row in rows.items():
-        print(f"{layout:<10}{row['models']:>14.0f}{row['peak']:>14.0f}")
-    for name, ratio in ratios.items():
-        print(f"{name:<14} {ratio:.2f}  (limit {LIMITS[name]:.2f}: {'met' if ratio <= LIMITS[name] else 'missed'})")
+    print(
+        f"batch {args.batch} x ({args.prompt} + {args.response}) tokens, {args.layers} layers of {args.hidden}, fp32; MiB"
+    )
+    limits = "".join(f"{f'{name} (limit {limit:g})':>28}" for name, limit in LIMITS.items())
+    print(f"{'setting':<28}{'sft':>8}{'ppo':>8}{'classic':>9}{limits}")
+    for row in table:
+        ratios = "".join(
+            f"{row['ratios'][k]:>21.2f} {'met' if row['ratios'][k] <= v else 'missed':<6}" for k, v in LIMITS.items()
+        )
+        print(f"{row['setting']:<28}{row['sft']:>8.0f}{row['ppo']:>8.0f}{row['classic']:>9.0f}{ratios}")
     return 0
+
+
+def peak(layout: str, extra: list[str]) -> float:
+    """MiB at the peak of a layout, in a process of its own with this one's arguments and `extra`."""
+    command = [sys.executable, __file__, *sys.argv[1:], *extra, "--layout", layout]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(json.loads(done.stdout.splitlines()[-1])["peak"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.bench import engine, machine, peers, render
+from rlhf_fast.bench import engine, machine, peers, render, traffic
 from rlhf_fast.bench.command import all_cases, chosen, main
 from rlhf_fast.bench.engine import OURS, Case, GateError, Row, run
 from rlhf_fast.cli import main as cli
@@ -87,6 +87,28 @@ def test_peak_memory_sees_what_a_call_allocates_and_frees():
 
     assert 60 * 2**20 < engine.peak_extra_bytes(call) < 90 * 2**20
     assert engine.peak_extra_bytes(lambda: None) < 8 * 2**20
+
+
+def test_traffic_counts_every_kernel_once_and_our_ops_as_one_pass():
+    rows, vocab = 64, 1000
+    counts = {(c.name, "backward" in c.shape): c for c in traffic.audit(rows, vocab, torch.float32)}
+    logits = rows * vocab * 4
+    ours = counts["rlhf_fast", False]
+    assert ours.launches == 1 and logits < ours.moved < 1.1 * logits and ours.peak < 0.1 * logits
+    both = counts["rlhf_fast", True]
+    assert 3 * logits <= both.moved < 3.2 * logits and logits <= both.peak < 1.1 * logits
+    assert counts["eager", False].moved > 5 * logits and counts["eager", True].peak > 3 * logits
+    assert "| rlhf_fast |" in traffic.table(list(counts.values()))
+
+
+def test_traffic_of_single_operators():
+    x = torch.empty(10, 100, device="meta")
+    with traffic.Traffic() as seen:
+        y = x + 1
+        z = y.t()  # a view
+        z.zero_()
+    assert (seen.read, seen.written, seen.launches) == (4000, 8000, 2)
+    assert traffic.touched(torch.empty(10, 1).expand(10, 100)) == 40
 
 
 def test_limits_of_this_machine_are_positive_and_told(native):

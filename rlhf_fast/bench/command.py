@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from rlhf_fast.bench import cases as rows
-from rlhf_fast.bench import machine, peers, render
+from rlhf_fast.bench import machine, peers, render, traffic
 from rlhf_fast.bench.engine import Case, GateError, Row, run
 
 NATIVE = ("eager", "torch.compile", "bare", "materialised", "chunked", "gae alone")
@@ -31,6 +31,8 @@ class BenchConfig:
     """Ops, or patterns of "op case" (all when none is given)."""
     peers: bool = False
     """Also time the libraries that are installed: TRL, Liger-Kernel, verl, OpenRLHF, rlox."""
+    traffic: bool = False
+    """Count bytes, kernels and memory on shapes too large to run instead of timing."""
     json: str | None = None
     """Write the measurements to this file."""
     markdown: str | None = None
@@ -78,6 +80,9 @@ def matches(case: Case, pattern: str) -> bool:
 def main(arguments: Sequence[str]) -> int:
     """Entry point of `rlhf-fast bench`. 1 when a correctness gate fails; a missed speed is printed, not an error."""
     config = tyro.cli(BenchConfig, prog="rlhf-fast bench", args=list(arguments))
+    if config.traffic:
+        print(traffic.table(traffic.audit()))
+        return 0
     if config.threads:
         torch.set_num_threads(config.threads)
     todo = chosen(config.ops)

@@ -82,6 +82,7 @@ class Row:
 
 def run(case: Case, machine: Machine, *, only: Callable[[str], bool] = lambda _: True) -> Row:
     """Gate, then time. Raises GateError when our result is wrong."""
+    torch.compiler.reset()  # it compiles a function a few times only, and then runs it eagerly without a word
     inputs = case.make()
     calls: dict[str, Call] = {}
     missing: dict[str, str] = {}

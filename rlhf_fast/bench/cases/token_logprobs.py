@@ -70,6 +70,22 @@ def both_of(formulation: Formulation) -> Call:
     return run
 
 
+def alone_of(logprobs_of: Callable[[Tensor, Tensor], Tensor]) -> Call:
+    """Forward and backward of the log-probs alone."""
+
+    def run(x: dict[str, Any]) -> Results:
+        logits = leaf(x["logits"])
+        logprobs = logprobs_of(logits, x["ids"])
+        backward((logprobs,), (x["g_logprobs"],))
+        return logprobs.detach(), logits.grad
+
+    return run
+
+
+def gathered(logits: Tensor, ids: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1).gather(-1, ids[:, None]).squeeze(-1)
+
+
 def through(of: Callable[[Formulation], Call], make: Callable[[Any], Formulation], module: Any) -> Call:
     return of(make(module))
 
@@ -91,12 +107,11 @@ def contenders(of: Callable[[Formulation], Call]) -> dict[str, Call | str]:
     return found
 
 
-def truth(with_gradient: bool) -> Call:
-    def run(x: dict[str, Any]) -> Results:
-        few = {k: v[:TRUTH_ROWS].double() if v.is_floating_point() else v[:TRUTH_ROWS] for k, v in x.items()}
-        return (both_of if with_gradient else forward_of)(log_softmax)(few)
-
-    return run
+def truth(call: Call) -> Call:
+    """`call` on the first rows in fp64."""
+    return lambda x: call(
+        {k: v[:TRUTH_ROWS].double() if v.is_floating_point() else v[:TRUTH_ROWS] for k, v in x.items()}
+    )
 
 
 def cases() -> Iterator[Case]:
@@ -127,7 +142,7 @@ def cases() -> Iterator[Case]:
                 f"{shape}, forward with entropy",
                 make,
                 contenders(forward_of),
-                truth(False),
+                truth(forward_of(log_softmax)),
                 read,
                 bars={"limit": 0.85},
             )
@@ -138,8 +153,21 @@ def cases() -> Iterator[Case]:
                 f"{shape}, forward + backward with entropy",
                 make,
                 contenders(both_of),
-                truth(True),
+                truth(both_of(log_softmax)),
                 read_read_write,
                 bars={"TRL": 20.0, **compiled, **native, "limit": 0.85},
                 seconds=30,
             )
+            if vocab == SHAPES[0][1]:
+                yield Case(
+                    "token_logprobs",
+                    f"{shape}, forward + backward of the log-prob alone",
+                    make,
+                    {
+                        OURS: alone_of(lambda logits, ids: rlhf_fast.token_logprobs(logits, ids).logprobs),
+                        "eager": alone_of(gathered),
+                    },
+                    truth(alone_of(gathered)),
+                    read_read_write,
+                    bars={"eager": 5.0},
+                )
