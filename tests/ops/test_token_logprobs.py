@@ -6,47 +6,14 @@ import pytest
 import tolerances
 import torch
 from parity import assert_parity, double
+from token_parity import DTYPES, NAMES, assert_all_parity, stats, three
 from torch.library import opcheck
 
 import rlhf_fast
 from rlhf_fast.ops.token_logprobs import _layout
 from rlhf_fast.reference import token_logprobs as reference
 
-NAMES = ("logprobs", "entropy", "logsumexp", "kl")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAN, INF = float("nan"), float("inf")
-
-
-def stats(kwargs, **options):
-    """Results of the kernels, and (upstream weights drawn once) the gradient towards the logits of their weighted sum."""
-    kwargs = {**kwargs, "logits": kwargs["logits"].detach().clone().requires_grad_()}
-    out = rlhf_fast.token_logprobs(**kwargs, **options)
-    g = torch.Generator().manual_seed(5)
-    total = 0
-    for x in out:
-        if x is not None:
-            total = total + (x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum()
-    (grad,) = torch.autograd.grad(total, kwargs["logits"])
-    return [*(x.detach() for x in out if x is not None), grad]
-
-
-def three(kwargs, **options):
-    got = stats(kwargs, **options)
-    with rlhf_fast.use_backend("reference"):
-        wide = {
-            k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()
-        }
-        return got, stats(double(kwargs), **wide), stats(kwargs, **options)
-
-
-def assert_all_parity(got, truth, plain):
-    if got[0].dtype is torch.float64:
-        for results in ((got[:-1], truth[:-1]), (got[-1:], truth[-1:])):
-            g, t = (torch.cat([x.flatten() for x in part]) for part in results)
-            assert (g - t).abs().max() <= tolerances.DOUBLE * t.abs().max()
-        return
-    for g, t, p, name in zip(got, truth, plain, (*NAMES, "gradient"), strict=True):
-        assert_parity(g, t, p, name)
 
 
 # 1-3: below any vector; 15-17: around one; 127: several and a tail; 1000: unrolled; 50257: many blocks, odd rows.

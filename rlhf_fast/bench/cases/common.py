@@ -31,14 +31,9 @@ def peer(load: Callable[[], Any], make: Callable[[Any], Call]) -> Call | str:
     return module if isinstance(module, str) else make(module)
 
 
-class Compiled:
-    """torch.compile of a formulation, compiled at its first call (outside of the timing)."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = torch.compile(function, dynamic=False)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a formulation, which happens at its first call, outside of the timing."""
+    return torch.compile(function, dynamic=False)
 
 
 def no_grad(call: Call) -> Call:

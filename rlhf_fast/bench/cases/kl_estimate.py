@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 import rlhf_fast
 from rlhf_fast.bench import peers
-from rlhf_fast.bench.cases.common import Compiled, no_grad, peer
+from rlhf_fast.bench.cases.common import compiled, no_grad, peer
 from rlhf_fast.bench.engine import OURS, Call, Case, Results
 from rlhf_fast.bench.machine import Machine
 
@@ -41,9 +41,9 @@ def cases() -> Iterator[Case]:
         def limit(m: Machine, n: int = rows * length) -> float:
             return m.seconds(read=8 * n, written=4 * n, exps=n)
 
-        compiled = Compiled(k3)
+        fused = compiled(k3)
 
-        def run_compiled(x: dict[str, Any], f: Compiled = compiled) -> Results:
+        def run_compiled(x: dict[str, Any], f: Callable[..., Any] = fused) -> Results:
             return (f(x["logprobs"], x["ref_logprobs"]),)
 
         found: dict[str, Call | str] = {

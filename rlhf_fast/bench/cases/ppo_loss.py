@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rlhf_fast
 from rlhf_fast.bench import peers
-from rlhf_fast.bench.cases.common import Compiled, leaf, peer
+from rlhf_fast.bench.cases.common import compiled, leaf, peer
 from rlhf_fast.bench.engine import OURS, Call, Case, Results
 from rlhf_fast.bench.machine import Machine
 from rlhf_fast.reference.ppo_loss import sample
@@ -113,7 +113,7 @@ def cases() -> Iterator[Case]:
             OURS: with_gradients(ours),
             "eager": with_gradients(with_statistics),
             "eager, loss alone": with_gradients(fed(bare)),
-            "torch.compile, loss alone": with_gradients(fed(Compiled(bare))),
+            "torch.compile, loss alone": with_gradients(fed(compiled(bare))),
             "verl": peer(peers.verl, of_verl),
             "OpenRLHF": peer(lambda: peers.openrlhf("models.loss"), of_openrlhf),
         }
