@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "chunks.h"
+#include "common/elementary.h"
 #include "ops.h"
 
 namespace rlhf_fast {
@@ -9,58 +10,61 @@ namespace {
 
 enum Stat { kAccuracy, kMargin, kChosen, kRejected, kCenter, kPairs, kStats };
 
-// softplus(-x) + e x, and its derivative: (1 - e) softplus(-x) + e softplus(x) without overflow.
-struct Logistic {
-  double loss, slope;
-
-  Logistic(double x, double smoothing) {
-    const double tail = exp(x < 0 ? x : -x);  // e^-|x|
-    loss = (x < 0 ? -x : 0) + log1p(tail);
-    slope = -(x < 0 ? 1 : tail) / (1 + tail);  // -sigmoid(-x)
-    if (smoothing != 0) {
-      loss += smoothing * x;
-      slope += smoothing;
-    }
-  }
-};
-
 struct Sums {
   double loss = 0, stat[kStats] = {0};
 };
 
+// A block of pairs; the arrays let every loop vectorise. Masked pairs have zeros everywhere.
+template <class T>
+struct Block {
+  T real[kBlock], chosen[kBlock], rejected[kBlock], margin[kBlock], grad[kBlock];
+  double gap[kBlock], sum[kBlock], loss[kBlock], slope[kBlock], right[kBlock];
+
+  void run(const RewardLossArgs& a, int64_t at, int size, double share, Sums* s) {
+    load_mask(real, a.mask, at, size);
+    load_block(chosen, static_cast<const T*>(a.chosen), real, at, size);
+    load_block(rejected, static_cast<const T*>(a.rejected), real, at, size);
+    if (a.margin)
+      load_block(margin, static_cast<const T*>(a.margin), real, at, size);
+    else
+      memset(margin, 0, sizeof(margin));
+    const double smoothing = a.smoothing;
+    for (int i = 0; i < kBlock; ++i) {
+      const double on = real[i], w = chosen[i], l = rejected[i], x = (w - l) - static_cast<double>(margin[i]);
+      gap[i] = w - l;
+      sum[i] = w + l;
+      right[i] = on * (gap[i] > 0 ? 1.0 : (gap[i] == 0 ? 0.5 : 0.0));
+      // (1 - e) softplus(-x) + e softplus(x) and its derivative, without overflow.
+      const double tail = exp_of(x < 0 ? x : -x);                  // e^-|x|
+      const double smoothed = smoothing != 0 ? smoothing * x : 0;  // 0 * inf would be NaN
+      loss[i] = on * ((x < 0 ? -x : 0) + log1p_of(tail) + smoothed);
+      slope[i] = on * (smoothing - (x < 0 ? 1.0 : tail) / (1 + tail));
+    }
+    s->loss += total_of(loss);
+    s->stat[kAccuracy] += total_of(right);
+    s->stat[kMargin] += total_of(gap);
+    s->stat[kChosen] += total_of(chosen);
+    s->stat[kRejected] += total_of(rejected);
+    s->stat[kCenter] += dot_of(sum, sum);
+    T* out = static_cast<T*>(a.grads);
+    if (!out) return;
+    const double centre = 2 * a.center_coef;
+    for (int i = 0; i < kBlock; ++i) grad[i] = static_cast<T>((centre * sum[i] + slope[i]) * share);
+    memcpy(out + at, grad, sizeof(T) * size);
+    for (int i = 0; i < kBlock; ++i) grad[i] = static_cast<T>((centre * sum[i] - slope[i]) * share);
+    memcpy(out + a.n + at, grad, sizeof(T) * size);
+  }
+};
+
 template <class T>
 void run(const RewardLossArgs& a) {
-  const T* chosen = static_cast<const T*>(a.chosen);
-  const T* rejected = static_cast<const T*>(a.rejected);
-  const T* margin = static_cast<const T*>(a.margin);
-  T* grad_chosen = static_cast<T*>(a.grads);
-  T* grad_rejected = grad_chosen ? grad_chosen + a.n : nullptr;
   const int64_t pairs = count_real(a.mask, a.n);
   const double share = 1.0 / (pairs > 0 ? pairs : 1);
   const Chunks chunks(a.n);
   Sums partial[kMaxChunks];
   chunks.each(a.threads, [&](int64_t c, int64_t begin, int64_t end) {
-    Sums s;
-    for (int64_t i = begin; i < end; ++i) {
-      if (a.mask && !a.mask[i]) {
-        if (grad_chosen) grad_chosen[i] = grad_rejected[i] = 0;
-        continue;
-      }
-      const double w = chosen[i], l = rejected[i], gap = w - l, sum = w + l;
-      const Logistic term(margin ? gap - static_cast<double>(margin[i]) : gap, a.smoothing);
-      s.loss += term.loss;
-      s.stat[kAccuracy] += gap > 0 ? 1 : (gap == 0 ? 0.5 : 0);
-      s.stat[kMargin] += gap;
-      s.stat[kChosen] += w;
-      s.stat[kRejected] += l;
-      s.stat[kCenter] += sum * sum;
-      if (grad_chosen) {
-        const double centre = 2 * a.center_coef * sum;
-        grad_chosen[i] = static_cast<T>((centre + term.slope) * share);
-        grad_rejected[i] = static_cast<T>((centre - term.slope) * share);
-      }
-    }
-    partial[c] = s;
+    Block<T> block;
+    each_block(begin, end, [&](int64_t at, int size) { block.run(a, at, size, share, &partial[c]); });
   });
   Sums total;
   for (int64_t c = 0; c < chunks.count; ++c) {
