@@ -148,19 +148,22 @@ inline RLHF_FAST_INLINE void prefetch_next_block(const T* row, int64_t i) {
 struct RowSums {
   SoftmaxSums<double> policy, reference;
   GapSum<double> gap;
+  bool careful = false;  // a logit was -inf, +inf or NaN
 };
 
-// `highest`: measures from the largest logit of the block. Without it the point of reference stays where it is, which
-// saves a pass; returns false, having added nothing, when the terms are then too large.
-template <class V, class T, bool kCap, bool kRef>
+// kSafe measures from the largest logit of the block and lets logits be -inf. Without it the point of reference stays
+// where it is, which saves a pass; returns false, having added nothing, where that does not do: the terms are too
+// large, or not numbers.
+template <class V, class T, bool kCap, bool kRef, bool kSafe>
 bool add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_t j, int64_t n, double scale,
-               bool highest, RowSums* row) {
+               RowSums* row) {
+  static_assert(kSafe || !kRef);
   using S = typename V::Scalar;
   constexpr int U = kRef ? 2 : 4;
   if constexpr (kRef) {
     const double shift = row->policy.raise(z.largest_of(j, n), scale);
     row->gap.shift(shift, row->reference.raise(zr.largest_of(j, n), scale), row->policy.sum);
-  } else if (highest) {
+  } else if (kSafe) {
     row->policy.raise(z.largest_of(j, n), scale);
   } else {
     if (j == 0) row->policy.raise(z.largest_of(0, n < kProbe ? n : kProbe), scale);
@@ -171,15 +174,22 @@ bool add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_
   const ScaledExp<V> exp_of(scale);
   typename Choose<kRef, ExactLanes<V, U>, PlainLanes<V, U>>::Type e_sum, ref_sum;
   Lanes<V, U> weighted, gap;
-  const auto add = [&](const V& y, const V& yr, int k) RLHF_FAST_INLINE {
+  const auto add = [&](const V& y, const V& yr, int k, bool padded = false) RLHF_FAST_INLINE {
     typename V::Mask alive, ref_alive;
-    const V u = y - base, e = exp_of(u, &alive);
-    e_sum.add(k, e);
-    weighted.v[k] = fma_where(alive, e, u, weighted.v[k]);  // 0 * -inf must give 0
-    if constexpr (kRef) {
-      const V v = yr - ref_base;
-      ref_sum.add(k, exp_of(v, &ref_alive));
-      gap.v[k] = fma_where(alive, e, u - v, gap.v[k]);
+    const V u = y - base;
+    if (kSafe || padded) {
+      const V e = exp_of(u, &alive);
+      e_sum.add(k, e);
+      weighted.v[k] = fma_where(alive, e, u, weighted.v[k]);  // 0 * -inf must give 0
+      if constexpr (kRef) {
+        const V v = yr - ref_base;
+        ref_sum.add(k, exp_of(v, &ref_alive));
+        gap.v[k] = fma_where(alive, e, u - v, gap.v[k]);
+      }
+    } else {
+      const V e = exp_of.of_finite(u);
+      e_sum.add(k, e);
+      weighted.v[k] = fma(e, u, weighted.v[k]);
     }
   };
   sweep<V, U>(
@@ -199,15 +209,18 @@ bool add_block(const Logits<V, T, kCap>& z, const Logits<V, T, kCap>& zr, int64_
       },
       [&](int64_t i, int lanes) RLHF_FAST_INLINE {
         if constexpr (kRef) {
-          add(z.at(j + i, lanes), zr.at(j + i, lanes), 0);
+          add(z.at(j + i, lanes), zr.at(j + i, lanes), 0, true);
         } else {
-          add(z.at(j + i, lanes), base, 0);
+          add(z.at(j + i, lanes), base, 0, true);
         }
       });
-  const double sum = e_sum.total();
-  if (!kRef && !highest && !(sum < kLargestSum)) return false;
+  const double sum = e_sum.total(), sum_of_products = weighted.total();
+  if constexpr (!kSafe) {
+    row->careful = isnan(sum_of_products);
+    if (row->careful || !(sum < kLargestSum)) return false;
+  }
   row->policy.sum += sum;
-  row->policy.weighted += scale * weighted.total();
+  row->policy.weighted += scale * sum_of_products;
   if constexpr (kRef) {
     row->reference.sum += ref_sum.total();
     row->gap.gap += scale * gap.total();
@@ -257,6 +270,7 @@ void for_rows(int64_t rows, int64_t vocab, int threads, Body body) {
   const int64_t grain = kGrainElements / vocab + 1;
   int64_t next = 0;
   for_ranges(rows, grain, threads, [&](int64_t, int64_t) {
+    const FlushDenormals flush;
     for (;;) {
       const int64_t begin = __atomic_fetch_add(&next, grain, __ATOMIC_RELAXED);
       if (begin >= rows) break;
@@ -286,8 +300,10 @@ void forward_row(const TokenLogprobsArgs& a, int64_t i, const SoftCap<V>& soft) 
   RowSums row;
   for (int64_t j = 0; j < a.vocab; j += kBlock) {
     const int64_t n = a.vocab - j < kBlock ? a.vocab - j : kBlock;
-    if (!add_block<V, T, kCap, kRef>(z, zr, j, n, scale, kRef, &row))
-      add_block<V, T, kCap, kRef>(z, zr, j, n, scale, true, &row);
+    if constexpr (!kRef) {
+      if (!row.careful && add_block<V, T, kCap, false, false>(z, zr, j, n, scale, &row)) continue;
+    }
+    add_block<V, T, kCap, kRef, true>(z, zr, j, n, scale, &row);
   }
   *logprobs = static_cast<S>(row.policy.log_p(z.one(id_of(a, i)), scale));
   *entropy = static_cast<S>(row.policy.entropy());
@@ -357,6 +373,8 @@ void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V
     store(grad + j, gradient(load(z.row + j, n), kRef ? load(zr.row + j, n) : base), n);
   };
   const auto pair = [&](int64_t j) RLHF_FAST_INLINE -> Pair<V> {
+    prefetch_next_block<V>(z.row, j);
+    if constexpr (kRef) prefetch_next_block<V>(zr.row, j);
     const Pair<V> x = load_pair(z.row + j), xr = kRef ? load_pair(zr.row + j) : x;
     return {gradient(x.a, xr.a), gradient(x.b, xr.b)};
   };

@@ -25,7 +25,10 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
-#elif defined(__GNUC__) && !defined(__clang__)
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+#if !defined(RLHF_FAST_VEC512) && !defined(RLHF_FAST_VEC256) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // nothing here crosses an ABI
 #endif
 
@@ -207,39 +210,74 @@ inline void fence() {
 #endif
 }
 
+// Results and operands below the smallest normal number count as 0 while it lives: one of them costs the processor a
+// hundred additions, and a row whose logits lie 90 nats apart has thousands.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }  // FTZ and DAZ
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+};
+
 constexpr float kExpFloor = -87.33f;  // e^kExpFloor is the smallest normal number
+constexpr float kExpTop = 88.0f;
 constexpr float kLargest = 3.4028234663852886e38f;
 
-// 2^(x by) for -126 <= x by <= 127, rounded as if the product were exact; 0 outside of `alive`.
-inline RLHF_FAST_INLINE Float exp2_of_product(const Float& x, const Float& by, const Mask& alive) {
-  const Float shifter = Float::splat(0x1.8p23f);  // rounds to an integer and keeps it in the low bits
-  const Float t = fma(x, by, shifter), n = t - shifter;
-  const Float r = fms(x, by, n);
-  Float p = Float::splat(0x1.3eb2d8p-13f);  // minimax on |r| <= 1/2, relative error 2^-28
-  p = fma(p, r, Float::splat(0x1.5f0b8ep-10f));
-  p = fma(p, r, Float::splat(0x1.3b320ap-7f));
-  p = fma(p, r, Float::splat(0x1.c6af76p-5f));
-  p = fma(p, r, Float::splat(0x1.ebfbd6p-3f));
-  p = fma(p, r, Float::splat(0x1.62e430p-1f));
-  p = fma(p, r, Float::splat(1.0f));
-  return times_power_of_2(alive, p, t, n);
-}
+// x by = n + r with an integer n and |r| <= 1/2, as if the product were exact; t holds n in its low bits.
+struct PowerOf2 {
+  Float t, n, p;  // p = 2^r
 
-// e^(scale x) for scale x <= 88, at most 1 ulp off for a scale of 24 bits in base 2; exactly 0 below kExpFloor; NaN for
-// NaN. `alive`: the lanes that are not 0.
+  RLHF_FAST_INLINE PowerOf2(const Float& x, const Float& by) {
+    const Float shifter = Float::splat(0x1.8p23f);  // rounds to an integer and keeps it in the low bits
+    t = fma(x, by, shifter);
+    n = t - shifter;
+    const Float r = fms(x, by, n);
+    p = Float::splat(0x1.3eb2d8p-13f);  // minimax on |r| <= 1/2, relative error 2^-28
+    p = fma(p, r, Float::splat(0x1.5f0b8ep-10f));
+    p = fma(p, r, Float::splat(0x1.3b320ap-7f));
+    p = fma(p, r, Float::splat(0x1.c6af76p-5f));
+    p = fma(p, r, Float::splat(0x1.ebfbd6p-3f));
+    p = fma(p, r, Float::splat(0x1.62e430p-1f));
+    p = fma(p, r, Float::splat(1.0f));
+  }
+};
+
+// e^(scale x), at most 1 ulp off for a scale of 24 bits in base 2; NaN for NaN.
 template <class V>
 struct ScaledExp;
 
 template <>
 struct ScaledExp<Float> {
-  Float by, floor;
+  Float by, floor, top;
 
   explicit ScaledExp(double scale)
-      : by(Float::splat(clamped(scale * 1.4426950408889634))), floor(Float::splat(clamped(kExpFloor / scale))) {}
+      : by(Float::splat(clamped(scale * 1.4426950408889634))),
+        floor(Float::splat(clamped(kExpFloor / scale))),
+        top(Float::splat(clamped(kExpTop / scale))) {}
   static float clamped(double x) { return static_cast<float>(x < -kLargest ? -kLargest : x > kLargest ? kLargest : x); }
+  // For scale x <= 88; exactly 0 below kExpFloor. `alive`: the lanes that are not 0.
   RLHF_FAST_INLINE Float operator()(const Float& x, Mask* alive) const {
     *alive = not_less(x, floor);
-    return exp2_of_product(x, by, *alive);
+    const PowerOf2 e(x, by);
+    return times_power_of_2(*alive, e.p, e.t, e.n);
+  }
+  // For any x, but -inf may give NaN, which saves an instruction. 0 below kExpFloor under FlushDenormals; huge where
+  // scale x > 88.
+  RLHF_FAST_INLINE Float of_finite(const Float& x) const {
+#if defined(RLHF_FAST_VEC512)
+    const PowerOf2 e(x, by);
+    return times_power_of_2(e.p, e.t, e.n);
+#else
+    Mask alive;
+    return (*this)(min(top, x), &alive);
+#endif
   }
 };
 
@@ -253,6 +291,7 @@ struct ScaledExp<Double> {
     *alive = {!(e == 0)};
     return {e};
   }
+  Double of_finite(Double x) const { return {::exp(x.v * scale)}; }
 };
 
 // e^x for x <= 88, at most 1 ulp off; 0 below kExpFloor.

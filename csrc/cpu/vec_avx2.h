@@ -29,6 +29,7 @@ inline Float fms(Float a, Float b, Float c) {
 inline Float max(Float a, Float b) {
   return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
 }  // b when either is NaN
+inline Float min(Float a, Float b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }  // the same
 inline Float abs(Float a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
@@ -77,13 +78,12 @@ inline Float load(const T* p, int n) {
   return load(lanes);
 }
 
-// The bf16 nearest to each lane in its upper 16 bits; the lower ones are noise.
+// The bf16 nearest to each lane in its upper 16 bits; the lower ones are noise. A NaN that arithmetic made stays one:
+// its payload has room for the carry.
 inline __m256i rounded(__m256 v) {
   const __m256i b = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
-  const __m256i up = _mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(b, _mm256_set1_epi32(0x400000));
-  return _mm256_blendv_epi8(up, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  return _mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 inline __m256i pack(Float a, BFloat16*) {
   const __m256i lo = _mm256_srli_epi32(rounded(a.lo), 16), hi = _mm256_srli_epi32(rounded(a.hi), 16);

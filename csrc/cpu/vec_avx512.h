@@ -35,6 +35,7 @@ inline Float where(Mask m, Float a) { return {_mm512_maskz_mov_ps(m.m, a.v)}; }
 inline Float fma_where(Mask m, Float a, Float b, Float c) { return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, m.m)}; }
 inline Mask first_lanes(int n) { return {static_cast<__mmask16>((1u << n) - 1)}; }
 inline Float times_power_of_2(Mask m, Float a, Float, Float n) { return {_mm512_maskz_scalef_ps(m.m, a.v, n.v)}; }
+inline Float times_power_of_2(Float a, Float, Float n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 inline Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Float load(const BFloat16* p) {
@@ -51,12 +52,11 @@ inline Float load(const BFloat16* p, int n) {
 }
 inline Float load(const Float16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n).m, p))}; }
 
-// The bf16 nearest to each lane in its upper 16 bits; the lower ones are noise.
+// The bf16 nearest to each lane in its upper 16 bits; the lower ones are noise. A NaN that arithmetic made stays one:
+// its payload has room for the carry.
 inline __m512i rounded(Float a) {
   const __m512i b = _mm512_castps_si512(a.v), half = _mm512_add_epi32(b, _mm512_set1_epi32(0x7fff));
-  const __m512i up =
-      _mm512_mask_add_epi32(half, _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000)), half, _mm512_set1_epi32(1));
-  return _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), b, _mm512_set1_epi32(0x400000));
+  return _mm512_mask_add_epi32(half, _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000)), half, _mm512_set1_epi32(1));
 }
 inline __m256i pack(Float a, BFloat16*) {
 #if defined(RLHF_FAST_ISA_AVX512BF16)

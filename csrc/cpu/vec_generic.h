@@ -58,6 +58,9 @@ inline Float where(const Mask& m, const Float& a) {
 inline Float max(const Float& a, const Float& b) {  // b when either is NaN
   return select(quads<Mask>([&](int i) { return a.v[i] > b.v[i]; }), a, b);
 }
+inline Float min(const Float& a, const Float& b) {  // the same
+  return select(quads<Mask>([&](int i) { return a.v[i] < b.v[i]; }), a, b);
+}
 inline Float abs(const Float& a) {
   return quads([&](int i) { return number(bits(a.v[i]) & INT32_MAX); });
 }

@@ -333,6 +333,33 @@ def test_instruction_sets_agree(each_isa, dtype, softcap):
         assert all(torch.equal(a, b) for a, b in zip(results["avx2"], results["avx512"], strict=True))
 
 
+@pytest.mark.parametrize("leap", [13.0, 90.0, 354.9, 355.0, 1e4, 1e7, 1e30])
+def test_a_logit_far_above_all_before_it_takes_the_whole_weight(each_isa, leap):
+    """Also where an exponent beyond the range of fp32 would wrap around (512 ln 2 = 354.9)."""
+    logits = torch.zeros(3, 5000)
+    logits[0, 4000], logits[1, 127], logits[2, 128] = leap, leap, leap
+    kwargs = {"logits": logits, "token_ids": torch.tensor([4000, 127, 128])}
+    truth = logits.double().log_softmax(-1)
+    for _, found in each_isa(lambda: stats(kwargs)):
+        torch.testing.assert_close(found[0], truth.amax(-1).float(), rtol=1e-6, atol=tolerances.FLOOR[torch.float32])
+        torch.testing.assert_close(found[1], -(truth * truth.exp()).sum(-1).float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[2], torch.logsumexp(logits, -1))
+
+
+def test_tiny_probabilities_cost_nothing_and_leave_the_processor_as_it_was():
+    """Powers below the smallest normal number count as 0 inside the kernels, and as themselves outside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on the calling thread
+    try:
+        tiny = torch.tensor([1e-40, 3e-39]) * 1
+        kwargs = reference.sample((3,), 4000)
+        kwargs["logits"] = torch.linspace(-110, 3, 4000).expand(3, -1).contiguous()
+        assert_all_parity(*three(kwargs))
+        assert (torch.tensor([1e-40, 3e-39]) * 1).tolist() == tiny.tolist() != [0.0, 0.0]
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity_of_the_scalar_kernels(native, dtype):
     before = native.isa()
