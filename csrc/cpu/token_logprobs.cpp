@@ -42,6 +42,7 @@ struct Logits {
     return x;
   }
   Pair<V> at(int64_t i) const {
+    if constexpr (!kCap) return load_pair(row + i);
     const Pair<V> x = load_pair(row + i);
     return {cap(x.a), cap(x.b)};
   }
@@ -67,7 +68,9 @@ inline RLHF_FAST_INLINE void sweep(int64_t n, Full pair, Part part) {
   constexpr int64_t W = V::width, step = 2 * W, turn = U * W;
   const int64_t unrolled = n / turn * turn;
   int64_t i = 0;
-  if constexpr (kRegisters && U > 2) {
+  if constexpr (U == 2) {
+    for (; i + step <= n; i += step) pair(i, 0);
+  } else if constexpr (kRegisters) {
     for (; i < unrolled; i += turn)
       for (int k = 0; k < U; k += 2) pair(i + k * W, k);
     for (; i + step <= n; i += step) pair(i, 0);
@@ -375,8 +378,13 @@ void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V
   const auto pair = [&](int64_t j) RLHF_FAST_INLINE -> Pair<V> {
     prefetch_next_block<V>(z.row, j);
     if constexpr (kRef) prefetch_next_block<V>(zr.row, j);
-    const Pair<V> x = load_pair(z.row + j), xr = kRef ? load_pair(zr.row + j) : x;
-    return {gradient(x.a, xr.a), gradient(x.b, xr.b)};
+    const Pair<V> x = load_pair(z.row + j);
+    if constexpr (kRef) {
+      const Pair<V> xr = load_pair(zr.row + j);
+      return {gradient(x.a, xr.a), gradient(x.b, xr.b)};
+    } else {
+      return {gradient(x.a, base), gradient(x.b, base)};
+    }
   };
 
   constexpr int64_t W = V::width, step = 2 * W;
