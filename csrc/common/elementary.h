@@ -8,45 +8,53 @@
 #include <string.h>
 
 #if defined(__CUDACC__)
-#define RLHF_FAST_HD __host__ __device__ __forceinline__
+#define RLHF_FAST_INLINE_HD __host__ __device__ __forceinline__
 #else
-#define RLHF_FAST_HD inline __attribute__((always_inline))
+#define RLHF_FAST_INLINE_HD inline __attribute__((always_inline))
 #endif
 
 namespace rlhf_fast {
 namespace {
 
 template <class To, class From>
-RLHF_FAST_HD To bits_as(From x) {
+RLHF_FAST_INLINE_HD To bits_as(From x) {
   static_assert(sizeof(To) == sizeof(From));
   To y;
   memcpy(&y, &x, sizeof(y));
   return y;
 }
 
-// Cody-Waite reduction x = k ln 2 + r, Taylor series of e^r, exponent arithmetic. At most 1 ulp off; results below
-// 2^-124 (2^-1020) are flushed to 0. The scale is 2^(k-1), doubled, so that k = 128 (1024) does not overflow early.
-RLHF_FAST_HD float exp_of(float x) {
+// x = k ln 2 + r with |r| <= ln(2) / 2 (Cody-Waite), so that e^x = 2^k (1 + r + excess). Half of 2^k is kept, which
+// does not overflow at k = 128, and half of k ln 2, in two parts.
+struct ReducedExp {
+  float high, low, r, excess, half;
+};
+
+RLHF_FAST_INLINE_HD ReducedExp reduced_exp(float x) {
+  const float magic = 0x1.8p23f;
+  const float shifted = x * 0x1.715476p0f + magic, k = shifted - magic;
+  const float high = k * 0x1.63p-2f, low = k * -0x1.bd0106p-14f;  // the first is exact
+  const float r = (x - (high + high)) - (low + low);
+  float q = 0x1.6c6a48p-10f;  // (e^r - 1 - r) / r^2, minimax, relative error 1.3e-7
+  q = q * r + 0x1.120a1cp-7f;
+  q = q * r + 0x1.55557ap-5f;
+  q = q * r + 0x1.5554dep-3f;
+  q = q * r + 0.5f;
+  return {high, low, r, q * (r * r), bits_as<float>((bits_as<int32_t>(shifted) + 126) << 23)};
+}
+
+// At most 1.03 ulp off; results below 2^-124 (2^-1020) are flushed to 0.
+RLHF_FAST_INLINE_HD float exp_of(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
 #else
-  const float magic = 0x1.8p23f;
-  const float shifted = x * 0x1.715476p0f + magic, k = shifted - magic;
-  const float r = (x - k * 0x1.63p-1f) - k * -0x1.bd0106p-13f;
-  float p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * (r * r) + r + 1.0f;
-  const float y = p * bits_as<float>((bits_as<int32_t>(shifted) + 126) << 23) * 2.0f;
-  const float low = x < -86.0f ? 0.0f : y;
+  const ReducedExp e = reduced_exp(x);
+  const float y = (e.excess + e.r + 1.0f) * e.half * 2.0f, low = x < -86.0f ? 0.0f : y;
   return x > 0x1.62e42ep6f ? INFINITY : low;
 #endif
 }
 
-RLHF_FAST_HD double exp_of(double x) {
+RLHF_FAST_INLINE_HD double exp_of(double x) {
 #if defined(__CUDA_ARCH__)
   return exp(x);
 #else
@@ -73,7 +81,7 @@ RLHF_FAST_HD double exp_of(double x) {
 }
 
 // log(1 + x) for 0 <= x <= 1: 2 artanh(z) with z = x / (2 + x) <= 1/3, by its series; relative error below 2^-51.
-RLHF_FAST_HD double log1p_of(double x) {
+RLHF_FAST_INLINE_HD double log1p_of(double x) {
   const double z = x / (2 + x), square = z * z;
   double s = 1.0 / 35;
   s = s * square + 1.0 / 33;
@@ -95,23 +103,17 @@ RLHF_FAST_HD double log1p_of(double x) {
   return 2 * z + 2 * z * (square * s);
 }
 
-// e^x - 1 - x, which cancels near 0: there a series, above the exponential (given, since callers have it at hand).
-RLHF_FAST_HD float k3_of(float x, float exp_x) {
-  float s = 1.0f / 39916800;
-  s = s * x + 1.0f / 3628800;
-  s = s * x + 1.0f / 362880;
-  s = s * x + 1.0f / 40320;
-  s = s * x + 1.0f / 5040;
-  s = s * x + 1.0f / 720;
-  s = s * x + 1.0f / 120;
-  s = s * x + 1.0f / 24;
-  s = s * x + 1.0f / 6;
-  s = s * x + 0.5f;
-  const float series = s * x * x, direct = (exp_x - 1) - x;
-  return (x < 0 ? -x : x) < 1.0f ? series : direct;
+// e^x - 1 - x, which cancels near 0: (2^k - 1 - k ln 2) + (2^k - 1) r + 2^k excess with the terms of e^x, at most 3e-7
+// off relative to the result.
+RLHF_FAST_INLINE_HD float k3_of(float x) {
+  const ReducedExp e = reduced_exp(x);
+  const float t = e.half - 0.5f, y = (((t - e.high) - e.low) + t * e.r + e.half * e.excess) * 2.0f;
+  const float low = x < -86.0f ? -1.0f - x : y;
+  return x > 0x1.62e42ep6f ? INFINITY : low;
 }
 
-RLHF_FAST_HD double k3_of(double x, double exp_x) {
+// The same with a series below |x| = 1.
+RLHF_FAST_INLINE_HD double k3_of(double x) {
   double s = 1.0 / 355687428096000.0;
   s = s * x + 1.0 / 20922789888000.0;
   s = s * x + 1.0 / 1307674368000.0;
@@ -128,12 +130,12 @@ RLHF_FAST_HD double k3_of(double x, double exp_x) {
   s = s * x + 1.0 / 24;
   s = s * x + 1.0 / 6;
   s = s * x + 0.5;
-  const double series = s * x * x, direct = (exp_x - 1) - x;
+  const double series = s * x * x, direct = (exp_of(x) - 1) - x;
   return (x < 0 ? -x : x) < 1.0 ? series : direct;
 }
 
 template <class T>
-RLHF_FAST_HD T clamp_of(T x, T low, T high) {  // NaN passes through
+RLHF_FAST_INLINE_HD T clamp_of(T x, T low, T high) {  // NaN passes through
   const T y = x < low ? low : x;
   return y > high ? high : y;
 }

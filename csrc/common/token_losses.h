@@ -18,7 +18,7 @@ struct ValueSlope {
 // Beyond a bound the value is the bound and the derivative 0; straight-through takes the derivative of k2 without
 // bounds.
 template <int kKind, bool kStraightThrough, class T>
-RLHF_FAST_HD ValueSlope<T> kl_token(T logp, T ref, T clamp_in, T clamp_out) {
+RLHF_FAST_INLINE_HD ValueSlope<T> kl_token(T logp, T ref, T clamp_in, T clamp_out) {
   const T raw = ref - logp, x = clamp_of(raw, -clamp_in, clamp_in);
   T value, slope;
   if constexpr (kKind == kK1) {
@@ -28,7 +28,7 @@ RLHF_FAST_HD ValueSlope<T> kl_token(T logp, T ref, T clamp_in, T clamp_out) {
     value = x * x / 2;
     slope = -x;
   } else if constexpr (kKind == kK3) {
-    value = k3_of(x, exp_of(x));
+    value = k3_of(x);
     slope = -(value + x);  // 1 - e^x without cancellation
   } else {
     value = x < 0 ? -x : x;
@@ -55,7 +55,7 @@ struct PolicyToken {
 
 // max(-A rho, -A clip(rho)), at most -c A where A < 0 (arXiv 1707.06347 eq. 7, 1912.09729 eq. 5).
 template <class T>
-RLHF_FAST_HD PolicyToken<T> policy_token(T logp, T old, T advantage, const PolicyRules<T>& rules) {
+RLHF_FAST_INLINE_HD PolicyToken<T> policy_token(T logp, T old, T advantage, const PolicyRules<T>& rules) {
   const T difference = logp - old, distance = difference < 0 ? -difference : difference;
   const T log_ratio = clamp_of(difference, -rules.ratio_clamp, rules.ratio_clamp), ratio = exp_of(log_ratio);
   const T plain = -advantage * ratio, bounded = -advantage * clamp_of(ratio, rules.low, rules.high);
@@ -81,7 +81,7 @@ struct ValueToken {
 
 // max((V - R)^2, (clip(V, old +- c) - R)^2) / 2; `bound` infinite for no clipping.
 template <class T>
-RLHF_FAST_HD ValueToken<T> value_token(T value, T old, T target, T bound) {
+RLHF_FAST_INLINE_HD ValueToken<T> value_token(T value, T old, T target, T bound) {
   const T error = value - target, other = clamp_of(value, old - bound, old + bound) - target;
   const T plain = error * error, bounded = other * other;
   return {(bounded > plain ? bounded : plain) / 2, bounded > plain ? T(0) : error, bounded > plain ? T(1) : T(0)};

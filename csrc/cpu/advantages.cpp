@@ -23,33 +23,21 @@ struct Arrays {
         kl(static_cast<T*>(a.kl)) {}
 };
 
-// Fills the token rewards of a row. Returns the slot after the last real token when that one has a value too, otherwise
-// -1.
+// KL and token rewards of the slots [begin, end).
 template <class T>
-int64_t shape_rewards(const AdvantagesArgs& a, const Arrays<T>& x, Row row, int64_t i) {
-  int64_t last = row.end - 1;
-  while (last >= row.begin && !a.mask[last]) --last;
-  const bool any = last >= row.begin, extra = any && a.after_last && last + 1 < row.end;
+void shape_rewards(const AdvantagesArgs& a, const Arrays<T>& x, int64_t begin, int64_t end) {
+  const size_t size = sizeof(T) * (end - begin);
   if (x.logprobs) {
+    estimate(x.logprobs, x.ref, a.mask, x.kl, begin, end, a.kl_kind, static_cast<T>(a.clamp_in),
+             static_cast<T>(a.clamp_out));
     const T coef = static_cast<T>(a.kl_coef);
-    KlBlock<T> block;
-    each_block(row.begin, row.end, [&](int64_t at, int size) {
-      block.load(x.logprobs, x.ref, a.mask, at, size);
-      block.values(a.kl_kind, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
-      memcpy(x.kl + at, block.out, sizeof(T) * size);
-      for (int i = 0; i < size; ++i) x.rewards[at + i] = -coef * block.out[i];
-    });
+    for (int64_t t = begin; t < end; ++t) x.rewards[t] = -coef * x.kl[t];
   } else {
-    for (int64_t t = row.begin; t < row.end; ++t) x.kl[t] = x.rewards[t] = 0;
+    memset(x.kl + begin, 0, size);
+    memset(x.rewards + begin, 0, size);
   }
-  if (a.token_scores) {
-    for (int64_t t = row.begin; t < row.end; ++t) x.rewards[t] += a.mask[t] ? x.scores[t] : T(0);
-    if (extra) x.rewards[last + 1] += x.scores[last + 1];
-  } else if (any) {
-    const T clip = static_cast<T>(a.score_clip);
-    x.rewards[extra ? last + 1 : last] += clamp_of(x.scores[i], -clip, clip);
-  }
-  return extra ? last + 1 : -1;
+  if (a.token_scores)
+    for (int64_t t = begin; t < end; ++t) x.rewards[t] += a.mask[t] ? x.scores[t] : T(0);
 }
 
 template <class T>
@@ -57,25 +45,45 @@ void run(const AdvantagesArgs& a) {
   const Arrays<T> x(a);
   const GaeRules rules{a.gamma, a.lam, a.decay_gaps};
   const GaeArrays<T> scanned{x.rewards, x.values, a.mask, x.advantages, x.returns};
+  const T clip = static_cast<T>(a.score_clip);
+  const auto run_row = [&](GaeRowScan<T>* scan, int64_t i, MomentSums<T>* sums) {
+    Row row = row_of(a, i);
+    const int64_t last = real_end(a.mask, row) - 1;
+    const bool any = last >= row.begin, after = any && a.after_last && last + 1 < row.end;
+    const int64_t slot = after ? last + 1 : last;  // of the score
+    T* const outputs[] = {x.advantages, x.returns, x.rewards, x.kl};
+    for (T* out : outputs) memset(out + slot + 1, 0, sizeof(T) * (row.end - slot - 1));
+    row.end = slot + 1;
+    scan->run(row, x.bootstrap ? static_cast<double>(x.bootstrap[i]) : 0.0, after ? slot : -1, sums,
+              [&](int64_t begin, int64_t end) {
+                shape_rewards(a, x, begin, end);
+                if (end < row.end) return;
+                if (!a.token_scores)
+                  x.rewards[slot] += clamp_of(x.scores[i], -clip, clip);
+                else if (after)
+                  x.rewards[slot] += x.scores[slot];
+              });
+  };
   // Rows go in chunks that depend on their number alone, so that the moments have the same bits for any number of
   // threads.
   const int64_t size = (a.rows + kMaxChunks - 1) / kMaxChunks, chunks = size ? (a.rows + size - 1) / size : 0;
-  RunningMoments moments[kMaxChunks];
-  for_ranges(chunks, (row_grain(a) + size - 1) / (size ? size : 1), a.threads, [&](int64_t from, int64_t to) {
-    GaeRowScan<T> scan(rules, scanned);
-    for (int64_t c = from; c < to; ++c) {
-      for (int64_t i = c * size; i < (c + 1) * size && i < a.rows; ++i) {
-        const Row row = row_of(a, i);
-        const int64_t extra = shape_rewards(a, x, row, i);
-        scan.run(row, x.bootstrap ? static_cast<double>(x.bootstrap[i]) : 0.0, extra, a.whiten ? &moments[c] : nullptr);
-      }
-    }
-  });
-  if (!a.whiten) return;
-  RunningMoments all;
-  for (int64_t c = 0; c < chunks; ++c) all.join(moments[c]);
-  const Moments m = finish(all, {a.unbiased, a.floor_variance, a.eps});
-  standardise(x.advantages, a.mask, x.advantages, a.n, m, 0.0, a.threads);
+  PartMoments parts[kMaxChunks];
+  for_phases(chunks, (row_grain(a) + size - 1) / (size ? size : 1), a.threads, a.whiten ? 2 : 1,
+             [&](int phase, int64_t from, int64_t to) {
+               const int64_t end = to * size < a.rows ? to * size : a.rows;
+               if (phase == 1) {
+                 const Moments m = pooled(parts, chunks, {a.unbiased, a.floor_variance, a.eps});
+                 return standardise(x.advantages, a.mask, x.advantages, row_of(a, from * size).begin,
+                                    row_of(a, end - 1).end, m, 0.0);
+               }
+               GaeRowScan<T> scan(rules, scanned);
+               for (int64_t c = from; c < to; ++c) {
+                 MomentSums<T> sums;
+                 for (int64_t i = c * size; i < (c + 1) * size && i < end; ++i)
+                   run_row(&scan, i, a.whiten ? &sums : nullptr);
+                 parts[c] = sums.moments();
+               }
+             });
 }
 
 }  // namespace

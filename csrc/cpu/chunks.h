@@ -6,10 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "eight.h"
 #include "parallel.h"
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by inlined functions only
-#endif
 
 namespace rlhf_fast {
 namespace {
@@ -17,66 +15,53 @@ namespace {
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kMinChunk = 1024;
 constexpr int64_t kGrainChunks = 8;  // below this a second thread costs more than it saves
-constexpr int kLaneCount = 8;
-constexpr int kBlock = 256;  // tokens whose terms live on the stack at a time
+constexpr int kBlock = 256;          // tokens whose terms live on the stack at a time
 
 struct Chunks {
   int64_t n, size, count;
 
   explicit Chunks(int64_t n) : n(n) {
     const int64_t even = (n + kMaxChunks - 1) / kMaxChunks;
-    size = even <= kMinChunk ? kMinChunk : (even + kLaneCount - 1) / kLaneCount * kLaneCount;
+    size = even <= kMinChunk ? kMinChunk : (even + kEight - 1) / kEight * kEight;
     count = (n + size - 1) / size;
   }
   int64_t begin(int64_t chunk) const { return chunk * size; }
   int64_t end(int64_t chunk) const { return (chunk + 1) * size < n ? (chunk + 1) * size : n; }
 
+  // body(chunk, begin, end) for the chunks [from, to).
+  template <class Body>
+  void each(int64_t from, int64_t to, Body body) const {
+    for (int64_t c = from; c < to; ++c) body(c, begin(c), end(c));
+  }
+  // body(phase, from, to) on chunks [from, to), on several threads.
+  template <class Body>
+  void in_phases(int threads, int phases, Body body) const {
+    for_phases(count, kGrainChunks, threads, phases, body);
+  }
   // body(chunk, begin, end) for every chunk, on several threads.
   template <class Body>
   void each(int threads, Body body) const {
-    for_ranges(count, kGrainChunks, threads, [&](int64_t from, int64_t to) {
-      for (int64_t c = from; c < to; ++c) body(c, begin(c), end(c));
-    });
+    in_phases(threads, 1, [&](int, int64_t from, int64_t to) { each(from, to, body); });
   }
-};
-
-template <class T>
-using Half __attribute__((vector_size(kLaneCount / 2 * sizeof(T)))) = T;  // at most one register of AVX2
-
-// The eight running sums.
-struct Lanes {
-  Half<double> low = {}, high = {};
-
-  template <class T>
-  static Half<double> widen(const T* from) {
-    Half<T> x;
-    memcpy(&x, from, sizeof(x));
-    return __builtin_convertvector(x, Half<double>);
-  }
-  double total() const { return ((low[0] + high[0]) + (low[2] + high[2])) + ((low[1] + high[1]) + (low[3] + high[3])); }
 };
 
 // Sum of x[0..kBlock).
 template <class T>
 inline double total_of(const T* x) {
-  Lanes sum;
-  for (int i = 0; i < kBlock; i += kLaneCount) {
-    sum.low += Lanes::widen(x + i);
-    sum.high += Lanes::widen(x + i + kLaneCount / 2);
-  }
-  return sum.total();
+  Eight sum = Eight::splat(0);
+  for (int i = 0; i < kBlock; i += kEight) sum = sum + Eight::load(x + i);
+  return total(sum);
 }
 
 // Sum of x[i] y[i].
 template <class T, class U>
 inline double dot_of(const T* x, const U* y) {
-  Lanes sum;
-  for (int i = 0; i < kBlock; i += kLaneCount) {
-    sum.low += Lanes::widen(x + i) * Lanes::widen(y + i);
-    sum.high += Lanes::widen(x + i + kLaneCount / 2) * Lanes::widen(y + i + kLaneCount / 2);
-  }
-  return sum.total();
+  Eight sum = Eight::splat(0);
+  for (int i = 0; i < kBlock; i += kEight) sum = sum + Eight::load(x + i) * Eight::load(y + i);
+  return total(sum);
 }
+
+inline bool all_real(const uint8_t* mask, int64_t n) { return !mask || !memchr(mask, 0, n); }
 
 // real[i] = 1 for the real ones among tokens [at, at + size), 0 for the others and for the rest of the block. Numbers
 // as wide as the data let the loops that select with them vectorise; bytes do not.

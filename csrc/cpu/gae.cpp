@@ -40,8 +40,14 @@ void forward_rows(const GaeArgs& a) {
   const T* bootstrap = static_cast<const T*>(a.bootstrap);
   for_ranges(a.rows, row_grain(a), a.threads, [&](int64_t begin, int64_t end) {
     GaeRowScan<T> scan(rules, x);
-    for (int64_t i = begin; i < end; ++i)
-      scan.run(row_of(a, i), bootstrap ? static_cast<double>(bootstrap[i]) : 0.0, -1);
+    for (int64_t i = begin; i < end; ++i) {
+      Row row = row_of(a, i);
+      const int64_t last = real_end(a.mask, row);
+      memset(x.advantages + last, 0, sizeof(T) * (row.end - last));
+      memset(x.returns + last, 0, sizeof(T) * (row.end - last));
+      row.end = last;
+      scan.run(row, bootstrap ? static_cast<double>(bootstrap[i]) : 0.0, -1, nullptr, [](int64_t, int64_t) {});
+    }
   });
 }
 

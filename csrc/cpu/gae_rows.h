@@ -12,6 +12,7 @@
 // padding. Everything is in double: lambda = gamma = 1 sums thousands of terms.
 #pragma once
 
+#include "eight.h"
 #include "moments.h"
 #include "rows.h"
 
@@ -30,119 +31,145 @@ struct GaeArrays {
   T *advantages, *returns;
 };
 
-inline bool all_real(const uint8_t* mask, int64_t n) { return !mask || !memchr(mask, 0, n); }
+// Eight tokens at a time, and what they need of the eight after them.
+struct GaeWindow {
+  Eight gamma, c, c2, c4, c8;
+  Eight values, one, two, four, advantages;  // one, two, four: sums of as many deltas
+
+  explicit GaeWindow(const GaeRules& rules) {
+    const double x = rules.gamma * rules.lam, x2 = x * x, x4 = x2 * x2;
+    gamma = Eight::splat(rules.gamma);
+    c = Eight::splat(x);
+    c2 = Eight::splat(x2);
+    c4 = Eight::splat(x4);
+    c8 = Eight::splat(x4 * x4);
+  }
+  // After the last token comes a value and nothing else.
+  void start(double value) {
+    values = Eight::splat(value);
+    one = two = four = advantages = Eight::splat(0);
+  }
+  // Advantages of the eight tokens before.
+  RLHF_FAST_INLINE Eight step(const Eight& r, const Eight& v) {
+    const Eight w1 = (r + gamma * shifted<1>(v, values)) - v;
+    const Eight w2 = w1 + c * shifted<1>(w1, one);
+    const Eight w4 = w2 + c2 * shifted<2>(w2, two);
+    advantages = (w4 + c4 * shifted<4>(w4, four)) + c8 * advantages;
+    values = v;
+    one = w1;
+    two = w2;
+    four = w4;
+    return advantages;
+  }
+  // After a step whose last `count` lanes alone were tokens; `before` is the window before it.
+  void keep(int count, const GaeWindow& before) {
+    Eight GaeWindow::* const all[] = {&GaeWindow::values, &GaeWindow::one, &GaeWindow::two, &GaeWindow::four,
+                                      &GaeWindow::advantages};
+    for (Eight GaeWindow::* x : all) {
+      double lanes[2 * kEight];
+      (this->*x).store(lanes);
+      (before.*x).store(lanes + kEight);
+      this->*x = Eight::load(lanes + kEight - count);
+    }
+  }
+};
 
 template <class T>
 class GaeRowScan {
  public:
-  GaeRowScan(const GaeRules& rules, const GaeArrays<T>& x) : rules_(rules), x_(x) {
-    c_ = rules.gamma * rules.lam;
-    c2_ = c_ * c_;
-    c4_ = c2_ * c2_;
-    c8_ = c4_ * c4_;
-  }
+  GaeRowScan(const GaeRules& rules, const GaeArrays<T>& x) : rules_(rules), x_(x), window_(rules) {}
 
-  // extra: a masked slot that counts, but for its advantage; -1: none. The advantages of real tokens join `moments`, if
-  // any.
-  void run(Row row, double bootstrap, int64_t extra, RunningMoments* moments = nullptr) {
-    memset(window_ + kBlock, 0, sizeof(double) * kAhead);
-    memset(advantage_ + kBlock, 0, sizeof(double) * kAhead);
-    next_ = bootstrap;
-    bool seen = false;
-    for (int64_t end = skip(row.begin, row.end, extra); end > row.begin;) {
-      const int64_t begin = end - row.begin > kBlock ? end - kBlock : row.begin;
+  // Scans a row that ends with its last token that counts. extra: a masked slot that counts, but for its advantage; -1:
+  // none. prepare(begin, end) is called before the rewards of [begin, end) are read, block by block from the last. The
+  // advantages of real tokens join `sums`, if any.
+  template <class Prepare>
+  void run(Row row, double bootstrap, int64_t extra, MomentSums<T>* sums, const Prepare& prepare) {
+    window_.start(bootstrap);
+    for (int64_t end = row.end, begin; end > row.begin; end = begin) {
+      begin = end - row.begin > kBlock ? end - kBlock : row.begin;
+      prepare(begin, end);
       const int n = static_cast<int>(end - begin);
-      if (all_real(x_.mask ? x_.mask + begin : nullptr, n)) {
-        seen = true;
-        scan(x_.rewards + begin, x_.values + begin, n);
-        const double* a = advantage_ + (kBlock - n);
-        for (int i = 0; i < n; ++i) x_.advantages[begin + i] = static_cast<T>(a[i]);
-        for (int i = 0; i < n; ++i)
-          x_.returns[begin + i] = static_cast<T>(a[i] + static_cast<double>(x_.values[begin + i]));
-        if (moments) moments->take(x_.advantages + begin, n);
-        end = begin;
+      if (!all_real(x_.mask ? x_.mask + begin : nullptr, n)) {
+        gather(begin, n, extra, begin > row.begin, sums);
         continue;
       }
-      end = gather(row.begin, end, extra, &seen, moments);
+      T* advantages = x_.advantages + begin;
+      scan(x_.rewards + begin, x_.values + begin, advantages, x_.returns + begin, n, begin > row.begin);
+      if (sums) sums->take(advantages, nullptr, n);
     }
   }
 
  private:
-  static constexpr int kAhead = 8;
-
-  // Padding at the end of a row: the slots in [result, end) are masked, and done.
-  int64_t skip(int64_t begin, int64_t end, int64_t extra) {
-    if (!x_.mask) return end;
-    int64_t t = end;
-    while (t > begin && !x_.mask[t - 1] && t - 1 != extra) --t;
-    memset(x_.advantages + t, 0, sizeof(T) * (end - t));
-    memset(x_.returns + t, 0, sizeof(T) * (end - t));
-    return t;
-  }
-
-  // Takes the slots before `end` until a block is full of those that count; returns where it stopped.
-  int64_t gather(int64_t begin, int64_t end, int64_t extra, bool* seen, RunningMoments* moments) {
-    int64_t slot[kBlock];
-    T rewards[kBlock], values[kBlock];
-    int first = kBlock;
-    int64_t t = end;
-    while (t > begin && first > 0) {
-      --t;
-      const bool counted = x_.mask[t] || t == extra;
-      x_.advantages[t] = x_.returns[t] = 0;
-      if (!counted && !(rules_.decay_gaps && *seen)) continue;
-      *seen = *seen || counted;
-      --first;
-      slot[first] = counted ? t : -1;
-      rewards[first] = counted ? x_.rewards[t] : T(0);
-      values[first] = counted ? x_.values[t] : T(0);
-    }
-    scan(rewards + first, values + first, kBlock - first);
-    T real[kBlock];
-    int count = 0;
-    for (int i = first; i < kBlock; ++i) {
-      if (slot[i] < 0) continue;
-      if (x_.mask[slot[i]]) {
-        real[count++] = x_.advantages[slot[i]] = static_cast<T>(advantage_[i]);
+  // scan of those among n slots that count; the others get 0.
+  void gather(int64_t begin, int n, int64_t extra, bool more, MomentSums<T>* sums) {
+    const uint8_t* mask = x_.mask + begin;
+    const T *from_rewards = x_.rewards + begin, *from_values = x_.values + begin;
+    T *to_advantages = x_.advantages + begin, *to_returns = x_.returns + begin;
+    uint8_t counted[kBlock];
+    memcpy(counted, mask, n);
+    const bool has_extra = extra >= begin && extra < begin + n;
+    if (has_extra) counted[extra - begin] = 1;
+    T *rewards = block_[0], *values = block_[1], *advantages = block_[2], *returns = block_[3];
+    if (rules_.decay_gaps) {
+      for (int i = 0; i < n; ++i) rewards[i] = counted[i] ? from_rewards[i] : T(0);
+      for (int i = 0; i < n; ++i) values[i] = counted[i] ? from_values[i] : T(0);
+      scan(rewards, values, advantages, returns, n, more);
+      for (int i = 0; i < n; ++i) to_advantages[i] = counted[i] ? advantages[i] : T(0);
+      for (int i = 0; i < n; ++i) to_returns[i] = counted[i] ? returns[i] : T(0);
+    } else {
+      int slot[kBlock], count = 0;
+      for (int i = 0; i < n; ++i) {
+        slot[count] = i;
+        count += counted[i];
       }
-      x_.returns[slot[i]] = static_cast<T>(advantage_[i] + static_cast<double>(values[i]));
+      for (int i = 0; i < count; ++i) rewards[i] = from_rewards[slot[i]];
+      for (int i = 0; i < count; ++i) values[i] = from_values[slot[i]];
+      scan(rewards, values, advantages, returns, count, more);
+      memset(to_advantages, 0, sizeof(T) * n);
+      memset(to_returns, 0, sizeof(T) * n);
+      for (int i = 0; i < count; ++i) {
+        to_advantages[slot[i]] = advantages[i];
+        to_returns[slot[i]] = returns[i];
+      }
     }
-    if (moments && count > 0) moments->take(real, count);
-    return t;
+    if (has_extra) to_advantages[extra - begin] = 0;
+    if (sums) sums->take(to_advantages, mask, n);
   }
 
-  // Advantages of n more tokens, into the last n places of the block.
-  void scan(const T* rewards, const T* values, int n) {
-    if (n == 0) return;
-    double* __restrict w = window_ + (kBlock - n);
-    double* __restrict a = advantage_ + (kBlock - n);
-    const double gamma = rules_.gamma, c = c_, c2 = c2_, c4 = c4_, c8 = c8_;
-    for (int i = 0; i + 1 < n; ++i)
-      w[i] = (static_cast<double>(rewards[i]) + gamma * static_cast<double>(values[i + 1])) -
-             static_cast<double>(values[i]);
-    w[n - 1] = (static_cast<double>(rewards[n - 1]) + gamma * next_) - static_cast<double>(values[n - 1]);
-    next_ = values[0];
-    double deltas[kAhead];  // of the tokens that the block before this one looks ahead to
-    for (int i = 0; i < kAhead; ++i) deltas[i] = w[i];
-    for (int i = 0; i < n + 6; ++i) w[i] += c * w[i + 1];
-    for (int i = 0; i < n + 4; ++i) w[i] += c2 * w[i + 2];
-    for (int i = 0; i < n; ++i) w[i] += c4 * w[i + 4];
-    double carry[kAhead];  // in registers: a chain through memory would be twice as long
-    memcpy(carry, a + n, sizeof(carry));
-    int i = n - kAhead;
-    for (; i >= 0; i -= kAhead) {
-      for (int k = 0; k < kAhead; ++k) carry[k] = w[i + k] + c8 * carry[k];
-      memcpy(a + i, carry, sizeof(carry));
+  // Advantages and returns of the n tokens before those of the last call; more: another call follows.
+  void scan(const T* rewards, const T* values, T* advantages, T* returns, int n, bool more) {
+    GaeWindow w = window_;  // in registers
+    int i = n;
+    while (i >= kEight) {
+      i -= kEight;
+      const Eight v = Eight::load(values + i), a = w.step(Eight::load(rewards + i), v);
+      a.store(advantages + i);
+      (a + v).store(returns + i);
     }
-    for (i += kAhead - 1; i >= 0; --i) a[i] = w[i] + c8 * a[i + kAhead];
-    memcpy(window_ + kBlock, deltas, sizeof(deltas));
-    memmove(advantage_ + kBlock, a, sizeof(double) * kAhead);  // they overlap when n is small
+    window_ = w;
+    if (i > 0) scan_few(rewards, values, advantages, returns, i, more);
+  }
+
+  // The same of less than eight tokens.
+  __attribute__((noinline)) void scan_few(const T* rewards, const T* values, T* advantages, T* returns, int n,
+                                          bool more) {
+    const GaeWindow before = window_;
+    const size_t size = sizeof(T) * n, skip = kEight - n;
+    T x[4][kEight] = {};
+    memcpy(x[0] + skip, rewards, size);
+    memcpy(x[1] + skip, values, size);
+    const Eight v = Eight::load(x[1]), a = window_.step(Eight::load(x[0]), v);
+    a.store(x[2]);
+    (a + v).store(x[3]);
+    memcpy(advantages, x[2] + skip, size);
+    memcpy(returns, x[3] + skip, size);
+    if (more) window_.keep(n, before);
   }
 
   const GaeRules rules_;
   const GaeArrays<T> x_;
-  double c_, c2_, c4_, c8_, next_ = 0;
-  double window_[kBlock + kAhead], advantage_[kBlock + kAhead];
+  GaeWindow window_;
+  T block_[4][kBlock];
 };
 
 }  // namespace

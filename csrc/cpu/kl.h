@@ -37,12 +37,6 @@ struct KlBlock {
     load_block(x, logprobs, real, at, size);
     load_block(y, ref, real, at, size);
   }
-  // out = estimates
-  void values(int kind, T clamp_in, T clamp_out) {
-    with_kl_kind(kind, false, [&](auto kind_constant, auto through) {
-      for (int i = 0; i < kBlock; ++i) out[i] = kl_token<kind_constant, through>(x[i], y[i], clamp_in, clamp_out).value;
-    });
-  }
   // out = derivatives towards logprobs
   void slopes(int kind, bool straight_through, T clamp_in, T clamp_out) {
     with_kl_kind(kind, straight_through, [&](auto kind_constant, auto through) {
@@ -51,6 +45,24 @@ struct KlBlock {
     for (int i = 0; i < kBlock; ++i) out[i] *= real[i];  // the slope of k1 at 0 is 1
   }
 };
+
+// out = estimates of the tokens [begin, end), 0 where masked.
+template <class T>
+void estimate(const T* logprobs, const T* ref, const uint8_t* mask, T* out, int64_t begin, int64_t end, int kind,
+              T clamp_in, T clamp_out) {
+  with_kl_kind(kind, false, [&](auto kind_constant, auto through) {
+    const auto all_of = [=](const T* __restrict x, const T* __restrict y, T* __restrict to, int n) {
+      for (int i = 0; i < n; ++i) to[i] = kl_token<kind_constant, through>(x[i], y[i], clamp_in, clamp_out).value;
+    };
+    each_block(begin, end, [&](int64_t at, int size) {
+      if (all_real(mask ? mask + at : nullptr, size)) return all_of(logprobs + at, ref + at, out + at, size);
+      KlBlock<T> block;
+      block.load(logprobs, ref, mask, at, size);
+      all_of(block.x, block.y, block.out, kBlock);
+      memcpy(out + at, block.out, sizeof(T) * size);
+    });
+  });
+}
 
 }  // namespace
 }  // namespace rlhf_fast

@@ -7,37 +7,30 @@
 namespace rlhf_fast {
 namespace {
 
-// body(at, size, block) for every block, loaded.
-template <class T, class Args, class Body>
-void each(const Args& a, Body body) {
-  const T* logprobs = static_cast<const T*>(a.logprobs);
-  const T* ref = static_cast<const T*>(a.ref_logprobs);
-  for_ranges(a.n, kGrainTokens, a.threads, [&](int64_t begin, int64_t end) {
-    KlBlock<T> block;
-    each_block(begin, end, [&](int64_t at, int size) {
-      block.load(logprobs, ref, a.mask, at, size);
-      body(at, size, block);
-    });
-  });
-}
-
 template <class T>
 void forward(const KlEstimateArgs& a) {
+  const T* logprobs = static_cast<const T*>(a.logprobs);
+  const T* ref = static_cast<const T*>(a.ref_logprobs);
   T* out = static_cast<T*>(a.out);
-  each<T>(a, [&](int64_t at, int size, KlBlock<T>& block) {
-    block.values(a.kind, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
-    memcpy(out + at, block.out, sizeof(T) * size);
+  for_ranges(a.n, kGrainTokens, a.threads, [&](int64_t begin, int64_t end) {
+    estimate(logprobs, ref, a.mask, out, begin, end, a.kind, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
   });
 }
 
 template <class T>
 void backward(const KlEstimateBackwardArgs& a) {
+  const T* logprobs = static_cast<const T*>(a.logprobs);
+  const T* ref = static_cast<const T*>(a.ref_logprobs);
   const T* grad = static_cast<const T*>(a.grad);
   T* grad_logprobs = static_cast<T*>(a.grad_logprobs);
-  each<T>(a, [&](int64_t at, int size, KlBlock<T>& block) {
-    block.slopes(a.kind, a.straight_through, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
-    load_block(block.x, grad, block.real, at, size);  // an upstream NaN of a masked token stops here
-    for (int i = 0; i < size; ++i) grad_logprobs[at + i] = block.x[i] * block.out[i];
+  for_ranges(a.n, kGrainTokens, a.threads, [&](int64_t begin, int64_t end) {
+    KlBlock<T> block;
+    each_block(begin, end, [&](int64_t at, int size) {
+      block.load(logprobs, ref, a.mask, at, size);
+      block.slopes(a.kind, a.straight_through, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
+      load_block(block.x, grad, block.real, at, size);  // an upstream NaN of a masked token stops here
+      for (int i = 0; i < size; ++i) grad_logprobs[at + i] = block.x[i] * block.out[i];
+    });
   });
 }
 

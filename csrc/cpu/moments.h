@@ -18,100 +18,120 @@ struct ScaleRules {
   double eps;
 };
 
-// Moments of what was taken so far, joined without going back (Chan et al. 1979).
-struct RunningMoments {
-  int64_t count = 0;
-  double mean = 0, squares = 0;  // squares: sum (x - mean)^2
-
-  void join(const RunningMoments& other) {
-    if (other.count == 0) return;
-    const double total = static_cast<double>(count + other.count), gap = other.mean - mean;
-    squares += other.squares + gap * gap * (static_cast<double>(count) * static_cast<double>(other.count) / total);
-    mean += gap * (static_cast<double>(other.count) / total);
-    count += other.count;
-  }
-  // x[0..n) for n > 0, in lanes of a fixed order.
-  template <class T>
-  void take(const T* x, int n) {
-    const auto at = [x](int i) { return static_cast<double>(x[i]); };
-    const auto total = [](const double* lane) {
-      return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-    };
-    double sum[kLaneCount] = {}, square[kLaneCount] = {};
-    int i = 0;
-    for (; i + kLaneCount <= n; i += kLaneCount)
-      for (int k = 0; k < kLaneCount; ++k) sum[k] += at(i + k);
-    for (; i < n; ++i) sum[0] += at(i);
-    const double centre = total(sum) / n;
-    for (i = 0; i + kLaneCount <= n; i += kLaneCount)
-      for (int k = 0; k < kLaneCount; ++k) square[k] += (at(i + k) - centre) * (at(i + k) - centre);
-    for (; i < n; ++i) square[0] += (at(i) - centre) * (at(i) - centre);
-    RunningMoments block;
-    block.count = n;
-    block.mean = centre;
-    block.squares = total(square);
-    join(block);
-  }
+// Of a part of the array.
+struct PartMoments {
+  int64_t count;
+  double mean, squares;  // squares: sum (x - mean)^2
 };
 
-inline Moments finish(const RunningMoments& taken, ScaleRules rules) {
+// The moments of the whole from those of its parts (Chan et al. 1979), around the mean of one of them: equal numbers
+// have exactly the variance 0.
+inline Moments pooled(const PartMoments* parts, int64_t n, ScaleRules rules) {
+  int64_t count = 0;
+  double centre = 0, sum = 0, squares = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (count == 0) centre = parts[i].mean;
+    count += parts[i].count;
+    sum += static_cast<double>(parts[i].count) * (parts[i].mean - centre);
+  }
   Moments m;
-  m.count = taken.count;
-  m.mean = taken.mean;
-  const int64_t divisor = m.count - (rules.unbiased ? 1 : 0);
+  m.count = count;
+  m.mean = count ? centre + sum / static_cast<double>(count) : 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double gap = parts[i].mean - m.mean;
+    squares += parts[i].squares + static_cast<double>(parts[i].count) * (gap * gap);
+  }
+  const int64_t divisor = count - (rules.unbiased ? 1 : 0);
   m.divisor = static_cast<double>(divisor > 1 ? divisor : 1);
-  const double variance = taken.squares / m.divisor;
+  const double variance = squares / m.divisor;
   m.scale = 1 / sqrt(rules.floor_variance ? (variance < rules.eps ? rules.eps : variance) : variance + rules.eps);
   return m;
 }
 
-// Masked x - mean of a block, in double.
-template <class T>
-struct CentredBlock {
-  T real[kBlock], x[kBlock];
-  double value[kBlock];
+// body(x - centre) for eight of x[0..n) at a time, 0 where masked and past the end.
+template <class T, class Body>
+inline RLHF_FAST_INLINE void each_deviation(const T* x, const uint8_t* mask, int n, double centre, const Body& body) {
+  const Eight c = Eight::splat(centre);
+  int i = 0;
+  if (all_real(mask, n))
+    for (; i + kEight <= n; i += kEight) body(Eight::load(x + i) - c);
+  else
+    for (; i + kEight <= n; i += kEight) body(where(mask + i, Eight::load(x + i) - c));
+  if (i == n) return;
+  T tail[kEight] = {};
+  uint8_t real[kEight] = {};
+  for (int k = 0; i < n; ++k, ++i) {
+    tail[k] = x[i];
+    real[k] = !mask || mask[i];
+  }
+  body(where(real, Eight::load(tail) - c));
+}
 
-  void load(const T* from, const uint8_t* mask, double mean, int64_t at, int size) {
-    load_mask(real, mask, at, size);
-    load_block(x, from, real, at, size);
-    for (int i = 0; i < kBlock; ++i) value[i] = (static_cast<double>(x[i]) - mean) * static_cast<double>(real[i]);
+// Sums of what was taken so far, around the mean of the first block: little is then lost in taking n (c - mean)^2 off
+// the sum of the (x - c)^2.
+template <class T>
+class MomentSums {
+ public:
+  // The real ones of x[0..n), a block at most.
+  void take(const T* x, const uint8_t* mask, int n) {
+    const int64_t count = count_real(mask, n);
+    if (count == 0) return;
+    Eight sum = sum_, square = square_;
+    if (count_ == 0) {
+      const void* first = mask ? memchr(mask, 1, n) : nullptr;
+      centre_ = static_cast<double>(x[first ? static_cast<const uint8_t*>(first) - mask : 0]);
+      each_deviation(x, mask, n, centre_, [&](const Eight& d) RLHF_FAST_INLINE { sum = sum + d; });
+      centre_ += total(sum) / static_cast<double>(count);  // exactly x when all are equal
+      sum = sum_;
+    }
+    count_ += count;
+    each_deviation(x, mask, n, centre_, [&](const Eight& d) RLHF_FAST_INLINE {
+      sum = sum + d;
+      square = square + d * d;
+    });
+    sum_ = sum;
+    square_ = square;
   }
-  void store(T* to, int64_t at, int size) const {
-    for (int i = 0; i < size; ++i) to[at + i] = real[i] != 0 ? x[i] : T(0);
+  PartMoments moments() const {
+    if (count_ == 0) return {0, 0, 0};
+    const double n = static_cast<double>(count_), sum = total(sum_), squares = total(square_) - sum * (sum / n);
+    return {count_, centre_ + sum / n, squares < 0 ? 0 : squares};
   }
+
+ private:
+  int64_t count_ = 0;
+  double centre_ = 0;
+  Eight sum_ = Eight::splat(0), square_ = Eight::splat(0);
 };
 
 template <class T>
-Moments moments_of(const T* x, const uint8_t* mask, int64_t n, ScaleRules rules, int threads) {
-  const Chunks chunks(n);
-  RunningMoments taken;
-  taken.count = count_real(mask, n);
-  const double sum = sum_chunks(chunks, threads, [=](int64_t at, int size) {
-    T real[kBlock], block[kBlock];
-    load_mask(real, mask, at, size);
-    load_block(block, x, real, at, size);
-    return total_of(block);
-  });
-  const double mean = taken.mean = taken.count ? sum / taken.count : 0;
-  taken.squares = sum_chunks(chunks, threads, [=](int64_t at, int size) {
-    CentredBlock<T> block;
-    block.load(x, mask, mean, at, size);
-    return dot_of(block.value, block.value);
-  });
-  return finish(taken, rules);
+PartMoments moments_of(const T* x, const uint8_t* mask, int64_t begin, int64_t end) {
+  MomentSums<T> sums;
+  each_block(begin, end, [&](int64_t at, int size) { sums.take(x + at, mask ? mask + at : nullptr, size); });
+  return sums.moments();
 }
 
-// y = (x - mean) scale + shift, 0 where masked; y may be x.
+// y = (x - mean) scale + shift of [begin, end), 0 where masked; y may be x.
 template <class T>
-void standardise(const T* x, const uint8_t* mask, T* y, int64_t n, const Moments& m, double shift, int threads) {
-  const double mean = m.mean, scale = m.scale;
-  Chunks(n).each(threads, [=](int64_t, int64_t begin, int64_t end) {
-    each_block(begin, end, [=](int64_t at, int size) {
-      CentredBlock<T> block;
-      block.load(x, mask, mean, at, size);
-      for (int i = 0; i < kBlock; ++i) block.x[i] = static_cast<T>(block.value[i] * scale + shift);
-      block.store(y, at, size);
-    });
+void standardise(const T* x, const uint8_t* mask, T* y, int64_t begin, int64_t end, const Moments& m, double shift) {
+  const Eight mean = Eight::splat(m.mean), scale = Eight::splat(m.scale), add = Eight::splat(shift);
+  const auto at = [=](const T* p) RLHF_FAST_INLINE { return (Eight::load(p) - mean) * scale + add; };
+  each_block(begin, end, [&](int64_t t, int size) {
+    const bool whole = all_real(mask ? mask + t : nullptr, size);
+    const int64_t stop = t + size;
+    if (!whole && !memchr(mask + t, 1, size)) {
+      memset(y + t, 0, sizeof(T) * size);
+      return;
+    }
+    if (whole)
+      for (; t + kEight <= stop; t += kEight) at(x + t).store(y + t);
+    else
+      for (; t + kEight <= stop; t += kEight) where(mask + t, at(x + t)).store(y + t);
+    if (t == stop) return;
+    T tail[kEight] = {};
+    memcpy(tail, x + t, sizeof(T) * (stop - t));
+    at(tail).store(tail);
+    for (int64_t i = t; i < stop; ++i) y[i] = whole || mask[i] ? tail[i - t] : T(0);
   });
 }
 

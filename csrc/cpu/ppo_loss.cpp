@@ -129,7 +129,7 @@ struct Block {
       capped[i] = t.capped;
       clamped[i] = t.clamped;
     }
-    for (int i = 0; i < kBlock; ++i) k3[i] = k3_of(log_ratio[i], ratio[i]);
+    for (int i = 0; i < kBlock; ++i) k3[i] = k3_of(log_ratio[i]);
     for (int i = 0; i < kBlock; ++i) centred[i] = static_cast<double>(ratio[i]) - 1;  // 0 where masked
     add(kClipped, total_of(clipped));
     add(kCapped, total_of(capped));

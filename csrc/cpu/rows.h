@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 namespace rlhf_fast {
 namespace {
@@ -16,6 +17,18 @@ template <class Args>
 inline Row row_of(const Args& a, int64_t i) {
   if (a.cu_seqlens) return {a.cu_seqlens[i], a.cu_seqlens[i + 1]};
   return {i * a.length, (i + 1) * a.length};
+}
+
+// The slot after the last real token of a row.
+inline int64_t real_end(const uint8_t* mask, Row row) {
+  int64_t end = row.end;
+  if (!mask) return end;
+  for (uint64_t eight; end - row.begin >= 8; end -= 8) {
+    memcpy(&eight, mask + end - 8, 8);
+    if (eight) break;
+  }
+  while (end > row.begin && !mask[end - 1]) --end;
+  return end;
 }
 
 template <class Args>

@@ -5,11 +5,33 @@
 namespace rlhf_fast {
 namespace {
 
+// Masked x - mean and upstream gradient of a block.
+template <class T>
+struct CentredBlock {
+  T real[kBlock], x[kBlock], grad[kBlock];
+  double value[kBlock];
+
+  void load(const T* from, const T* upstream, const uint8_t* mask, double mean, int64_t at, int size) {
+    load_mask(real, mask, at, size);
+    load_block(x, from, real, at, size);
+    load_block(grad, upstream, real, at, size);
+    for (int i = 0; i < kBlock; ++i) value[i] = (static_cast<double>(x[i]) - mean) * static_cast<double>(real[i]);
+  }
+};
+
 template <class T>
 void forward(const WhitenArgs& a) {
   const T* x = static_cast<const T*>(a.x);
-  const Moments m = moments_of(x, a.mask, a.n, {a.unbiased, false, a.eps}, a.threads);
-  standardise(x, a.mask, static_cast<T*>(a.out), a.n, m, a.shift_mean ? 0.0 : m.mean, a.threads);
+  const Chunks chunks(a.n);
+  PartMoments parts[kMaxChunks];
+  chunks.in_phases(a.threads, 2, [&](int phase, int64_t from, int64_t to) {
+    if (phase == 0)
+      return chunks.each(from, to,
+                         [&](int64_t c, int64_t begin, int64_t end) { parts[c] = moments_of(x, a.mask, begin, end); });
+    const Moments m = pooled(parts, chunks.count, {a.unbiased, false, a.eps});
+    standardise(x, a.mask, static_cast<T*>(a.out), chunks.begin(from), chunks.end(to - 1), m,
+                a.shift_mean ? 0.0 : m.mean);
+  });
 }
 
 // y = (x - mu) s + shift: dx = s (g - mean g) - s^3 (x - mu) sum(g (x - mu)) / divisor, + mean g without shift_mean.
@@ -20,33 +42,38 @@ void backward(const WhitenBackwardArgs& a) {
   const T* grad = static_cast<const T*>(a.grad);
   T* grad_x = static_cast<T*>(a.grad_x);
   const uint8_t* mask = a.mask;
-  const Moments m = moments_of(x, mask, a.n, {a.unbiased, a.floor_variance, a.eps}, a.threads);
   const Chunks chunks(a.n);
-  const double mean = m.mean, s = m.scale;
-  const double sum = sum_chunks(chunks, a.threads, [=](int64_t at, int size) {
-    T real[kBlock], block[kBlock];
-    load_mask(real, mask, at, size);
-    load_block(block, grad, real, at, size);
-    return total_of(block);
-  });
-  const double dot = sum_chunks(chunks, a.threads, [=](int64_t at, int size) {
+  PartMoments parts[kMaxChunks];
+  double sums[kMaxChunks], dots[kMaxChunks];
+  chunks.in_phases(a.threads, 3, [&](int phase, int64_t from, int64_t to) {
+    if (phase == 0)
+      return chunks.each(from, to,
+                         [&](int64_t c, int64_t begin, int64_t end) { parts[c] = moments_of(x, mask, begin, end); });
+    const Moments m = pooled(parts, chunks.count, {a.unbiased, a.floor_variance, a.eps});
     CentredBlock<T> block;
-    block.load(x, mask, mean, at, size);
-    load_block(block.x, grad, block.real, at, size);
-    return dot_of(block.x, block.value);
-  });
-  const bool floored = a.floor_variance && s * s >= 1 / a.eps;
-  const double grad_mean = m.count ? sum / m.count : 0;
-  const double constant = (a.shift_mean ? 0.0 : grad_mean) - s * grad_mean;
-  const double slope = floored ? 0.0 : s * s * s * dot / m.divisor;
-  chunks.each(a.threads, [=](int64_t, int64_t begin, int64_t end) {
-    each_block(begin, end, [=](int64_t at, int size) {
-      CentredBlock<T> block;
-      block.load(x, mask, mean, at, size);
-      load_block(block.x, grad, block.real, at, size);
+    if (phase == 1)
+      return chunks.each(from, to, [&](int64_t c, int64_t begin, int64_t end) {
+        sums[c] = dots[c] = 0;
+        each_block(begin, end, [&](int64_t at, int size) {
+          block.load(x, grad, mask, m.mean, at, size);
+          sums[c] += total_of(block.grad);
+          dots[c] += dot_of(block.grad, block.value);
+        });
+      });
+    double sum = 0, dot = 0;
+    for (int64_t c = 0; c < chunks.count; ++c) {
+      sum += sums[c];
+      dot += dots[c];
+    }
+    const double s = m.scale, grad_mean = m.count ? sum / m.count : 0;
+    const bool floored = a.floor_variance && s * s >= 1 / a.eps;
+    const double constant = (a.shift_mean ? 0.0 : grad_mean) - s * grad_mean;
+    const double slope = floored ? 0.0 : s * s * s * dot / m.divisor;
+    each_block(chunks.begin(from), chunks.end(to - 1), [&](int64_t at, int size) {
+      block.load(x, grad, mask, m.mean, at, size);
       for (int i = 0; i < kBlock; ++i)
-        block.x[i] = static_cast<T>(s * static_cast<double>(block.x[i]) - slope * block.value[i] + constant);
-      block.store(grad_x, at, size);
+        block.grad[i] = static_cast<T>(s * static_cast<double>(block.grad[i]) - slope * block.value[i] + constant);
+      for (int i = 0; i < size; ++i) grad_x[at + i] = block.real[i] != 0 ? block.grad[i] : T(0);
     });
   });
 }

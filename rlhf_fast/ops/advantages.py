@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast._types import Advantages
@@ -130,7 +130,7 @@ def _forward(
     scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, token_scores, kl_coef, kl_kind, clamp_in,
     clamp_out, score_clip, after_last, gamma, lam, decay_gaps, whiten, unbiased, floor_variance,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    outputs = torch.empty_like(values), torch.empty_like(values), torch.empty_like(values), torch.empty_like(values)
+    outputs = [_buffers.empty_like(values) for _ in range(4)]
     rows, length = values.shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, 0)
     kernel("advantages")(
         scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, *outputs,
@@ -138,7 +138,7 @@ def _forward(
         score_clip, after_last, gamma, lam, decay_gaps, whiten, unbiased, floor_variance, WHITEN_EPS,
         values.dtype is torch.float64, torch.get_num_threads(),
     )  # fmt: skip
-    return outputs
+    return tuple(outputs)
 
 
 def _backward_cpp(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast.reference.gae import gae as reference
@@ -83,7 +83,7 @@ def _rows(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 
 
 def _forward(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, decay_gaps):  # type: ignore[no-untyped-def]
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    advantages, returns = _buffers.empty_like(rewards), _buffers.empty_like(rewards)
     kernel("gae")(
         rewards,
         values,
@@ -104,7 +104,7 @@ def _forward(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, decay_gap
 
 def _backward_cpp(grad_advantages, grad_returns, mask, cu_seqlens, gamma, lam, decay_gaps):  # type: ignore[no-untyped-def]
     grad_advantages, grad_returns = grad_advantages.contiguous(), grad_returns.contiguous()
-    grad_rewards, grad_values = torch.empty_like(grad_advantages), torch.empty_like(grad_advantages)
+    grad_rewards, grad_values = _buffers.empty_like(grad_advantages), _buffers.empty_like(grad_advantages)
     rows, length = _rows(grad_advantages, cu_seqlens)
     grad_bootstrap = grad_advantages.new_empty(rows)
     kernel("gae_backward")(

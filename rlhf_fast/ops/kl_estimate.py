@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast.reference.kl_estimate import KINDS
@@ -69,7 +69,7 @@ def bounds(op: str, argument: str, clamp: Clamp) -> tuple[float, float]:
 
 
 def _forward(logprobs, ref_logprobs, mask, kind, clamp_in, clamp_out):  # type: ignore[no-untyped-def]
-    out = torch.empty_like(logprobs)
+    out = _buffers.empty_like(logprobs)
     kernel("kl_estimate")(
         logprobs,
         ref_logprobs,
@@ -87,7 +87,7 @@ def _forward(logprobs, ref_logprobs, mask, kind, clamp_in, clamp_out):  # type: 
 
 def _backward_cpp(grad, logprobs, ref_logprobs, mask, kind, clamp_in, clamp_out):  # type: ignore[no-untyped-def]
     grad = grad.contiguous()
-    grad_logprobs = torch.empty_like(grad)
+    grad_logprobs = _buffers.empty_like(grad)
     kernel("kl_estimate_backward")(
         grad,
         logprobs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, reference_backward
 from rlhf_fast.reference.whiten import whiten as reference
@@ -48,7 +48,7 @@ def whiten(
 
 
 def _forward(x, mask, shift_mean, unbiased, eps):  # type: ignore[no-untyped-def]
-    out = torch.empty_like(x)
+    out = _buffers.empty_like(x)
     kernel("whiten")(
         x,
         mask,
@@ -65,7 +65,7 @@ def _forward(x, mask, shift_mean, unbiased, eps):  # type: ignore[no-untyped-def
 
 def _backward_cpp(grad, x, mask, shift_mean, unbiased, eps):  # type: ignore[no-untyped-def]
     grad = grad.contiguous()
-    grad_x = torch.empty_like(x)
+    grad_x = _buffers.empty_like(x)
     kernel("whiten_backward")(
         grad,
         x,
