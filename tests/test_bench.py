@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.bench import engine, machine, peers, render, traffic
+from rlhf_fast.bench import audit, engine, inductor, machine, peers, render, scale, traffic
+from rlhf_fast.bench.cases import linear_token_logprobs as heads
 from rlhf_fast.bench.command import all_cases, chosen, main
 from rlhf_fast.bench.engine import OURS, Case, GateError, Row, run
 from rlhf_fast.cli import main as cli
@@ -91,24 +92,138 @@ def test_peak_memory_sees_what_a_call_allocates_and_frees():
 
 def test_traffic_counts_every_kernel_once_and_our_ops_as_one_pass():
     rows, vocab = 64, 1000
-    counts = {(c.name, "backward" in c.shape): c for c in traffic.audit(rows, vocab, torch.float32)}
-    logits = rows * vocab * 4
+    counts = {(c.name, "backward" in c.shape): c for c in audit.from_logits(rows, vocab, torch.float32)}
+    logits, vector, ids = rows * vocab * 4, rows * 4, rows * 8
     ours = counts["rlhf_fast", False]
     assert ours.launches == 1 and logits < ours.moved < 1.1 * logits and ours.peak < 0.1 * logits
     both = counts["rlhf_fast", True]
     assert 3 * logits <= both.moved < 3.2 * logits and logits <= both.peak < 1.1 * logits
-    assert counts["eager", False].moved > 5 * logits and counts["eager", True].peak > 3 * logits
-    assert "| rlhf_fast |" in traffic.table(list(counts.values()))
+    # log_softmax r w; gather of a vector; exp r w; times 2r w; sum r; minus, of vectors
+    assert counts["eager", False].moved == 8 * logits + (ids + 3 * vector) + vector + 2 * vector - vector
+    assert counts["eager", False].launches == 6 and 3 * logits <= counts["eager", False].peak < 3.1 * logits
+    assert counts["eager", True].peak > 3 * logits
+    table = traffic.table("what", list(counts.values()))
+    assert "| rlhf_fast |" in table and "TFLOP" not in table
 
 
-def test_traffic_of_single_operators():
-    x = torch.empty(10, 100, device="meta")
-    with traffic.Traffic() as seen:
-        y = x + 1
-        z = y.t()  # a view
-        z.zero_()
-    assert (seen.read, seen.written, seen.launches) == (4000, 8000, 2)
+@pytest.fixture
+def meta():
+    return lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def seen(call):
+    """(bytes read, bytes written, kernels, operations of products)."""
+    with traffic.Traffic() as counted:
+        call()
+    return counted.read, counted.written, counted.launches, counted.flops
+
+
+def test_traffic_of_single_operators(meta):
+    x, w, rows, ids = meta(10, 100), meta(100, 30), meta(3, 100), meta(3, dtype=torch.int64)
+    out, m = meta(10, 30), 4000
+    assert seen(lambda: (x + 1).t().zero_()) == (m, 2 * m, 2, 0)  # the view moves nothing
+    assert seen(lambda: torch.zeros_like(x)) == seen(lambda: x.new_zeros(10, 100)) == (0, m, 1, 0)
+    assert seen(lambda: torch.mm(x, w)) == (m + 12000, 1200, 1, 2 * 10 * 100 * 30)
+    assert seen(lambda: torch.mm(x, w, out=out)) == (m + 12000, 1200, 1, 60000)  # what is only written is not read
+    assert seen(lambda: out.addmm_(x, w)) == (m + 12000 + 1200, 1200, 1, 60000)
+    assert seen(lambda: x[ids]) == (24 + 1200, 1200, 1, 0)
+    assert seen(lambda: x.index_put_((ids,), rows)) == (24 + 1200, 1200, 1, 0)
+    assert seen(lambda: x.index_add_(0, ids, rows)) == (24 + 1200 + 1200, 1200, 1, 0)
     assert traffic.touched(torch.empty(10, 1).expand(10, 100)) == 40
+
+
+def test_traffic_of_a_branch_and_of_an_index_that_only_data_would_decide(meta):
+    mask = meta(10, dtype=torch.bool)
+    with traffic.Traffic() as counted:
+        assert not mask.any()
+        assert mask.nonzero().shape == (10, 1)
+    assert counted.launches == 2
+
+
+def test_the_backward_of_a_gather_touches_what_it_gathered(meta):
+    x, ids = meta(10, 100).requires_grad_(), meta(10, 1, dtype=torch.int64)
+    with traffic.Traffic() as counted:
+        x.gather(1, ids).sum().backward()
+    # gather (ids, 10 values r w), sum (r, w), seed (w), zeros (w), scatter (ids, value expanded, r w)
+    assert (counted.read, counted.written) == (80 + 40 + 40 + 80 + 4 + 40, 40 + 4 + 4 + 4000 + 40)
+    assert counted.peak < 4000 + 200
+
+
+def test_the_head_of_ours_is_counted_chunk_by_chunk():
+    rows, width, vocab = 24, 32, 100
+    found = {}
+    for c in audit.from_hidden(rows, width, vocab, torch.float32):
+        found[c.name, "trained" in c.shape] = c
+    logits, weight, product = rows * vocab * 4, vocab * width * 4, 2 * rows * vocab * width
+    one = found["rlhf_fast", False]  # one chunk: logits written, read by forward, turned into their gradient, read
+    assert one.flops == 2 * product
+    # as large as the hidden states: they themselves, zeros twice, a sum r w, a copy r w, the scaling r w; and vectors
+    states = one.moved - 5 * logits - 2 * weight - 9 * rows * width * 4
+    assert 0 < states < 200 * rows
+    assert found["rlhf_fast", True].flops == 4 * product  # the logits anew, and the gradient of the weight
+    assert found["materialised", True].flops == found["torch.compile, materialised", True].flops == 3 * product
+    assert found["rlhf_fast", False].launches == found["rlhf_fast, chunk_bytes 1 GiB", False].launches
+    assert "TFLOP of products" in traffic.table("what", list(found.values()))
+
+
+def test_smaller_chunks_read_the_weight_again(meta):
+    x = {"hidden": meta(24, 32), "weight": meta(100, 32), "ids": meta(24, dtype=torch.int64), "upstream": meta(24)}
+
+    def of(chunk_bytes):
+        def call(hidden, weight, ids):
+            return rlhf_fast.linear_token_logprobs(hidden, weight, ids, chunk_bytes=chunk_bytes).logprobs
+
+        return traffic.count("ours", "", lambda: heads.both_of(call, False)(x), 1, audit.composition)
+
+    whole, thirds = of(24 * 400), of(8 * 400)
+    assert thirds.flops == whole.flops and thirds.peak < whole.peak
+    assert thirds.moved - whole.moved == 2 * 2 * 100 * 32 * 4  # two more chunks, two products each
+
+
+def test_compiled_programs_are_counted_kernel_by_kernel(meta):
+    def fused(x, y):
+        return (2 * x + y).sum(-1)
+
+    x, y = meta(50, 400), meta(50, 400)
+    c = inductor.count("a", "s", fused, (x, y), 1)
+    assert (c.moved, c.launches, c.peak, c.flops) == (2 * 80000 + 200, 1, 200, 0)
+
+    def product(x, w):
+        return torch.relu(x @ w).square()
+
+    c = inductor.count("a", "s", product, (x, meta(400, 30)), 1)
+    # the product r r w by a library, then one kernel in place or not
+    assert (c.moved, c.launches, c.flops) == (80000 + 48000 + 6000 + 12000, 2, 2 * 50 * 400 * 30)
+    c = inductor.count("a", "s", lambda x: x.exp(), (x,), 1, trained=(0,))
+    assert (c.moved, c.launches) == (2 * 80000 + 3 * 80000, 2) and c.peak >= 2 * 80000
+
+
+def test_a_compiled_gather_touches_what_it_gathers_and_its_backward_fills_with_zeros(meta):
+    x, ids = meta(50, 400), meta(50, dtype=torch.int64)
+
+    def picked(x, ids):
+        return x.gather(1, ids[:, None]).squeeze(1)
+
+    assert inductor.count("a", "s", picked, (x, ids), 1).moved == 400 + 200 + 200
+    both = inductor.count("a", "s", picked, (x, ids), 1, trained=(0,))
+    assert both.moved - 800 == 80000 + (400 + 200 + 200 + 200)  # zeros, then ids and upstream in, 50 sums
+
+
+def test_a_kernel_that_reads_back_its_own_result_reads_it_once():
+    text = """
+def triton_red(in_ptr0, out_ptr0, out_ptr1, xnumel, r0_numel, XBLOCK : tl.constexpr):
+    for r0_offset in tl.range(0, r0_numel, R0_BLOCK):
+        tmp0 = tl.load(in_ptr0 + (r0_1 + 400*x0), r0_mask)
+        tl.store(out_ptr0 + (r0_1 + 400*x0), tmp0, r0_mask)
+    for r0_offset in tl.range(0, r0_numel, R0_BLOCK):
+        tmp1 = tl.load(out_ptr0 + (r0_1 + 400*x0), r0_mask)
+        tmp2 = tl.load(in_ptr0 + (r0_1 + 400*(x0 % 5)), r0_mask)
+    tl.store(out_ptr1 + (x0), tmp2, None)
+"""
+    counted = traffic.Traffic()
+    x = torch.empty(50, 400)
+    inductor.Kernel(counted, text).run(x, torch.empty_like(x), torch.empty(50), 50, 400, stream=0)
+    assert (counted.read, counted.written, counted.launches) == (80000, 80000 + 200, 1)
 
 
 def test_limits_of_this_machine_are_positive_and_told(native):
@@ -118,10 +233,11 @@ def test_limits_of_this_machine_are_positive_and_told(native):
 
 
 def test_patterns_choose_rows_and_a_pattern_without_one_is_an_error():
-    assert {c.op for c in chosen(["gae", "reward_loss 64*"])} == {"gae", "reward_loss"}
-    assert len(chosen(["reward_loss 64*"])) == 1
+    found = list(all_cases())
+    assert {c.op for c in chosen(["gae", "reward_loss 64*"], found)} == {"gae", "reward_loss"}
+    assert len(chosen(["reward_loss 64*"], found)) == 1
     with pytest.raises(ValueError, match=r"no case matches 'gea'; ops: advantages, gae"):
-        chosen(["gea"])
+        chosen(["gea"], found)
 
 
 def test_peers_that_are_not_installed_are_reasons(monkeypatch):

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import tyro
 
+from rlhf_fast.bench import audit, machine, peers, render, scale, scale_render
 from rlhf_fast.bench import cases as rows
-from rlhf_fast.bench import machine, peers, render, traffic
 from rlhf_fast.bench.engine import Case, GateError, Row, run
 
 NATIVE = ("eager", "torch.compile", "bare", "materialised", "chunked", "gae alone")
@@ -33,6 +33,10 @@ class BenchConfig:
     """Also time the libraries that are installed: TRL, Liger-Kernel, verl, OpenRLHF, rlox."""
     traffic: bool = False
     """Count bytes, kernels and memory on shapes too large to run instead of timing."""
+    scale: bool = False
+    """Curves of time and memory against tokens, classes and threads beside one plain PyTorch formulation."""
+    largest: int | None = None
+    """Most tokens and classes of --scale."""
     json: str | None = None
     """Write the measurements to this file."""
     markdown: str | None = None
@@ -60,9 +64,11 @@ def all_cases() -> Iterator[Case]:
             yield from module.cases()
 
 
-def chosen(patterns: Sequence[str]) -> list[Case]:
-    """The cases that match. Raises ValueError when a pattern matches none."""
-    found = list(all_cases())
+Named = TypeVar("Named", Case, scale.Curve)
+
+
+def chosen(patterns: Sequence[str], found: list[Named]) -> list[Named]:
+    """Those that match. Raises ValueError when a pattern matches none."""
     if not patterns:
         return found
     for pattern in patterns:
@@ -72,20 +78,54 @@ def chosen(patterns: Sequence[str]) -> list[Case]:
     return [case for case in found if any(matches(case, p) for p in patterns)]
 
 
-def matches(case: Case, pattern: str) -> bool:
+def matches(case: Case | scale.Curve, pattern: str) -> bool:
     """An op's name, or a shell pattern of "op case"."""
     return case.op == pattern or fnmatch.fnmatchcase(f"{case.op} {case.name}", pattern)
+
+
+def curves(config: BenchConfig) -> int:
+    """`--scale`: measure, print, write. 1 when a result is wrong."""
+    todo = chosen(config.ops, list(scale.curves(config.largest)))
+    limits = machine.measure()
+    budget = max(0, machine.available_bytes() - scale.RESERVE)
+    print("\n".join(limits.lines()), f"\nmemory for a point: {budget / 2**30:.1f} GiB", flush=True)
+    done: list[tuple[scale.Curve, dict[str, scale.Line]]] = []
+    try:
+        for curve in todo:
+            lines = scale.measure(curve, budget, scale.SECONDS if config.seconds is None else config.seconds)
+            done.append((curve, lines))
+            print(scale_render.text(curve, lines), flush=True)
+    except GateError as error:
+        print(f"WRONG  {error}", file=sys.stderr)
+        return 1
+    if config.json:
+        document = {
+            "machine": asdict(limits),
+            "memory_budget": budget,
+            "curves": [scale.record(curve, lines) for curve, lines in done],
+        }
+        Path(config.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    table = scale_render.markdown(limits, done)
+    if config.markdown:
+        Path(config.markdown).write_text(table, encoding="utf-8")
+    if config.readme:
+        render.into_readme(Path(config.readme), table, "scale")
+    if config.plot:
+        scale_render.picture(limits, done, Path(config.plot))
+    return 0
 
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of `rlhf-fast bench`. 1 when a correctness gate fails; a missed speed is printed, not an error."""
     config = tyro.cli(BenchConfig, prog="rlhf-fast bench", args=list(arguments))
     if config.traffic:
-        print(traffic.table(traffic.audit()))
+        print(audit.tables())
         return 0
     if config.threads:
         torch.set_num_threads(config.threads)
-    todo = chosen(config.ops)
+    if config.scale:
+        return curves(config)
+    todo = chosen(config.ops, list(all_cases()))
     limits = machine.measure()
     print("\n".join(limits.lines()), flush=True)
     if config.peers:

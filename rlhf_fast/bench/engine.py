@@ -170,7 +170,9 @@ def worst_error(result: Results, truth: Results) -> float:
     return worst
 
 
-def interleave(calls: Mapping[str, Call], inputs: dict[str, Any], budget: float) -> tuple[dict[str, list[float]], int]:
+def interleave(
+    calls: Mapping[str, Call], inputs: dict[str, Any], budget: float, fewest: int = 3
+) -> tuple[dict[str, list[float]], int]:
     """{name: seconds per call, one per round}: every round times every contender once, so that drift meets all alike."""
 
     def sample(call: Call, repeats: int) -> float:
@@ -182,9 +184,10 @@ def interleave(calls: Mapping[str, Call], inputs: dict[str, Any], budget: float)
     first = {name: sample(call, 1) for name, call in calls.items()}
     repeats = {name: max(1, int(SAMPLE_SECONDS / max(t, 1e-7))) for name, t in first.items()}
     once = sum(first[name] * repeats[name] for name in calls)
-    rounds = max(3, min(21, int(budget / max(once, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    rounds = max(fewest, min(21, int(budget / max(once, 1e-6))))
+    long = all(n == 1 for n in repeats.values())  # then that was a round already
+    times = {name: [first[name]] if long else [] for name in calls}
+    for _ in range(rounds - long):
         for name, call in calls.items():
             times[name].append(sample(call, repeats[name]))
     return times, rounds

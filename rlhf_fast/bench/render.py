@@ -58,10 +58,10 @@ def markdown(machine: Machine, rows: Sequence[Row]) -> str:
     return "\n".join(out) + "\n"
 
 
-def into_readme(path: Path, table: str) -> None:
+def into_readme(path: Path, table: str, mark: str = "bench") -> None:
     """Replace what stands between the marks. Raises ValueError when they are missing."""
     text = path.read_text(encoding="utf-8")
-    start, end = "<!-- bench -->", "<!-- /bench -->"
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     if start not in text or end not in text:
         raise ValueError(f"bench: {path} has no {start} and {end}")
     before, _, rest = text.partition(start)

@@ -1,30 +1,36 @@
-"""Bytes moved, kernels launched and memory held by a formulation, counted on shapes too large to run: `rlhf-fast bench --traffic`.
+"""Bytes moved, kernels launched, memory held and products computed by a formulation, counted on tensors without data.
 
 The formulation runs on "meta" tensors, which have shapes and no data. Every operator that is no view counts as one kernel that
-reads each of its inputs once and writes each of its outputs once: a lower bound of what it does on an accelerator. An op of ours
-is one operator, which is what its kernel does: every input once, every output once.
+reads each of its inputs once and writes each of its outputs once, gathers and scatters only the elements they pick: a lower bound
+of what it does on an accelerator. Where a branch asks for data, every condition is false and every element is picked.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from rlhf_fast.bench import peers
-from rlhf_fast.bench.cases import token_logprobs
-from rlhf_fast.bench.cases.common import backward, leaf
-
-ALLOCATIONS = ("empty", "new_empty", "detach", "lift_fresh", "is_same_size", "_local_scalar_dense", "resize_", "set_")
+ALLOCATIONS = ("empty", "new_empty", "detach", "lift_fresh", "is_same_size", "resize_", "set_")
 """Beginnings of the names of operators that move nothing."""
-GATHERS = ("gather", "index_select", "index.", "embedding")
+FILLS = ("zero", "ones", "full", "fill_", "new_zeros", "new_ones", "new_full")
+"""Beginnings of the names of operators that read nothing."""
+GATHERS = ("gather", "index_select", "index", "embedding")
+SCATTERS = ("scatter_", "scatter_add_", "index_put_", "index_add_", "index_copy_")
 """Operators that touch only the elements they pick."""
+ADDING = ("scatter_add_", "index_add_")
+"""Those that always read what they write."""
+FRESH = ("scatter_add", "index_add", "index_put")
+"""What autograd does to fresh zeros, in place but for the time that a mode like this one is active."""
 
 
 class Traffic(TorchDispatchMode):
@@ -32,36 +38,63 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read = self.written = self.launches = 0
+        self.read = self.written = self.launches = self.flops = 0
         self.live = self.peak = 0
+        self.inside: dict[str, Callable[..., Any]] = {}
+        """Operators that are compositions, by name, and the function whose operators are counted in their place."""
         self._sizes: dict[int, int] = {}
+        self._filled = 0
+        """The storage that the last kernel filled."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        namespace, _, name = func.name().partition("::")
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-            return out  # a view, perhaps of what the caller holds anyway
+        kwargs, known = kwargs or {}, _operator(func)
+        name = known.name
+        if name in self.inside:
+            with self:
+                return self.inside[name](*args, **kwargs)
+        if name in FRESH and args[0].untyped_storage()._cdata == self._filled:
+            func = getattr(torch.ops.aten, f"{name}_").default
+            known, name = _operator(func), f"{name}_"
+        if name in ("_local_scalar_dense", "is_nonzero") and args[0].is_meta:
+            return False
+        if name == "nonzero" and args[0].is_meta:
+            out = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        else:
+            out = func(*args, **kwargs)
+        if known.view:
+            return out
+        inputs = tensors((args, {k: v for k, v in kwargs.items() if k not in known.results} if kwargs else None))
+        outputs = tensors(out)
+        if not known.writes and outputs and _only_looks(inputs, outputs):
+            return out
         for x in outputs:
             self._hold(x)
-        if not outputs or (namespace == "aten" and name.startswith(ALLOCATIONS)):
+        if not outputs or name.startswith(ALLOCATIONS):
             return out
-        written = sum(map(touched, outputs))
-        if namespace == "aten" and name.startswith(GATHERS):
-            read = written + sum(touched(x) for x in inputs[1:])
-        elif namespace == "aten" and name.startswith(("zero_", "fill_")):
+        read, written = sum(map(touched, inputs)), sum(map(touched, outputs))
+        if name in GATHERS:
+            read = written + sum(map(touched, inputs[1:]))
+        elif name in SCATTERS:
+            read, written = _scattered(inputs, name in ADDING or (name == "index_put_" and args[-1] is True))
+        elif name.startswith(FILLS):
             read = 0
-        elif namespace == "aten" and name.startswith("copy_"):
-            read = sum(touched(x) for x in inputs[1:])
-        else:
-            read = sum(map(touched, inputs))
+        elif name == "copy_":
+            read = sum(map(touched, inputs[1:]))
+        self._filled = outputs[0].untyped_storage()._cdata if name.startswith(FILLS) else 0
+        self.add(read, written, 0 if known.flops is None else int(known.flops(*args, **kwargs, out_val=out)))
+        return out
+
+    def kernel(self, read: Sequence[Tensor], written: Sequence[Tensor], flops: int = 0) -> None:
+        """Count one kernel that no operator stands for."""
+        self.add(sum(map(touched, read)), sum(map(touched, written)), flops)
+
+    def add(self, read: int, written: int, flops: int = 0) -> None:
         self.read += read
         self.written += written
+        self.flops += flops
         self.launches += 1
-        return out
 
     def _hold(self, x: Tensor) -> None:
         storage = x.untyped_storage()
@@ -77,12 +110,56 @@ class Traffic(TorchDispatchMode):
         self.live -= self._sizes.pop(key, 0)
 
 
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
 def touched(x: Tensor) -> int:
     """Distinct bytes of a tensor: an expanded dimension counts once."""
     count = 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= size if stride else 1
     return count * x.element_size()
+
+
+class _Operator(NamedTuple):
+    """What the schema of an operator tells."""
+
+    name: str
+    """Without "aten::"."""
+    view: bool
+    writes: bool
+    """To an argument."""
+    results: frozenset[str]
+    """Names of the arguments that are only written."""
+    flops: Callable[..., int] | None
+
+
+@functools.cache
+def _operator(func: Any) -> _Operator:
+    schema = func._schema
+    name = schema.name.removeprefix("aten::")
+    packets = (func._overloadpacket, getattr(torch.ops.aten, name.rstrip("_"), None))  # the second for those in place
+    return _Operator(
+        name,
+        any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns),
+        schema.is_mutable,
+        frozenset(a.name for a in schema.arguments if a.is_out),
+        next((flop_registry[p] for p in packets if p in flop_registry), None),
+    )
+
+
+def _only_looks(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    """Whether the results are views, which some schemas do not say."""
+    held = {x.untyped_storage()._cdata for x in inputs}
+    return all(x.untyped_storage()._cdata in held for x in outputs)
+
+
+def _scattered(inputs: Sequence[Tensor], accumulated: bool) -> tuple[int, int]:
+    """(read, written) of a scatter into inputs[0]; the rest are indices and values."""
+    written = max((x.numel() for x in inputs[1:]), default=0) * inputs[0].element_size()
+    return sum(map(touched, inputs[1:])) + (written if accumulated else 0), written
 
 
 @dataclass(frozen=True)
@@ -97,68 +174,33 @@ class Count:
     """Bytes of live results, the inputs not counted."""
     minimum: int
     """Bytes that any formulation has to move: each input once, each result once."""
+    flops: int = 0
+    """Of matrix products."""
 
 
-def count(name: str, shape: str, call: Callable[[], Any], minimum: int) -> Count:
-    """Run `call` on meta tensors and count."""
-    with Traffic() as traffic:
+def count(
+    name: str,
+    shape: str,
+    call: Callable[[], Any],
+    minimum: int,
+    around: Callable[[Traffic], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Count:
+    """Run `call` on meta tensors, within `around`, and count."""
+    with Traffic() as traffic, around(traffic):
         result = call()
     del result
-    return Count(name, shape, traffic.read + traffic.written, traffic.launches, traffic.peak, minimum)
+    moved = traffic.read + traffic.written
+    return Count(name, shape, moved, traffic.launches, traffic.peak, minimum, traffic.flops)
 
 
-def formulations() -> dict[str, token_logprobs.Formulation | str]:
-    """What is counted: ours, PyTorch and the peers that are installed, or the reason why not."""
-    found: dict[str, token_logprobs.Formulation | str] = {
-        "rlhf_fast": token_logprobs.ours,
-        "eager": token_logprobs.log_softmax,
-        "eager, logsumexp": token_logprobs.logsumexp,
-    }
-    for name, load, make in (
-        # On a GPU TRL has a fused kernel of its own; what is counted is its path in PyTorch, as on every other device.
-        ("TRL, PyTorch path", peers.trl_utils, token_logprobs.of_trl),
-        ("verl, PyTorch path", peers.verl_functional, token_logprobs.of_verl),
-    ):
-        module = peers.attempt(load)
-        found[name] = module if isinstance(module, str) else make(module)
-    return found
-
-
-def audit(rows: int = 8192, vocab: int = 151936, dtype: torch.dtype = torch.bfloat16) -> list[Count]:
-    """Log-prob and entropy, forward and backward, of logits (rows, vocab)."""
-    logits = torch.empty(rows, vocab, dtype=dtype, device="meta")
-    ids = torch.empty(rows, dtype=torch.int64, device="meta")
-    upstream = torch.empty(rows, device="meta")
-    size = logits.numel() * dtype.itemsize
-    small = rows * (8 + 2 * 4)
-    shape = f"[{rows}, {vocab}] {str(dtype).removeprefix('torch.')}"
-    counts = []
-    for name, formulation in formulations().items():
-        if isinstance(formulation, str):
-            continue
-
-        def forward(formulation: token_logprobs.Formulation = formulation) -> Any:
-            with torch.no_grad():
-                return formulation(logits, ids)
-
-        def both(formulation: token_logprobs.Formulation = formulation) -> Any:
-            x = leaf(logits)
-            backward(formulation(x, ids), (upstream, upstream))
-            return x.grad
-
-        counts.append(count(name, f"{shape}, forward", forward, size + small))
-        counts.append(count(name, f"{shape}, forward + backward", both, 3 * size + 2 * small))
-    return counts
-
-
-def table(counts: Sequence[Count]) -> str:
-    """Markdown."""
-    lines = [
-        "| log-prob + entropy | | GB moved | of the least | kernels | peak GiB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for c in sorted(counts, key=lambda c: (len(c.shape), c.moved)):
-        lines.append(
-            f"| {c.shape} | {c.name} | {c.moved / 1e9:.2f} | {c.moved / c.minimum:.1f} x | {c.launches:,} | {c.peak / 2**30:.2f} |"
-        )
+def table(title: str, counts: Sequence[Count]) -> str:
+    """Markdown, one block per shape in the order given, least traffic first; products only where there are some."""
+    products = any(c.flops for c in counts)
+    head = [title, "", "GB moved", "of the least", "kernels", "peak GiB", *(["TFLOP of products"] if products else [])]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    shapes = list(dict.fromkeys(c.shape for c in counts))
+    for c in sorted(counts, key=lambda c: (shapes.index(c.shape), c.moved)):
+        cells = [c.shape, c.name, f"{c.moved / 1e9:,.2f}", f"{c.moved / c.minimum:,.1f} x", f"{c.launches:,}"]
+        cells += [f"{c.peak / 2**30:.2f}", *([f"{c.flops / 1e12:.1f}"] if products else [])]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -21,13 +21,13 @@ Formulation = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden, weight, ids) -> log-probs."""
 
 
-def make(width: int, dtype: torch.dtype) -> dict[str, Any]:
+def make(width: int, dtype: torch.dtype, rows: int = ROWS, vocab: int = VOCAB) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     return {
-        "hidden": torch.randn(ROWS, width, generator=g).to(dtype),
-        "weight": (2 / width**0.5 * torch.randn(VOCAB, width, generator=g)).to(dtype),
-        "ids": torch.randint(0, VOCAB, (ROWS,), generator=g),
-        "upstream": torch.randn(ROWS, generator=g),
+        "hidden": torch.randn(rows, width, generator=g).to(dtype),
+        "weight": (2 / width**0.5 * torch.randn(vocab, width, generator=g)).to(dtype),
+        "ids": torch.randint(0, vocab, (rows,), generator=g),
+        "upstream": torch.randn(rows, generator=g),
     }
 
 
@@ -83,15 +83,16 @@ def products(dtype: torch.dtype | None, trained: bool) -> Call:
     return run
 
 
-def of_liger(module: Any) -> Call:
+def of_liger(module: Any, trained: bool = False, compiled: bool = True) -> Call:
     """Its loss on the same head, which is all it offers: forward and backward in one, no per-token result."""
-    loss = module.LigerFusedLinearGRPOLoss(beta=0.0, compiled=True, use_ref_model=False, chunk_size=1)
+    loss = module.LigerFusedLinearGRPOLoss(beta=0.0, compiled=compiled, use_ref_model=False, chunk_size=1)
 
     def run(x: dict[str, Any]) -> Results:
         hidden = leaf(x["hidden"].view(SEQUENCES, -1, x["hidden"].shape[-1]))
+        weight = leaf(x["weight"]) if trained else x["weight"]
         ids = x["ids"].view(SEQUENCES, -1)
         advantages = x["upstream"][:SEQUENCES]
-        value = loss(hidden, x["weight"], ids, torch.ones_like(ids), advantages)
+        value = loss(hidden, weight, ids, torch.ones_like(ids), advantages)
         (value[0] if isinstance(value, tuple) else value).backward()
         return None, None, None
 

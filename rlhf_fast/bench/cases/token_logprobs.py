@@ -124,20 +124,21 @@ def truth(call: Call) -> Call:
     )
 
 
+def make(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "logits": (3 * torch.randn(rows, vocab, generator=generator)).to(dtype),
+        "ids": torch.randint(0, vocab, (rows,), generator=generator),
+        "g_logprobs": torch.randn(rows, generator=generator),
+        "g_entropy": torch.randn(rows, generator=generator),
+    }
+
+
 def cases() -> Iterator[Case]:
     """Forward alone, and forward with backward of log-prob and entropy."""
     for rows, vocab in SHAPES:
         for label, dtype in DTYPES.items():
-
-            def make(rows: int = rows, vocab: int = vocab, dtype: torch.dtype = dtype) -> dict[str, Any]:
-                generator = torch.Generator().manual_seed(0)
-                return {
-                    "logits": (3 * torch.randn(rows, vocab, generator=generator)).to(dtype),
-                    "ids": torch.randint(0, vocab, (rows,), generator=generator),
-                    "g_logprobs": torch.randn(rows, generator=generator),
-                    "g_entropy": torch.randn(rows, generator=generator),
-                }
-
+            inputs = partial(make, rows, vocab, dtype)
             size, n = rows * vocab * dtype.itemsize, rows * vocab
 
             def read(m: Machine, size: int = size, n: int = n) -> float:
@@ -150,7 +151,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "token_logprobs",
                 f"{shape}, forward with entropy",
-                make,
+                inputs,
                 contenders(forward_of),
                 truth(forward_of(log_softmax)),
                 read,
@@ -159,7 +160,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "token_logprobs",
                 f"{shape}, forward + backward with entropy",
-                make,
+                inputs,
                 contenders(both_of),
                 truth(both_of(log_softmax)),
                 read_read_write,
@@ -170,7 +171,7 @@ def cases() -> Iterator[Case]:
                 yield Case(
                     "token_logprobs",
                     f"{shape}, forward + backward of the log-prob alone",
-                    make,
+                    inputs,
                     {
                         OURS: alone_of(lambda logits, ids: rlhf_fast.token_logprobs(logits, ids).logprobs),
                         "eager": alone_of(gathered),
