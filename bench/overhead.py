@@ -1,8 +1,8 @@
 """Cost of calling each op on 8 elements, where the kernel itself takes nothing: `python bench/overhead.py`.
 
 Microseconds per call, the smallest of many short repeats, without gradient and with it (forward only), against a limit. The
-pure cost of allocating one output stands first, as the machine's floor. linear_token_logprobs is a composition around PyTorch's
-matrix product and has no limit here.
+pure cost of allocating one output stands first, as the machine's floor. The ops on hidden states are compositions around PyTorch's
+matrix product and have no limit here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import rlhf_fast
 
 LIMIT = 15.0
-COMPOSED = ("linear_token_logprobs",)
+COMPOSED = ("linear_token_logprobs", "linear_ppo_loss")
 FLOOR = "(torch.empty_like)"
 
 
@@ -37,6 +37,9 @@ def calls() -> dict[str, Callable[[bool], Callable[[], object]]]:
     return {
         "token_logprobs": lambda g: bind(rlhf_fast.token_logprobs, x(g, 4, 2), ids),
         "linear_token_logprobs": lambda g: bind(rlhf_fast.linear_token_logprobs, x(g, 4, 2), torch.randn(3, 2), ids),
+        "linear_ppo_loss": lambda g: bind(
+            rlhf_fast.linear_ppo_loss, x(g, 2, 4, 2), torch.randn(3, 2), ids.expand(2, 4), old, adv, mask
+        ),
         "kl_estimate": lambda g: bind(rlhf_fast.kl_estimate, x(g), old, "k3"),
         "gae": lambda g: bind(rlhf_fast.gae, x(g), old, mask),
         "whiten": lambda g: bind(rlhf_fast.whiten, x(g), mask),

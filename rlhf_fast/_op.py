@@ -51,7 +51,8 @@ class Op:
     return None for a result that nobody asked for; below the dispatcher it becomes an empty tensor, as the schema wants.
 
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` follow torch.library.register_autograd; a backward must
-    itself be made of ops, since torch.compile traces it. Inputs that are tensors come first in the schema.
+    itself be made of ops, since torch.compile traces it. Inputs that are tensors come first in the schema. `ctx.direct` is set
+    when no one but the public function has seen the outputs.
 
     With `gradients_in_forward` the op is a loss that returns (loss, stats, gradients), the last one stacking the gradients of
     the differentiable inputs that are not None; it needs no backward of its own.
@@ -93,7 +94,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
-        if torch.compiler.is_compiling() or not _plain(first):
+        if torch.compiler.is_compiling() or not plain(first):
             return self._packet(*args)
         device = "cpu" if first.is_cpu else first.device.type  # device.type costs ten times as much
         backend = self._chosen.get(device) or self.select(device)
@@ -163,7 +164,7 @@ class Op:
         return grid
 
 
-def _plain(x: Tensor) -> bool:
+def plain(x: Tensor) -> bool:
     """A real tensor outside of every dispatch mode and function transform: no one needs to see the call."""
     kind = type(x)
     return (
@@ -197,6 +198,7 @@ class _Attach(torch.autograd.Function):
 def _autograd_function(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
         output = op.select(args[0].device.type).fn(*args)
+        ctx.direct = True
         setup_context(ctx, args, output)
         return output
 

@@ -50,7 +50,7 @@ def test_every_public_op_is_exported_and_registered():
     registered = set(rlhf_fast.backends())
     for name in OPS:
         assert hasattr(rlhf_fast, name), name
-        assert name in registered or name == "linear_token_logprobs", name
+        assert name in registered, name
     assert set(rlhf_fast.__all__) <= set(dir(rlhf_fast)) | {"SharedModel", "LoraConfig"}
 
 

@@ -148,6 +148,15 @@ def ppo_loss(d: Draw) -> dict[str, Any]:
     }
 
 
+def linear_ppo_loss(d: Draw) -> dict[str, Any]:
+    head = linear_token_logprobs(d)
+    loss = {k: v for k, v in ppo_loss(d).items() if k not in ("logprobs", "entropy")}
+    now = rlhf_fast.linear_token_logprobs(**{**head, "mask": loss["mask"]}).logprobs
+    near = ("old_logprobs", "ref_logprobs")  # gradients far from the ratio 1 are beyond fp16
+    loss |= {k: (now + 0.3 * d.tokens()).to(d.dtype) for k in near if loss[k] is not None}
+    return {**head, **loss, "entropy_coef": d.pick(0.0, 0.01)}
+
+
 def reward_loss(d: Draw) -> dict[str, Any]:
     n = d.rows * d.length
     return {
@@ -208,6 +217,7 @@ def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tenso
         advantages,
         group_advantages,
         ppo_loss,
+        linear_ppo_loss,
         reward_loss,
     ],
     ids=lambda f: f.__name__,

@@ -6,6 +6,7 @@ from rlhf_fast.ops.advantages import advantages
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
+from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss
 from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
 from rlhf_fast.ops.ppo_loss import ppo_loss
 from rlhf_fast.ops.reward_loss import reward_loss
@@ -17,6 +18,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_estimate",
+    "linear_ppo_loss",
     "linear_token_logprobs",
     "ppo_loss",
     "reward_loss",

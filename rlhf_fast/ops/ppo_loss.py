@@ -80,54 +80,70 @@ def ppo_loss(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range, or a coefficient without its tensor; names the argument.
     """
-    rules = dialect_of(OP, dialect)
+    inputs = arguments(
+        OP, "logprobs", logprobs, old_logprobs, advantages, mask, clip, dual_clip, entropy, entropy_coef, ref_logprobs,
+        kl_coef, kl_kind, values, old_values, returns, value_clip, value_coef, importance_weights, reduction, normalizer,
+        dialect, cu_seqlens,
+    )  # fmt: skip
+    gradients = torch.is_grad_enabled() and _wants(inputs[0], inputs[4], inputs[6])
+    loss, stats, *_ = _ppo_loss(*inputs, gradients)
+    return LossOutput(loss, Stats(stats, STATS))
+
+
+def arguments(
+    op, name, logprobs, old_logprobs, advantages, mask, clip, dual_clip, entropy, entropy_coef, ref_logprobs, kl_coef,
+    kl_kind, values, old_values, returns, value_clip, value_coef, importance_weights, reduction, normalizer, dialect,
+    cu_seqlens,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Checked arguments of `ppo_loss` as its schema has them, without the last; `name` is what `op` calls the log-probs."""
+    rules = dialect_of(op, dialect)
     if not isinstance(logprobs, Tensor) or logprobs.dtype not in _check.FLOATS:
-        _check.floating(OP, "logprobs", logprobs)
+        _check.floating(op, name, logprobs)
     if mask is None:
-        raise _check.error(TypeError, OP, "mask", None, "a torch.Tensor")
-    mask = _check.mask_like(OP, mask, logprobs, "logprobs")  # type: ignore[assignment]
+        raise _check.error(TypeError, op, "mask", None, "a torch.Tensor")
+    mask = _check.mask_like(op, mask, logprobs, name)  # type: ignore[assignment]
     if cu_seqlens is not None:
         if logprobs.dim() != 1:
-            raise _check.error(ValueError, OP, "logprobs", f"shape {tuple(logprobs.shape)}", "(N,) with cu_seqlens")
-        cu_seqlens = _check.cu_seqlens(OP, cu_seqlens, logprobs.shape[0], logprobs)
+            raise _check.error(ValueError, op, name, f"shape {tuple(logprobs.shape)}", "(N,) with cu_seqlens")
+        cu_seqlens = _check.cu_seqlens(op, cu_seqlens, logprobs.shape[0], logprobs)
     if cu_seqlens is not None or not isinstance(advantages, Tensor) or advantages.dim() != logprobs.dim():
         advantages = _advantages(advantages, logprobs, cu_seqlens)
     checked: dict[str, object] = {"old_logprobs": old_logprobs, "advantages": advantages}
     if entropy is not None:
         checked["entropy"] = entropy
     elif entropy_coef:
-        raise _check.error(ValueError, OP, "entropy", None, f"a tensor with entropy_coef={entropy_coef}")
+        raise _check.error(ValueError, op, "entropy", None, f"a tensor with entropy_coef={entropy_coef}")
     if ref_logprobs is not None:
         checked["ref_logprobs"] = ref_logprobs
     elif kl_coef:
-        raise _check.error(ValueError, OP, "ref_logprobs", None, f"a tensor with kl_coef={kl_coef}")
+        raise _check.error(ValueError, op, "ref_logprobs", None, f"a tensor with kl_coef={kl_coef}")
     if values is not None or returns is not None:
         checked["values"], checked["returns"] = values, returns
         if old_values is not None:
             checked["old_values"] = old_values
     elif old_values is not None:
-        raise _check.error(ValueError, OP, "values", None, "a tensor with old_values")
+        raise _check.error(ValueError, op, "values", None, "a tensor with old_values")
     if importance_weights is not None:
         checked["importance_weights"] = importance_weights
-    ready = _check.alike(OP, logprobs, "logprobs", checked)
-    low, high = clip if clip == (0.2, 0.2) else clip_range(OP, clip)
-    dual = rules.dual_clip if dual_clip is None else _check.number(OP, "dual_clip", dual_clip, 1.0, open_low=True)
-    entropy_coef = _check.number(OP, "entropy_coef", entropy_coef, 0.0)
-    kl_coef = _check.number(OP, "kl_coef", kl_coef, 0.0)
-    _check.choice(OP, "kl_kind", kl_kind, ALL_KINDS)
-    value_coef = _check.number(OP, "value_coef", value_coef, 0.0)
+    ready = _check.alike(op, logprobs, name, checked)
+    low, high = clip if clip == (0.2, 0.2) else clip_range(op, clip)
+    dual = rules.dual_clip if dual_clip is None else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True)
+    entropy_coef = _check.number(op, "entropy_coef", entropy_coef, 0.0)
+    kl_coef = _check.number(op, "kl_coef", kl_coef, 0.0)
+    _check.choice(op, "kl_kind", kl_kind, ALL_KINDS)
+    value_coef = _check.number(op, "value_coef", value_coef, 0.0)
     if value_clip is None:
         old_values = None
     else:
-        value_clip = _check.number(OP, "value_clip", value_clip, 0.0, open_low=True)
-    _check.choice(OP, "reduction", reduction, REDUCTIONS)
+        value_clip = _check.number(op, "value_clip", value_clip, 0.0, open_low=True)
+    _check.choice(op, "reduction", reduction, REDUCTIONS)
     if logprobs.dim() == 0 or (cu_seqlens is None and logprobs.dim() == 1 and reduction.startswith("seq")):
         raise _check.error(
-            ValueError, OP, "logprobs", f"shape {tuple(logprobs.shape)}", f"(B, T) or cu_seqlens for {reduction}"
+            ValueError, op, name, f"shape {tuple(logprobs.shape)}", f"(B, T) or cu_seqlens for {reduction}"
         )
     divisor = 0.0
     if normalizer is not None and not isinstance(normalizer, Tensor):
-        divisor, normalizer = _check.number(OP, "normalizer", normalizer, 0.0, open_low=True), None
+        divisor, normalizer = _check.number(op, "normalizer", normalizer, 0.0, open_low=True), None
     tensors = (
         logprobs,
         old_logprobs,
@@ -143,15 +159,13 @@ def ppo_loss(
         tensors = _check.common_wide(*tensors)  # type: ignore[assignment]
     logprobs, old_logprobs, advantages, *rest = tensors
     if normalizer is not None:
-        normalizer = scalar(OP, normalizer, logprobs)
-    gradients = torch.is_grad_enabled() and _wants(logprobs, rest[0], rest[2])
-    loss, stats, *_ = _ppo_loss(
+        normalizer = scalar(op, normalizer, logprobs)
+    return (
         logprobs, old_logprobs, advantages, mask, *rest, normalizer, cu_seqlens, low, high,
         math.inf if dual is None else dual, math.inf if rules.ratio_clamp is None else rules.ratio_clamp,
         entropy_coef, kl_coef, kl_kind, *rules.kl_bounds(kl_kind), 0.0 if value_clip is None else value_clip, value_coef,
-        reduction, divisor, gradients,
+        reduction, divisor,
     )  # fmt: skip
-    return LossOutput(loss, Stats(stats, STATS))
 
 
 def _wants(logprobs: Tensor, entropy: Tensor | None, values: Tensor | None) -> bool:
@@ -198,7 +212,7 @@ def _rows(logprobs: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     return (logprobs.numel() // length if length else 0), length
 
 
-def _forward(
+def forward(
     logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns, importance_weights,
     normalizer, cu_seqlens, low, high, dual, clamp, bonus, kl_coef, kl_kind, kl_in, kl_out, value_clip, value_coef,
     reduction, divisor, gradients,
@@ -249,7 +263,7 @@ _ppo_loss = Op(
     "str reduction, float divisor, bool gradients) -> (Tensor, Tensor, Tensor)",
     reference=with_gradients(reference, _GRADIENTS),
     fake=_fake,
-    backends=[cpp(_forward)],
+    backends=[cpp(forward)],
     differentiable=_GRADIENTS,
     gradients_in_forward=True,
 )

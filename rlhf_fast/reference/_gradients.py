@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_fast._op import grad_inside_op
 
@@ -22,12 +23,20 @@ def with_gradients(reference: Callable[..., Any], wanted: Sequence[int]) -> Call
         *inputs, gradients = args
         if not gradients or torch.is_grad_enabled():
             return (*reference(*inputs), inputs[0].new_empty(0))
-        given = [i for i in wanted if inputs[i] is not None]
-        with grad_inside_op():
-            for i in given:
-                inputs[i] = inputs[i].detach().requires_grad_()
-            loss, stats = reference(*inputs)
-            found = torch.autograd.grad(loss, [inputs[i] for i in given], allow_unused=True, materialize_grads=True)
-        return loss.detach(), stats, torch.stack(found)
+        loss, stats, found = differentiated(reference, inputs, [i for i in wanted if inputs[i] is not None])
+        return loss, stats, torch.stack(found)
 
     return cell
+
+
+def differentiated(
+    reference: Callable[..., Any], inputs: Sequence[Any], wanted: Sequence[int]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """(loss, stats) of the reference, and the gradients of the loss towards inputs[i], i in wanted, by autograd."""
+    leaves = list(inputs)
+    with grad_inside_op():
+        for i in wanted:
+            leaves[i] = inputs[i].detach().requires_grad_()
+        loss, stats = reference(*leaves)
+        found = torch.autograd.grad(loss, [leaves[i] for i in wanted], allow_unused=True, materialize_grads=True)
+    return loss.detach(), stats, found

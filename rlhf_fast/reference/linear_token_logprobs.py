@@ -21,6 +21,7 @@ def linear_token_logprobs(
     ref_bias: Tensor | None,
     temperature_value: float,
     softcap: float,
+    op: str = "linear_token_logprobs",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(logprobs, entropy, logsumexp, kl), each (...), of logits = hidden weight^T + bias.
 
@@ -36,16 +37,7 @@ def linear_token_logprobs(
             ref_logits = _project(
                 ref_hidden, weight if ref_weight is None else ref_weight, bias if shared else ref_bias, mask
             )
-    return token_logprobs(
-        logits,
-        token_ids,
-        mask,
-        temperature,
-        ref_logits,
-        temperature_value,
-        softcap,
-        op="linear_token_logprobs",
-    )
+    return token_logprobs(logits, token_ids, mask, temperature, ref_logits, temperature_value, softcap, op)
 
 
 def logprob_direction(

@@ -5,10 +5,9 @@ import tolerances
 import torch
 from parity import assert_parity, double
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 import rlhf_fast
-from rlhf_fast._op import OPS
 from rlhf_fast.reference import linear_token_logprobs as reference
 
 NAMES = ("logprobs", "entropy", "logsumexp", "kl")
@@ -146,31 +145,6 @@ def test_masked_rows_are_never_multiplied(trained):
     assert all(not x.any() for x in results(dirty, trained))
 
 
-class Watch(TorchDispatchMode):
-    """Records every torch call, also those inside of this package's kernels: (name, shape of each input, bytes of the output)."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if func.namespace == "rlhf_fast":
-            with self:
-                out = OPS[name].backends[0].fn(*args)
-        else:
-            out = func(*args, **(kwargs or {}))
-        size = 0
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor) and x._base is None:
-                size = max(size, x.untyped_storage().nbytes())
-        self.calls.append((name, [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)], size))
-        return out
-
-    def products(self):
-        return [shapes for name, shapes, _ in self.calls if name in ("mm", "addmm_", "addmm", "matmul", "bmm")]
-
-
 def unmasked(kwargs):
     return {**kwargs, "mask": None, "token_ids": kwargs["token_ids"].clamp(0)}
 
@@ -182,7 +156,7 @@ def test_rows_without_upstream_gradient_are_not_recomputed():
     weights[1, 3] = 2.0
     with Watch() as watch:
         grad, _ = torch.autograd.grad(out.logprobs, [kwargs["hidden"], kwargs["weight"]], weights)
-    one_row = [[(1, 24), (24, 127)], [(1, 24), (1, 127), (127, 24)], [(127, 24), (127, 1), (1, 24)]]
+    one_row = [[(1, 24), (24, 127)], [(1, 127), (127, 24)], [(127, 1), (1, 24)]]
     assert watch.products() == one_row
     assert grad[1, 3].any() and not grad[0].any()
 
@@ -220,7 +194,7 @@ def test_gradient_of_a_frozen_weight_is_not_computed():
     live = int(kwargs["mask"].sum())
     with Watch() as watch:
         torch.autograd.grad(out.entropy.sum(), kwargs["hidden"])
-    assert watch.products() == [[(live, 24), (24, 127)], [(live, 24), (live, 127), (127, 24)]]
+    assert watch.products() == [[(live, 24), (24, 127)], [(live, 127), (127, 24)]]
 
 
 @pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight")], ids="+".join)

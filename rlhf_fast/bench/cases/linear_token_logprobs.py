@@ -13,7 +13,7 @@ import rlhf_fast
 from rlhf_fast.bench import peers
 from rlhf_fast.bench.cases.common import DTYPES, TRUTH_ROWS, leaf, peer
 from rlhf_fast.bench.engine import OURS, Call, Case, Results
-from rlhf_fast.ops.linear_token_logprobs import CHUNK_BYTES
+from rlhf_fast.ops._lm_head import CHUNK_BYTES
 
 ROWS, VOCAB, SEQUENCES = 2048, 49152, 8
 
@@ -61,9 +61,9 @@ def both_of(formulation: Formulation, trained: bool) -> Call:
     return run
 
 
-def products(dtype: torch.dtype | None, trained: bool) -> Call:
-    """The matrix products alone, in chunks of the same budget: 2 with a frozen head; 4 with a trained one, whose logits have
-    to be computed again once the upstream gradient is known."""
+def products(dtype: torch.dtype | None, trained: bool, again: bool) -> Call:
+    """The matrix products alone, in chunks of the same budget: one for the logits, one for the gradient of each of hidden states
+    and trained head, and one that computes the logits `again` where the upstream gradient comes after the forward."""
 
     def run(x: dict[str, Any]) -> Results:
         hidden, weight = (x[k].to(dtype or x[k].dtype) for k in ("hidden", "weight"))
@@ -75,8 +75,9 @@ def products(dtype: torch.dtype | None, trained: bool) -> Call:
             h = hidden[i : i + step]
             z = torch.mm(h, weight.t(), out=buffer[: len(h)])
             torch.mm(z, weight, out=back[i : i + step])
-            if d_weight is not None:
+            if again:
                 torch.mm(h, weight.t(), out=z)
+            if d_weight is not None:
                 d_weight.addmm_(z.t(), h)
         return None, None, None
 
@@ -116,12 +117,12 @@ def cases() -> Iterator[Case]:
                 bare = "bare products"
                 found: dict[str, Call | str] = {
                     OURS: both_of(ours, trained),
-                    bare: products(None, trained),
+                    bare: products(None, trained, again=trained),
                     "materialised": both_of(materialised, trained),
                     "TRL": peer(peers.trl_chunked_head, partial(trl_contender, trained)),
                 }
                 if dtype is torch.bfloat16:
-                    found["bare products in fp32"] = products(torch.float32, trained)
+                    found["bare products in fp32"] = products(torch.float32, trained, again=trained)
                 if not trained:
                     found["Liger (loss)"] = peer(peers.liger, of_liger)
                 fp32 = dtype is torch.float32

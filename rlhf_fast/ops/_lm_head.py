@@ -1,0 +1,295 @@
+"""What the ops on hidden states and a language-model head share: checks, and logits that never exist whole.
+
+Logits come in two cuts of the same budget. Whole rows, a few at a time, are what a softmax needs. Once its sums are known, the
+logits can also be computed again one range of the vocabulary at a time for all rows: then the weight is read, converted and
+its gradient written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _buffers, _check
+from rlhf_fast.ops.token_logprobs import temperature_of
+from rlhf_fast.reference.token_logprobs import refused_id, refused_temperature
+
+CHUNK_BYTES = 64 << 20
+"""Default budget of everything that lives for one chunk."""
+
+_BROAD, _NARROW = 2048, 64
+"""Classes of a range of the vocabulary: what rows leave room for, and the fewest that are worth a product."""
+
+
+def arguments(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    chunk_bytes: int | None,
+) -> Inputs:
+    """Checked arguments of an op on hidden (..., H) and a head (V, H), without a reference."""
+    _check.floating(op, "hidden", hidden)
+    if hidden.dim() == 0:
+        raise _check.error(ValueError, op, "hidden", "a scalar", "(..., H)")
+    check_weight(op, "weight", weight, hidden, None, "(V, H) with V > 0 and the H of hidden")
+    _check.integer(op, "token_ids", token_ids)
+    _check.shape(op, "token_ids", token_ids, hidden.shape[:-1], "hidden without H")
+    _check.device(op, "token_ids", token_ids, hidden, "hidden")
+    check_bias(op, "bias", bias, weight, hidden)
+    mask = _check.mask_like(op, mask, token_ids, "token_ids")
+    value, per_token = temperature_of(op, temperature, token_ids, compute_dtype(hidden, weight))
+    cap = 0.0 if softcap is None else _check.number(op, "softcap", softcap, 0.0, open_low=True)
+    budget = CHUNK_BYTES if chunk_bytes is None else int(_check.number(op, "chunk_bytes", chunk_bytes, 1))
+    return Inputs(hidden, weight, bias, token_ids, mask, per_token, None, None, None, value, cap, budget)
+
+
+def check_weight(op: str, name: str, x: Tensor, hidden: Tensor, vocab: int | None, expected: str) -> None:
+    """`x` is a head for `hidden`, of `vocab` classes when that is given."""
+    _check.floating(op, name, x)
+    _check.device(op, name, x, hidden, "hidden")
+    right = x.dim() == 2 and x.shape[0] > 0 and x.shape[1] == hidden.shape[-1]
+    if not right or (vocab is not None and x.shape[0] != vocab):
+        raise _check.error(ValueError, op, name, f"shape {tuple(x.shape)}", expected)
+
+
+def check_bias(op: str, name: str, x: Tensor | None, weight: Tensor, hidden: Tensor) -> None:
+    """`x` is a bias of the head `weight`, or None."""
+    if x is not None:
+        _check.floating(op, name, x)
+        _check.shape(op, name, x, weight.shape[:1], "the rows of weight")
+        _check.device(op, name, x, hidden, "hidden")
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """dtype of the products and of the results."""
+    return torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+
+
+class Head(NamedTuple):
+    """A language-model head whose products are computed in the dtype of `room`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    room: Tensor
+    """(classes, H) for a part of the weight in the compute dtype; (classes, 0) when the weight has it already."""
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """(range of the vocabulary, its weight in the compute dtype), the second valid until the next."""
+        for v in range(0, len(self.weight), len(self.room)):
+            part = self.weight[v : v + len(self.room)]
+            ready = part.dtype is self.room.dtype
+            yield slice(v, v + len(part)), part if ready else self.room[: len(part)].copy_(part)
+
+    def logits(self, x: Tensor, part: slice, w: Tensor, out: Tensor) -> None:
+        """x (n, H) times the weight w of a range, plus its bias, into out (n, range)."""
+        torch.mm(x, w.t(), out=out)
+        if self.bias is not None:
+            out += self.bias[part]
+
+
+class Inputs(NamedTuple):
+    """The arguments about logits, in the order of the schemas."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    token_ids: Tensor
+    mask: Tensor | None
+    temperature: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    temperature_value: float
+    softcap: float
+    chunk_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.hidden, self.weight)
+
+    @property
+    def numbers(self) -> tuple[float, float]:
+        """As the kernels take them."""
+        return self.temperature_value, self.softcap
+
+    def flat(self) -> Inputs:
+        """One row per token."""
+        per_row = [None if x is None else x.reshape(-1) for x in (self.token_ids, self.mask, self.temperature)]
+        states = [None if x is None else x.reshape(-1, x.shape[-1]) for x in (self.hidden, self.ref_hidden)]
+        return self._replace(
+            hidden=states[0], ref_hidden=states[1], token_ids=per_row[0], mask=per_row[1], temperature=per_row[2]
+        )
+
+    def heads(self, classes: int) -> list[Head]:
+        """The head of the policy, and of the reference if there is one, with room for so many classes."""
+
+        def made(weight: Tensor, bias: Tensor | None) -> Head:
+            width = 0 if weight.dtype is self.dtype else weight.shape[1]
+            return Head(weight, bias, torch.empty((classes, width), dtype=self.dtype))
+
+        found = [made(self.weight, self.bias)]
+        if self.ref_hidden is not None:
+            found.append(found[0] if self.ref_weight is None else made(self.ref_weight, self.ref_bias))
+        return found
+
+
+class Chunk(NamedTuple):
+    """Logits (n, range) of a few rows over a range of the vocabulary, in buffers that the next chunk overwrites."""
+
+    head: Head
+    rows: Tensor | slice
+    part: slice
+    hidden: Tensor
+    """(n, H) in the compute dtype."""
+    logits: Tensor
+    ref_logits: Tensor | None
+    spare: Tensor
+    """(buffers - 1, n, range), uninitialised."""
+    token_ids: Tensor
+    temperature: Tensor | None
+
+
+class _Cut:
+    """What both cuts need: rows, hidden states and widths, in elements of the compute dtype."""
+
+    def __init__(self, x: Inputs, live: Tensor | None) -> None:
+        self.x = x
+        self.hidden = [h for h in (x.hidden, x.ref_hidden) if h is not None]
+        self.vocab = x.weight.shape[0]
+        self.budget = x.chunk_bytes // x.dtype.itemsize
+        index = None if live is None else live.nonzero().squeeze(1)
+        self.count = len(x.hidden) if index is None else len(index)
+        self.index = None if self.count == len(x.hidden) else index
+        self.states = 3 * sum(h.shape[1] for h in self.hidden)
+        """Per row: its hidden states in the compute dtype, the same in another order, and a product of their width."""
+        weights = [w for w in (x.weight, x.ref_weight) if w is not None]
+        self.converted = sum(w.shape[1] for w in weights if w.dtype is not x.dtype)
+        """Per class: its weights in the compute dtype."""
+
+    def block(self, elements: int, bound: bool) -> Tensor:
+        """Flat memory; of the same size whenever the budget binds, so that it is the same memory from call to call."""
+        return _buffers.empty((max(elements, self.budget) if bound else elements,), self.x.dtype)
+
+    def rows(self, size: int) -> Iterator[tuple[Tensor | slice, list[Tensor]]]:
+        """(rows, hidden states (n, H) of policy and reference in the compute dtype), `size` rows at a time."""
+        for begin in range(0, self.count, max(1, size)):
+            rows = slice(begin, begin + size) if self.index is None else self.index[begin : begin + size]
+            yield rows, [h[rows].to(self.x.dtype) for h in self.hidden]
+
+    def chunk(self, head: Head, rows: Tensor | slice, part: slice, hidden: Tensor, room: Tensor) -> Chunk:
+        x, used = self.x, len(self.hidden)
+        temperature = None if x.temperature is None else x.temperature[rows]
+        ref = room[1] if used == 2 else None
+        return Chunk(head, rows, part, hidden, room[0], ref, room[used:], x.token_ids[rows], temperature)
+
+
+def whole_rows(x: Inputs, live: Tensor | None, buffers: int = 1) -> Iterator[Chunk]:
+    """Logits of the rows of flat inputs where `live` (N,) is True (None: all of them), over the whole vocabulary.
+
+    buffers: of the size of the logits, besides that of the reference.
+    """
+    cut = _Cut(x, live)
+    V = cut.vocab
+    classes = V if not cut.converted else _even(V, cut.budget // 16 // cut.converted)
+    buffers += len(cut.hidden) - 1
+    size = _even(cut.count, (cut.budget - classes * cut.converted) // (buffers * V + cut.states))
+    block = cut.block(buffers * size * V, size < cut.count)
+    heads = x.heads(classes)
+    for rows, states in cut.rows(size):
+        n = len(states[0])
+        room = block[: buffers * n * V].view(buffers, n, V)
+        for out, state, head in zip(room, states, heads, strict=False):
+            for part, w in head.parts():
+                head.logits(state, part, w, out[:, part])
+        yield cut.chunk(heads[0], rows, slice(0, V), states[0], room)
+
+
+def vocabulary_ranges(x: Inputs, live: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
+    """(logits of as many of the live rows as possible over a range of the vocabulary, its weight in the compute dtype)."""
+    cut = _Cut(x, live)
+    used = len(cut.hidden)
+    size = _even(cut.count, cut.budget // (used * min(cut.vocab, _BROAD) + cut.states))
+    most = (cut.budget - size * cut.states) // (max(1, size) * used + cut.converted)
+    classes = _even(cut.vocab, max(_NARROW, most))
+    block = cut.block(used * size * classes, size < cut.count or classes < cut.vocab)
+    heads = x.heads(classes)
+    for rows, states in cut.rows(size):
+        n = len(states[0])
+        for parts in zip(*(head.parts() for head in heads), strict=True):
+            part, weight = parts[0]
+            room = block[: used * n * len(weight)].view(used, n, len(weight))
+            for out, state, head, (_, w) in zip(room, states, heads, parts, strict=True):
+                head.logits(state, part, w, out)
+            yield cut.chunk(heads[0], rows, part, states[0], room), weight
+
+
+def _even(count: int, most: int) -> int:
+    """Size of the fewest parts of `count` with at most `most` (or one) each, all of about the same size."""
+    parts = -(-count // max(1, most))
+    return -(-count // max(1, parts))
+
+
+class Gradients:
+    """Gradients towards hidden (N, H), weight (V, H) and bias (V,) of flat inputs, those that are wanted, summed chunk by chunk
+    in the compute dtype."""
+
+    def __init__(self, x: Inputs, wanted: Sequence[bool]) -> None:
+        V, dtype = x.weight.shape[0], x.dtype
+        self.hidden = torch.zeros(x.hidden.shape, dtype=dtype) if wanted[0] else None
+        self.weight = _buffers.empty(x.weight.shape, dtype) if wanted[1] else None
+        self.bias = torch.zeros(V, dtype=dtype) if wanted[2] else None
+        self.written = 0
+        """Classes whose weight gradient holds a value."""
+
+    def add(self, chunk: Chunk, d_logits: Tensor) -> None:
+        """The gradient (n, V) of the logits of whole rows."""
+        if self.hidden is None:
+            self.add_range(chunk, chunk.part, d_logits, None)
+        else:
+            for part, w in chunk.head.parts():
+                self.add_range(chunk, part, d_logits[:, part], w)
+
+    def add_range(self, chunk: Chunk, part: slice, d_logits: Tensor, w: Tensor | None) -> None:
+        """The gradient (n, range) of logits over a range; w, the weight of the range, is for the gradient towards hidden."""
+        if self.hidden is not None and w is not None:
+            if isinstance(chunk.rows, slice):
+                self.hidden[chunk.rows].addmm_(d_logits, w)
+            else:
+                product = d_logits.new_empty(len(d_logits), w.shape[1])
+                self.hidden.index_add_(0, chunk.rows, torch.mm(d_logits, w, out=product))  # out: autocast stays away
+        if self.weight is not None:
+            fresh = part.stop > self.written
+            self.weight[part].addmm_(d_logits.t(), chunk.hidden, beta=0 if fresh else 1)
+            self.written = max(self.written, part.stop)
+        if self.bias is not None:
+            self.bias[part] += d_logits.sum(0)
+
+    def found(self) -> list[Tensor | None]:
+        """The three, None where not wanted."""
+        if self.weight is not None and not self.written:
+            self.weight.zero_()
+        return [self.hidden, self.weight, self.bias]
+
+
+def check_rows(op: str, x: Inputs) -> None:
+    """Raises for the first token id or temperature of flat inputs that is out of range, before any product."""
+    vocab = x.weight.shape[0]
+    bad = (x.token_ids < 0) | (x.token_ids >= vocab)
+    if x.temperature is not None:
+        bad |= ~((x.temperature > 0) & x.temperature.isfinite())
+    if x.mask is not None:
+        bad &= x.mask
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        token_id = int(x.token_ids[row])
+        if not 0 <= token_id < vocab:
+            raise ValueError(refused_id(op, row, token_id, vocab))
+        raise ValueError(refused_temperature(op, row, float("nan" if x.temperature is None else x.temperature[row])))
