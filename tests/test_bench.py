@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.bench import audit, engine, inductor, machine, peers, render, scale, traffic
+from rlhf_fast.bench import audit, engine, inductor, machine, peers, render, scale, scale_render, traffic
 from rlhf_fast.bench.cases import linear_token_logprobs as heads
 from rlhf_fast.bench.command import all_cases, chosen, main
 from rlhf_fast.bench.engine import OURS, Case, GateError, Row, run
@@ -157,8 +157,8 @@ def test_the_head_of_ours_is_counted_chunk_by_chunk():
     logits, weight, product = rows * vocab * 4, vocab * width * 4, 2 * rows * vocab * width
     one = found["rlhf_fast", False]  # one chunk: logits written, read by forward, turned into their gradient, read
     assert one.flops == 2 * product
-    # as large as the hidden states: they themselves, zeros twice, a sum r w, a copy r w, the scaling r w; and vectors
-    states = one.moved - 5 * logits - 2 * weight - 9 * rows * width * 4
+    # as large as the hidden states: they themselves, zeros, a sum r w, the scaling r w; and vectors
+    states = one.moved - 5 * logits - 2 * weight - 6 * rows * width * 4
     assert 0 < states < 200 * rows
     assert found["rlhf_fast", True].flops == 4 * product  # the logits anew, and the gradient of the weight
     assert found["materialised", True].flops == found["torch.compile, materialised", True].flops == 3 * product
@@ -175,7 +175,8 @@ def test_smaller_chunks_read_the_weight_again(meta):
 
         return traffic.count("ours", "", lambda: heads.both_of(call, False)(x), 1, audit.composition)
 
-    whole, thirds = of(24 * 400), of(8 * 400)
+    row = (100 + 3 * 32) * 4  # its logits and, three times, its hidden state
+    whole, thirds = of(24 * row), of(8 * row)
     assert thirds.flops == whole.flops and thirds.peak < whole.peak
     assert thirds.moved - whole.moved == 2 * 2 * 100 * 32 * 4  # two more chunks, two products each
 
@@ -299,3 +300,90 @@ def test_memory_columns_and_shares_appear_where_they_are_known():
     )
     assert row.share == 0.5
     assert "| 2 | 50 % | TRL 4 x | 1 / 2 |" in render.markdown(LIMITS, [row])
+
+
+def test_a_fit_finds_the_exponent_the_furthest_point_and_every_kink():
+    xs = scale.powers(2**16)
+    assert xs[0] == 1024 and xs[-1] == 65536 and len(xs) == 7
+    straight = scale.fit(xs, [3e-6 * x for x in xs])
+    assert straight.exponent == pytest.approx(1) and straight.deviation == pytest.approx(1) and straight.kinks == []
+    bent = scale.fit(xs, [x**1.5 for x in xs])
+    assert bent.exponent == pytest.approx(1.5)
+    assert [(a, b) for a, b, _ in bent.kinks] == [(1024, 65536)]  # 2^0.5 a step, one direction
+    assert bent.kinks[0][2] == pytest.approx(8) and bent.deviation == pytest.approx(8**-0.5)
+    jump = scale.fit(xs, [x * (2 if x >= 8192 else 1) * (3 if x == 65536 else 1) for x in xs])
+    assert jump.kinks == [(4096, 8192, 2), (32768, 65536, 3)]
+    assert jump.at == 65536 and jump.deviation == 3
+    fixed = scale.fit(xs, [16384 + x for x in xs])
+    assert fixed.kinks[0][2] < 1 and 0 < fixed.exponent < 1
+    assert scale.fit([1, 2, 4], [8, 4, 2], -1).exponent == pytest.approx(-1)
+    assert scale.fit([1024], [1.0]) is None and scale.fit([1, 2], [0.0, 1.0]) is None
+
+
+def test_threads_are_powers_of_two_and_the_whole_machine():
+    assert scale.threads_of(1) == [1] and scale.threads_of(6) == [1, 2, 4, 6] and scale.threads_of(8) == [1, 2, 4, 8]
+
+
+def toy_curve(**changes):
+    def at(count, classes):
+        return case(make=lambda: {"x": torch.ones(count, classes)}, memory=True, **changes)
+
+    family = scale.Family("toy", "", at, {OURS: 1, "eager": 3})
+    return scale.Curve("toy", "", "tokens", "64 classes", tuple((n, 64, 1) for n in (1024, 2048, 4096)), family)
+
+
+def test_a_curve_has_a_time_and_a_peak_at_every_point_that_fits_into_memory():
+    before = torch.get_num_threads()
+    lines = scale.measure(toy_curve(), budget=4 * 64 * 4096 * 2, seconds=0.01)
+    assert lines[OURS].xs == [1024, 2048, 4096] and lines[OURS].left_out == []
+    assert lines["eager"].xs == [1024, 2048] and lines["eager"].left_out == [4096]
+    assert [len(line.peaks) for line in lines.values()] == [3, 2] and min(lines[OURS].seconds) > 0
+    assert torch.get_num_threads() == before
+    assert "left out for memory: 4k" in scale_render.text(toy_curve(), lines)
+    assert " at 2k) |" in scale_render.markdown(LIMITS, [(toy_curve(), lines)])
+
+
+def test_a_wrong_point_is_never_timed():
+    with pytest.raises(GateError, match="result 0 is wrong"):
+        scale.measure(toy_curve(contenders={OURS: lambda x: (x["x"],), "eager": double}), 1e9, 0.01)
+    with pytest.raises(GateError, match="eager computes something else"):
+        scale.measure(toy_curve(contenders={OURS: double, "eager": lambda x: (x["x"],)}), 1e9, 0.01)
+
+
+def test_repeated_rows_are_those_of_the_block():
+    made = scale.repeated(lambda n: {"x": torch.arange(2 * n).view(n, 2), "ids": torch.arange(n)}, 4 * scale.BLOCK)
+    assert made["x"].shape == (4 * scale.BLOCK, 2) and torch.equal(made["x"][-1], made["x"][scale.BLOCK - 1])
+    assert torch.equal(made["ids"], torch.arange(scale.BLOCK).repeat(4))
+
+
+def test_the_command_draws_curves(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- scale --><!-- /scale -->")
+    files = {name: str(tmp_path / name) for name in ("out.json", "out.png")}
+    options = ("--scale", "--largest", "2048", "--seconds", "0.01", "--json", files["out.json"])
+    done = main(["token_logprobs", "linear*", "gae", *options, "--plot", files["out.png"], "--readme", str(readme)])
+    assert done == 0
+    curves = json.loads((tmp_path / "out.json").read_text())["curves"]
+    axes = {op: [c["axis"] for c in curves if c["op"] == op] for op in ("gae", "linear_token_logprobs")}
+    assert axes == {"gae": ["tokens", "threads"], "linear_token_logprobs": ["tokens", "classes", "threads"]}
+    for c in curves:
+        assert OURS in c["lines"] and len(c["lines"]) == 2
+        for line in c["lines"].values():
+            if c["axis"] != "threads":
+                assert line["xs"] == [1024, 2048] and min(line["seconds"]) > 0
+                assert len(line["peaks"]) == (0 if c["op"] == "gae" else 2)
+                again = scale.fit(line["xs"], line["seconds"])
+                assert line["fit"]["seconds"]["exponent"] == pytest.approx(again.exponent)
+    grows = next(c for c in curves if c["op"] == "linear_token_logprobs")["lines"]["materialised"]["peaks"]
+    assert grows[0] >= 1024 * 2048 * 4 and grows[1] > 1.5 * grows[0]
+    assert "linear_token_logprobs frozen head, forward + backward against classes" in capsys.readouterr().out
+    assert "| `gae` | tokens to 2k" in readme.read_text()
+    assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "out.png").stat().st_size > 30_000
+
+
+def test_the_command_stops_at_a_wrong_curve(monkeypatch, capsys):
+    wrong = toy_curve(contenders={OURS: lambda x: (x["x"],), "eager": double})
+    monkeypatch.setattr(scale, "curves", lambda largest: iter([wrong]))
+    assert main(["--scale"]) == 1
+    assert "WRONG  toy" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from rlhf_fast.bench.cases import linear_token_logprobs as heads
 from rlhf_fast.bench.cases import token_logprobs as tokens
 from rlhf_fast.bench.cases.common import backward, leaf
 from rlhf_fast.bench.traffic import Count, Traffic, count, table, tensors
+from rlhf_fast.ops import _lm_head
 
 Around = Callable[[Traffic], contextlib.AbstractContextManager[Any]]
 COMPILED = "torch.compile"
@@ -120,6 +121,7 @@ def _heads(trained: bool) -> Iterator[tuple[str, heads.Call, Around]]:
 def composition(traffic: Traffic) -> Iterator[None]:
     """linear_token_logprobs as its chunks run, where its kernels of rows are operators or count as one each."""
     linear = importlib.import_module("rlhf_fast.ops.linear_token_logprobs")
+    buffers = SimpleNamespace(empty=lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
     def gradient(grad: Tensor, logits: Tensor, token_ids: Tensor, state: Tensor, *rest: Any) -> Tensor:
         traffic.kernel((logits, token_ids, state, *tensors(rest)), (grad,))
@@ -134,12 +136,8 @@ def composition(traffic: Traffic) -> Iterator[None]:
 
     name = "rlhf_fast::linear_token_logprobs"
     traffic.inside = {name: on_meta(linear._forward), f"{name}_backward": on_meta(linear._backward_chunked)}
-    with patch.multiple(
-        linear,
-        tokens_forward=torch.ops.rlhf_fast.token_logprobs,
-        backward_into=gradient,
-        _buffers=SimpleNamespace(empty=lambda shape, dtype: torch.empty(shape, dtype=dtype)),
-    ):
+    rows = patch.multiple(linear, tokens_forward=torch.ops.rlhf_fast.token_logprobs, backward_into=gradient)
+    with rows, patch.object(_lm_head, "_buffers", buffers):
         yield
 
 

@@ -52,10 +52,10 @@ KINK = 1.25
 """Ratio of the cost per unit of two neighbours from which a step is a kink."""
 WALKS = 3
 """Along a curve."""
-SLOW = 2.0
+SLOW = 1.0
 """Seconds of one round from which two walks have to do."""
-SECONDS = 1.0
-"""For a point, at least."""
+SECONDS = 0.6
+"""For a point, roughly, where a round takes less."""
 
 
 @dataclass(frozen=True)
@@ -228,39 +228,39 @@ def measure(curve: Curve, budget: float, seconds: float = SECONDS) -> dict[str, 
 
     The curve is walked several times and the smallest time counts, so that a disturbance of seconds does not bend it.
     """
-    best: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(lambda: math.inf))
+    cases = {x: curve.family.at(*p[:2]) for x, p in zip(curve.xs, curve.points, strict=True)}
     lines: dict[str, Line] = defaultdict(Line)
+    calls: dict[int, dict[str, Any]] = {}
+    for x, (count, classes, _) in zip(curve.xs, curve.points, strict=True):
+        copies = {name: curve.family.copies.get(name, 0) for name in cases[x].contenders}
+        calls[x] = {n: c for n, c in cases[x].contenders.items() if 4 * count * classes * copies[n] <= budget}
+        for name in copies.keys() - calls[x].keys():
+            lines[name].left_out.append(x)
+    for x in (curve.xs[0], curve.xs[-1]):  # what a process allocates once for a size is nobody's
+        inputs = cases[x].make()
+        for call in calls[x].values():
+            call(inputs)
+    best: dict[str, dict[int, float]] = defaultdict(dict)
     before = torch.get_num_threads()
-    first = curve.family.at(*curve.points[0][:2])
-    _observe(first, first.contenders, first.make())  # what a process allocates once is nobody's
     try:
         for walk in range(WALKS):
-            for x, (count, vocab, threads) in zip(curve.xs, curve.points, strict=True):
-                if walk > 1 and sum(best[name][x] for name in lines if x in best[name]) > SLOW:
+            for x, (_, _, threads) in zip(curve.xs, curve.points, strict=True):
+                if not calls[x] or (walk > 1 and sum(best[name][x] for name in calls[x]) > SLOW):
                     continue
                 torch.set_num_threads(threads)
-                case = curve.family.at(count, vocab)
-                calls: dict[str, Any] = {}
-                for name, call in case.contenders.items():
-                    if 4 * count * vocab * curve.family.copies.get(name, 0) <= budget:
-                        calls[name] = call
-                    elif walk == 0:
-                        lines[name].left_out.append(x)
-                if not calls:
-                    continue
-                inputs = case.make()
+                inputs = cases[x].make()
                 if walk == 0:
-                    for name, peak in _observe(case, calls, inputs).items():
-                        lines[name].peaks += [peak] if case.memory else []
-                times, _ = interleave(calls, inputs, seconds / WALKS, fewest=1 if walk == 0 else 2)
+                    for name, peak in _observe(cases[x], calls[x], inputs).items():
+                        lines[name].peaks += [peak] if cases[x].memory else []
+                times, _ = interleave(calls[x], inputs, seconds / WALKS, fewest=1)
                 for name, found in times.items():
-                    best[name][x] = min(best[name][x], *found)
+                    best[name][x] = min(best[name].get(x, math.inf), *found)
                 del inputs
     finally:
         torch.set_num_threads(before)
     for name, line in lines.items():
         line.xs, line.seconds = list(best[name]), list(best[name].values())
-    return lines
+    return {name: lines[name] for name in cases[curve.xs[0]].contenders}
 
 
 def _observe(case: Case, calls: Mapping[str, Any], inputs: dict[str, Any]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,41 +120,53 @@ def picture(machine: Machine, measured: Measured, path: Path) -> None:
     for rest in cells:
         rest.axis("off")
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, 0.985))
-    figure.suptitle(f"{machine.name}, {machine.threads} threads, fp32", fontsize=9, y=0.998)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 / figure.get_figheight()))
+    top = 1 - 0.55 / figure.get_figheight()
+    title = f"{machine.name}, {machine.threads} threads, fp32"
+    place: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, top)}
+    figure.legend(handles, labels, ncols=3, frameon=False, fontsize=9, title=title, title_fontsize=9, **place)
+    figure.tight_layout(rect=(0, 0, 1, top), h_pad=1.2)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
 def _panel(axes: Any, what: str, curve: Curve, lines: Mapping[str, Line]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter
 
-    left_out = []
-    for name, line in lines.items():
-        ours = name == OURS
+    ours, (plain_name, plain) = lines[OURS], next((n, line) for n, line in lines.items() if n != OURS)
+    drawn = {}
+    for line, label, style in (
+        (ours, OURS, {"color": "C0", "marker": "o"}),
+        (plain, "plain PyTorch", {"color": "C1", "marker": "s", "linestyle": "--"}),
+    ):
         values = [1e3 * s for s in line.seconds] if what == "time" else [max(FLOOR, p) / 2**20 for p in line.peaks]
-        style = {"color": "C0", "marker": "o"} if ours else {"color": "C1", "marker": "s", "linestyle": "--"}
-        axes.plot(line.xs, values, markersize=3.5, linewidth=1.2, label=OURS if ours else "plain PyTorch", **style)
-        if what == "time" and values:
-            middle = sorted(v / x for v, x in zip(values, line.xs, strict=True))[len(values) // 2]
-            label = "in proportion" if ours else None
-            axes.plot(line.xs, [middle * x for x in line.xs], color="0.5", linewidth=0.7, linestyle=":", label=label)
-        if line.left_out:
-            left_out.append(f"{name}: {', '.join(map(short, line.left_out))} left out,\nmore than the memory")
+        drawn[label] = dict(zip(line.xs, values, strict=True))
+        axes.plot(line.xs, values, markersize=3.5, linewidth=1.2, label=label, **style)
+    if what == "time":
+        for i, points in enumerate(drawn.values()):
+            middle = statistics.median(y / x for x, y in points.items()) if points else 0
+            named = {"label": "time in proportion"} if i else {}
+            axes.plot([*points], [middle * x for x in points], color="0.5", linewidth=0.8, linestyle=":", **named)
+    both = drawn["plain PyTorch"].keys() & drawn[OURS].keys()
+    note = f"{plain_name}: left out at {', '.join(map(short, plain.left_out))} (memory)" if plain.left_out else ""
+    if both:
+        x = max(both)
+        ratio = drawn["plain PyTorch"][x] / drawn[OURS][x]
+        over = "more than " if what == "memory" and ours.peaks[ours.xs.index(x)] <= FLOOR else ""
+        times = f"{plain_name} / {OURS} at {short(x)}: {over}{milliseconds(ratio)} x"
+        note = f"{times}\n{note}" if note else times
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel(f"{curve.axis} ({curve.held})", fontsize=7)
-    axes.set_ylabel("ms" if what == "time" else "peak extra MiB", fontsize=7)
-    axes.set_title(f"{curve.op}: {what}\n{curve.name}", fontsize=8)
+    axes.set_ylabel("ms" if what == "time" else "peak extra MiB (at least 1)", fontsize=7)
+    axes.set_title(f"{curve.op}: {what}\n{curve.name}".strip(), fontsize=8)
     axes.tick_params(labelsize=7)
-    xs = sorted({x for line in lines.values() for x in (*line.xs, *line.left_out)})
+    xs = sorted({*ours.xs, *plain.xs})
     axes.set_xticks(xs[:: -(-len(xs) // 6)])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     axes.grid(color="0.92", linewidth=0.6)
-    if left_out:
-        axes.text(0.98, 0.03, "\n".join(left_out), transform=axes.transAxes, fontsize=6, ha="right", color="0.35")
+    axes.set_ylim(top=axes.get_ylim()[1] * 4)
+    axes.text(0.03, 0.97, note, transform=axes.transAxes, fontsize=6.5, va="top", color="0.25")
 
 
 def _speed_up(axes: Any, threads: Sequence[tuple[Curve, Line]]) -> None:
@@ -162,10 +175,10 @@ def _speed_up(axes: Any, threads: Sequence[tuple[Curve, Line]]) -> None:
         label = f"{curve.op} {curve.name}"
         axes.plot(line.xs, [line.seconds[0] / s for s in line.seconds], "o-", markersize=3.5, linewidth=1, label=label)
     axes.plot([1, last], [1, last], color="0.5", linewidth=0.7, linestyle=":")
-    axes.set(xticks=threads[0][1].xs)
+    axes.set(xticks=threads[0][1].xs, ylim=(0.9, 1 + 1.5 * (last - 1)))
     axes.set_xlabel("threads", fontsize=7)
     axes.set_ylabel("times as fast as one thread", fontsize=7)
     axes.set_title(f"{OURS}: threads", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.legend(fontsize=5.5, frameon=False)
+    axes.legend(fontsize=6, frameon=False, loc="upper left")
     axes.grid(color="0.92", linewidth=0.6)

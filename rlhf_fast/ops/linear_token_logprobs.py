@@ -108,8 +108,8 @@ def _outputs(x: Inputs, keep_state: bool, keep_direction: bool, new: Callable[..
 
 def _forward(*args):  # type: ignore[no-untyped-def]
     x, (keep_state, keep_direction) = Inputs(*args[:12]), args[12:]
-    outputs = _outputs(x, keep_state, keep_direction, Tensor.new_zeros)
-    stats, (state, direction) = [out.view(-1) for out in outputs[:4]], outputs[4:]
+    outputs = _outputs(x, keep_state, False, Tensor.new_zeros)
+    stats, state = [out.view(-1) for out in outputs[:4]], outputs[4]
     x = x.flat()
     check_rows(_OP, x)
     gradients = Gradients(x, (keep_direction, False, False))
@@ -126,7 +126,7 @@ def _forward(*args):  # type: ignore[no-untyped-def]
             grads = (torch.ones_like(found[0]), None, None, None)
             backward_into(c.logits, c.logits, c.token_ids, row_state, None, c.temperature, None, grads, *x.numbers)
             gradients.add(c, c.logits)
-    return (*outputs[:5], gradients.hidden if keep_direction else direction)
+    return (*outputs[:5], gradients.hidden if keep_direction else outputs[5])
 
 
 def _reference_forward(*args):  # type: ignore[no-untyped-def]
