@@ -51,8 +51,7 @@ class Op:
     return None for a result that nobody asked for; below the dispatcher it becomes an empty tensor, as the schema wants.
 
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` follow torch.library.register_autograd; a backward must
-    itself be made of ops, since torch.compile traces it. Inputs that are tensors come first in the schema. `ctx.direct` is set
-    when no one but the public function has seen the outputs.
+    itself be made of ops, since torch.compile traces it. Inputs that are tensors come first in the schema.
 
     With `gradients_in_forward` the op is a loss that returns (loss, stats, gradients), the last one stacking the gradients of
     the differentiable inputs that are not None; it needs no backward of its own.
@@ -174,6 +173,11 @@ def plain(x: Tensor) -> bool:
     )
 
 
+def last_use(ctx: Any, grad: Tensor) -> bool:
+    """Whether a backward may overwrite what its forward kept: no other backward is to come, and no one else has seen it."""
+    return hasattr(ctx, "direct") and plain(grad) and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the forward pass times the upstream gradient, at the places of their inputs."""
     result: list[Tensor | None] = [None] * ctx.inputs
@@ -198,7 +202,7 @@ class _Attach(torch.autograd.Function):
 def _autograd_function(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
         output = op.select(args[0].device.type).fn(*args)
-        ctx.direct = True
+        ctx.direct = True  # the public function drops the outputs that it does not return
         setup_context(ctx, args, output)
         return output
 

@@ -239,15 +239,17 @@ def _even(count: int, most: int) -> int:
 
 class Gradients:
     """Gradients towards hidden (N, H), weight (V, H) and bias (V,) of flat inputs, those that are wanted, summed chunk by chunk
-    in the compute dtype."""
+    in the compute dtype. `hidden`: zeros to hold the first."""
 
-    def __init__(self, x: Inputs, wanted: Sequence[bool]) -> None:
+    def __init__(self, x: Inputs, wanted: Sequence[bool], hidden: Tensor | None = None) -> None:
         V, dtype = x.weight.shape[0], x.dtype
-        self.hidden = torch.zeros(x.hidden.shape, dtype=dtype) if wanted[0] else None
+        self.hidden = torch.zeros(x.hidden.shape, dtype=dtype) if wanted[0] else hidden
         self.weight = _buffers.empty(x.weight.shape, dtype) if wanted[1] else None
         self.bias = torch.zeros(V, dtype=dtype) if wanted[2] else None
         self.written = 0
         """Classes whose weight gradient holds a value."""
+        self._scattered: tuple[Tensor, Tensor] | None = None
+        """(rows, their gradient towards hidden so far) where the rows are not a slice."""
 
     def add(self, chunk: Chunk, d_logits: Tensor) -> None:
         """The gradient (n, V) of the logits of whole rows."""
@@ -260,11 +262,7 @@ class Gradients:
     def add_range(self, chunk: Chunk, part: slice, d_logits: Tensor, w: Tensor | None) -> None:
         """The gradient (n, range) of logits over a range; w, the weight of the range, is for the gradient towards hidden."""
         if self.hidden is not None and w is not None:
-            if isinstance(chunk.rows, slice):
-                self.hidden[chunk.rows].addmm_(d_logits, w)
-            else:
-                product = d_logits.new_empty(len(d_logits), w.shape[1])
-                self.hidden.index_add_(0, chunk.rows, torch.mm(d_logits, w, out=product))  # out: autocast stays away
+            self._of(chunk.rows, self.hidden).addmm_(d_logits, w)
         if self.weight is not None:
             fresh = part.stop > self.written
             self.weight[part].addmm_(d_logits.t(), chunk.hidden, beta=0 if fresh else 1)
@@ -274,9 +272,25 @@ class Gradients:
 
     def found(self) -> list[Tensor | None]:
         """The three, None where not wanted."""
+        self._scatter()
         if self.weight is not None and not self.written:
             self.weight.zero_()
         return [self.hidden, self.weight, self.bias]
+
+    def _of(self, rows: Tensor | slice, hidden: Tensor) -> Tensor:
+        """(n, H) to add to; rows that are not a slice have theirs until others come."""
+        if isinstance(rows, slice):
+            return hidden[rows]
+        if self._scattered is None or self._scattered[0] is not rows:
+            self._scatter()
+            self._scattered = rows, hidden.new_zeros(len(rows), hidden.shape[1])
+        return self._scattered[1]
+
+    def _scatter(self) -> None:
+        if self.hidden is not None and self._scattered is not None:
+            rows, found = self._scattered
+            self.hidden[rows] = found
+        self._scattered = None
 
 
 def check_rows(op: str, x: Inputs) -> None:

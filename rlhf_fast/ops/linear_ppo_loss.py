@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast import _native
 from rlhf_fast._native import contiguous
-from rlhf_fast._op import Backend, Op, plain
+from rlhf_fast._op import Backend, Op, last_use
 from rlhf_fast._types import LossOutput, Stats
 from rlhf_fast.ops._lm_head import Chunk, Gradients, Inputs, check_rows, compute_dtype, whole_rows
 from rlhf_fast.ops._lm_head import arguments as head_arguments
@@ -207,8 +207,7 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     result: list[Any] = [None] * ctx.inputs
     if grad is None:
         return tuple(result)
-    # Without another backward to come the gradients are scaled where they are: the one of the weight is large.
-    last = hasattr(ctx, "direct") and plain(grad) and not torch._C._autograd._get_current_graph_task_keep_graph()
+    last = last_use(ctx, grad)
     for (i, dtype), kept in zip(ctx.targets, ctx.saved_tensors, strict=True):
         result[i] = (kept.mul_(grad) if last else kept * grad).to(dtype)
     return tuple(result)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rlhf_fast import _check, _native
-from rlhf_fast._op import Backend, Op, reference_backward
+from rlhf_fast._op import Backend, Op, last_use, reference_backward
 from rlhf_fast._types import TokenStats
 from rlhf_fast.ops._lm_head import (
     Gradients,
@@ -23,7 +23,6 @@ from rlhf_fast.ops._lm_head import (
 from rlhf_fast.ops.token_logprobs import backward_into, state_shape
 from rlhf_fast.ops.token_logprobs import forward as tokens_forward
 from rlhf_fast.reference.linear_token_logprobs import linear_token_logprobs as reference
-from rlhf_fast.reference.linear_token_logprobs import logprob_direction
 
 _OP = "linear_token_logprobs"
 
@@ -41,14 +40,17 @@ def linear_token_logprobs(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     chunk_bytes: int | None = None,
+    directions: Sequence[str] = ("logprobs",),
 ) -> TokenStats:
     """token_logprobs of logits = hidden weight^T + bias, a few rows of logits at a time.
 
     Masked rows are taken out before the product. The product and its gradients are computed and accumulated
     in fp32 (fp64 when hidden or weight is), so bf16 weights give fp32 logits. With a frozen weight and bias the
-    forward also keeps u = d logprob / d hidden = (W[token] - sum_v p_v W_v) / temperature, (..., H): the backward
-    of logprobs is then a scaling of its rows. Gradients of entropy, logsumexp and kl, and those of a trained
-    weight or bias, recompute the logits, and only for rows whose upstream gradient is not 0.
+    forward also keeps the derivative towards hidden of the outputs named in `directions`, for logprobs
+    u = (W[token] - sum_v p_v W_v) / temperature: the backward of these outputs is then a scaling of rows. Gradients of
+    other outputs, and those of a trained weight or bias, compute the logits again, and only for rows whose upstream
+    gradient is not 0. With an entropy bonus ("logprobs", "entropy") thus takes three products instead of four; for the
+    PPO loss itself linear_ppo_loss takes two.
 
     Args:
         hidden: (..., H) float.
@@ -59,7 +61,10 @@ def linear_token_logprobs(
         ref_hidden: (..., R) hidden states of the reference, or None: no kl. A constant: it gets no gradient.
         ref_weight: (V, R) head of the reference, a constant; None = `weight` and `bias` themselves.
         ref_bias: (V,) bias of ref_weight, a constant.
-        chunk_bytes: budget of the logits buffers in bytes (at least one row is computed); None = 64 MiB.
+        chunk_bytes: budget in bytes of the logits and of what else lives for one chunk (at least one row is computed);
+            None = 64 MiB. A second direction takes a second buffer from it.
+        directions: of "logprobs", "entropy", "logsumexp", "kl": whose derivative a forward with a frozen head keeps, in
+            (..., H) fp32 each. Without effect on the results.
 
     Returns:
         TokenStats, each (...) fp32 (fp64 when hidden or weight is), differentiable towards hidden, weight and
@@ -89,31 +94,39 @@ def linear_token_logprobs(
         ref_bias=None if ref_bias is None else ref_bias.detach(),
     )
 
+    if isinstance(directions, str):
+        raise _check.error(TypeError, _OP, "directions", repr(directions), "a sequence of names")
+    for name in directions:
+        _check.choice(_OP, "directions", name, TokenStats._fields)
+    if ref_hidden is None and "kl" in directions:
+        raise _check.error(ValueError, _OP, "directions", "'kl'", "another name without ref_hidden")
+
     trained = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     differentiate = torch.is_grad_enabled() and any(trained)
-    keep_direction = differentiate and trained == [True, False, False]
-    logprobs, entropy, logsumexp, kl, _, _ = _linear(*x, differentiate, keep_direction)
+    frozen = differentiate and trained == [True, False, False]
+    kept = [frozen and name in directions for name in TokenStats._fields]
+    logprobs, entropy, logsumexp, kl, _, _ = _linear(*x, differentiate, kept)
     return TokenStats(logprobs, entropy, logsumexp, None if ref_hidden is None else kl)
 
 
-def _outputs(x: Inputs, keep_state: bool, keep_direction: bool, new: Callable[..., Tensor]) -> list[Tensor]:
+def _outputs(x: Inputs, keep_state: bool, kept: Sequence[bool], new: Callable[..., Tensor]) -> list[Tensor]:
     """The six results, made by `new` (Tensor.new_zeros or Tensor.new_empty)."""
     rows = x.token_ids.numel()
     shapes: list[tuple[int, ...]] = [tuple(x.token_ids.shape)] * 3
     shapes.append((0,) if x.ref_hidden is None else shapes[0])
     shapes.append(state_shape(rows, x.ref_hidden) if keep_state else (0,))
-    shapes.append((rows, x.hidden.shape[-1]) if keep_direction else (0,))
+    shapes.append((sum(kept), rows, x.hidden.shape[-1]))
     return [new(x.hidden, shape, dtype=x.dtype) for shape in shapes]
 
 
 def _forward(*args):  # type: ignore[no-untyped-def]
-    x, (keep_state, keep_direction) = Inputs(*args[:12]), args[12:]
-    outputs = _outputs(x, keep_state, False, Tensor.new_zeros)
-    stats, state = [out.view(-1) for out in outputs[:4]], outputs[4]
+    x, (keep_state, kept) = Inputs(*args[:12]), args[12:]
+    outputs = _outputs(x, keep_state, kept, Tensor.new_zeros)
+    stats, (state, directions) = [out.view(-1) for out in outputs[:4]], outputs[4:]
     x = x.flat()
     check_rows(_OP, x)
-    gradients = Gradients(x, (keep_direction, False, False))
-    for c in whole_rows(x, x.mask):
+    each = [(i, Gradients(x, (False,) * 3, out)) for i, out in zip(_places(kept), directions, strict=True)]
+    for c in whole_rows(x, x.mask, buffers=min(2, max(1, len(each)))):
         *found, row_state = tokens_forward(
             c.logits, c.token_ids, None, c.temperature, c.ref_logits, *x.numbers, keep_state
         )
@@ -122,20 +135,31 @@ def _forward(*args):  # type: ignore[no-untyped-def]
                 out[c.rows] = values
         if keep_state:
             state[c.rows] = row_state
-        if keep_direction:
-            grads = (torch.ones_like(found[0]), None, None, None)
-            backward_into(c.logits, c.logits, c.token_ids, row_state, None, c.temperature, None, grads, *x.numbers)
-            gradients.add(c, c.logits)
-    return (*outputs[:5], gradients.hidden if keep_direction else outputs[5])
+        for i, gradients in each:
+            into = c.logits if i == each[-1][0] else c.spare[0]  # only the last may overwrite the logits
+            grads = [torch.ones_like(found[0]) if k == i else None for k in range(4)]
+            backward_into(into, c.logits, c.token_ids, row_state, None, c.temperature, c.ref_logits, grads, *x.numbers)
+            gradients.add(c, into)
+    for _, gradients in each:
+        gradients.found()
+    return tuple(outputs)
+
+
+def _places(kept: Sequence[bool]) -> list[int]:
+    """The numbers of the outputs whose derivative is kept."""
+    return [i for i, keep in enumerate(kept) if keep]
 
 
 def _reference_forward(*args):  # type: ignore[no-untyped-def]
-    x, (keep_state, keep_direction) = Inputs(*args[:12]), args[12:]
+    x, (keep_state, kept) = Inputs(*args[:12]), args[12:]
     logprobs, entropy, logsumexp, kl = reference(*x[:11])
-    *_, empty_kl, state, direction = _outputs(x, keep_state, keep_direction, Tensor.new_zeros)
-    if keep_direction and not torch.is_grad_enabled():  # otherwise autograd goes through the reference itself
-        direction = logprob_direction(*x[:6], x.temperature_value, x.softcap)
-    return logprobs, entropy, logsumexp, empty_kl if kl is None else kl, state, direction
+    *_, empty_kl, state, directions = _outputs(x, keep_state, kept, Tensor.new_zeros)
+    if not torch.is_grad_enabled():  # otherwise autograd goes through the reference itself
+        wide = x._replace(hidden=x.hidden.to(x.dtype), weight=x.weight.to(x.dtype))[:11]
+        for out, i in zip(directions, _places(kept), strict=True):
+            grads = [torch.ones_like(logprobs) if k == i else None for k in range(4)]
+            out.copy_(reference_backward(reference, wide, (0,), grads)[0].reshape(out.shape))
+    return logprobs, entropy, logsumexp, empty_kl if kl is None else kl, state, directions
 
 
 def _fake(*args):  # type: ignore[no-untyped-def]
@@ -208,26 +232,32 @@ _linear_backward = Op(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    state, direction = output[4:]
-    ctx.save_for_backward(*inputs[:9], state, direction)
+    state, directions = output[4:]
+    ctx.save_for_backward(*inputs[:9], state, directions)
     ctx.numbers = inputs[9:12]
-    ctx.keep_direction = inputs[13]
-    ctx.mark_non_differentiable(state, direction)
+    ctx.kept = _places(inputs[13])
+    ctx.mark_non_differentiable(state, directions)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, g_logprobs, g_entropy, g_logsumexp, g_kl, _state, _direction):  # type: ignore[no-untyped-def]
-    *tensors, state, direction = ctx.saved_tensors
+def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    *tensors, state, directions = ctx.saved_tensors
     x = Inputs(*tensors, *ctx.numbers)
-    if x.ref_hidden is None:
-        g_kl = None
+    grads = [*grads[:3], None if x.ref_hidden is None else grads[3]]
+    given = _places([g is not None for g in grads])
     none = (None,) * 11
-    grads = (g_logprobs, g_entropy, g_logsumexp, g_kl)
-    if all(g is None for g in grads):
-        return (None,) * 14
-    if ctx.keep_direction and all(g is None for g in grads[1:]):
-        g = g_logprobs if x.mask is None else g_logprobs.masked_fill(~x.mask, 0.0)
-        return (direction * g.reshape(-1, 1)).to(x.hidden.dtype).reshape(x.hidden.shape), None, None, *none
+    if not given:
+        return None, None, None, *none
+    if set(given) <= set(ctx.kept):
+        total = None
+        for i in given:
+            kept, g = directions[ctx.kept.index(i)], grads[i] if x.mask is None else grads[i].masked_fill(~x.mask, 0.0)
+            g = g.reshape(-1, 1)
+            if total is None:
+                total = kept.mul_(g) if last_use(ctx, g) else kept * g
+            else:
+                total.addcmul_(kept, g)
+        return total.to(x.hidden.dtype).reshape(x.hidden.shape), None, None, *none
     wanted = list(ctx.needs_input_grad[:3])
     found = _linear_backward(*x, state, *grads, wanted)
     return *(g if want else None for g, want in zip(found, wanted, strict=True)), *none
@@ -235,7 +265,7 @@ def _backward(ctx, g_logprobs, g_entropy, g_logsumexp, g_kl, _state, _direction)
 
 _linear = Op(
     _OP,
-    f"({_SHARED}, bool keep_state, bool keep_direction) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_SHARED}, bool keep_state, bool[4] kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     fake=_fake,
     backends=[Backend("cpp", "cpu", _forward, _native.missing)],

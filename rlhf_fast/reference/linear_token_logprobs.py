@@ -40,31 +40,6 @@ def linear_token_logprobs(
     return token_logprobs(logits, token_ids, mask, temperature, ref_logits, temperature_value, softcap, op)
 
 
-def logprob_direction(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: Tensor | None,
-    temperature_value: float,
-    softcap: float,
-) -> Tensor:
-    """d logprobs / d hidden as rows (N, H): (W[token] - sum_v p_v W_v) / temperature, with the slope of the soft cap."""
-    wide = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
-    logits = _project(hidden, weight, bias, mask).to(wide)
-    t = torch.tanh(logits / softcap) if softcap else None
-    scale = temperature_value if temperature is None else temperature[..., None]
-    p = ((logits if t is None else softcap * t) / scale).softmax(-1)
-    real = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
-    onehot = F.one_hot(token_ids.to(torch.int64).masked_fill(~real, 0), weight.shape[0])
-    d_logits = (onehot - p) / scale
-    if t is not None:
-        d_logits = d_logits * (1 - t * t)
-    direction = (d_logits @ weight.to(wide)).masked_fill(~real[..., None], 0.0)
-    return direction.reshape(-1, hidden.shape[-1])
-
-
 def _project(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None) -> Tensor:
     dtype = torch.promote_types(x.dtype, w.dtype)
     if mask is not None:

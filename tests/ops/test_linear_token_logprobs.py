@@ -176,6 +176,49 @@ def test_frozen_weight_keeps_the_direction_and_multiplies_nothing_in_backward():
     torch.testing.assert_close(grad, recomputed, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("directions", [(), ("entropy",), ("logprobs", "entropy"), ["kl", "logsumexp"], NAMES], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [1, 127 * 4 * 3 * 7, None], ids=str)
+def test_directions_that_are_kept_give_the_gradients_without_products(directions, chunk_bytes):
+    kwargs = reference.sample()
+    for outputs in (NAMES, directions, *((name,) for name in NAMES)):
+        if outputs:
+            got = check(kwargs, ("hidden",), outputs, directions=directions, chunk_bytes=chunk_bytes, softcap=5.0)
+            plain = results(kwargs, ("hidden",), outputs, chunk_bytes=chunk_bytes, softcap=5.0)
+            torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
+    leaf = leaves(kwargs, ("hidden",))
+    with Watch() as watch:
+        out = rlhf_fast.linear_token_logprobs(**leaf, directions=directions)
+    assert len(watch.products()) == 2 + len(directions)
+    for name in NAMES:
+        with Watch() as watch:
+            torch.autograd.grad(getattr(out, name).sum(), leaf["hidden"], retain_graph=True)
+        again = 2 + (name == "kl")
+        assert len(watch.products()) == (0 if name in directions else again), name
+    if directions:
+        with Watch() as watch:
+            torch.autograd.grad(sum(getattr(out, name).sum() for name in directions), leaf["hidden"])
+        assert not watch.products()
+
+
+@pytest.mark.parametrize(
+    "trained", [(), ("weight",), ("hidden", "weight", "bias")], ids=lambda t: "+".join(t) or "none"
+)
+def test_directions_are_only_kept_for_a_frozen_head(trained):
+    kwargs = leaves(reference.sample(), trained)
+    with Watch() as watch:
+        rlhf_fast.linear_token_logprobs(**kwargs, directions=NAMES)
+    assert len(watch.products()) == 2  # the logits of the policy and of the reference
+
+
+def test_two_backward_calls_agree_and_leave_the_directions_alone():
+    kwargs = leaves(reference.sample(), ("hidden",))
+    out = rlhf_fast.linear_token_logprobs(**kwargs, directions=NAMES)
+    total = (out.logprobs * 3 + out.entropy).sum()
+    first = torch.autograd.grad(total, kwargs["hidden"], retain_graph=True)[0].clone()
+    torch.autograd.grad(total, kwargs["hidden"], retain_graph=True)[0].fill_(7.0)
+    assert torch.equal(torch.autograd.grad(total, kwargs["hidden"])[0], first)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_without_gradient_towards_hidden_there_is_one_product(grad):
     kwargs = leaves(reference.sample(ref=False), ("bias",) if grad else ())
@@ -198,12 +241,13 @@ def test_gradient_of_a_frozen_weight_is_not_computed():
 
 
 @pytest.mark.parametrize("trained", [(), ("hidden",), ("hidden", "weight")], ids="+".join)
-def test_no_tensor_is_larger_than_the_budget(trained):
+@pytest.mark.parametrize("directions", [("logprobs",), ("logprobs", "kl")], ids="+".join)
+def test_no_tensor_is_larger_than_the_budget(trained, directions):
     """64 rows of 2000 classes are 512 KB of logits, 1 MB with the reference; the budget is 64 KiB."""
     kwargs = leaves(reference.sample((64,), 2000, 4, bias=False), trained)
     budget = 64 << 10
     with Watch() as watch:
-        out = rlhf_fast.linear_token_logprobs(**kwargs, chunk_bytes=budget)
+        out = rlhf_fast.linear_token_logprobs(**kwargs, chunk_bytes=budget, directions=directions)
         if trained:
             torch.autograd.grad(out.kl.sum() + out.logprobs.sum(), [kwargs[k] for k in trained])
     assert len(watch.products()) >= 16 and budget // 3 <= max(size for *_, size in watch.calls) <= budget
@@ -263,6 +307,12 @@ def test_token_id_out_of_range_is_refused_before_any_product(bad, backend, monke
         ({"softcap": -1.0}, "'softcap' got -1.0"),
         ({"chunk_bytes": 0}, "'chunk_bytes' got 0"),
         ({"chunk_bytes": "64M"}, "'chunk_bytes' got '64M' of type str"),
+        ({"directions": "entropy"}, "'directions' got 'entropy', expected a sequence of names"),
+        ({"directions": ("entropies",)}, "'directions' got 'entropies', expected one of 'logprobs'"),
+        (
+            {"directions": ("kl",), "ref_hidden": None, "ref_weight": None},
+            "'directions' got 'kl', expected another name without ref_hidden",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -308,7 +358,7 @@ def test_opcheck(backend):
     with rlhf_fast.use_backend(backend):
         for trained in ((), ("hidden",), ("hidden", "weight", "bias")):
             kwargs = leaves(reference.sample((2, 3), 17, 5), trained)
-            opcheck(op, (*map(kwargs.get, order), 0.7, 0.0, 300, bool(trained), trained == ("hidden",)))
+            opcheck(op, (*map(kwargs.get, order), 0.7, 0.0, 300, bool(trained), [trained == ("hidden",)] * 4))
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -317,7 +367,8 @@ def test_compile_gives_the_eager_result_and_gradient(trained, backend):
     kwargs = leaves(reference.sample((2, 3), 17, 5), trained)
 
     def call(*_):
-        return rlhf_fast.linear_token_logprobs(**kwargs).logprobs.square().sum()
+        out = rlhf_fast.linear_token_logprobs(**kwargs, directions=("logprobs", "entropy"))
+        return out.logprobs.square().sum() + out.entropy.sum()
 
     inputs = [kwargs[k] for k in trained]
     with rlhf_fast.use_backend(backend):
