@@ -64,6 +64,7 @@ class BuildKernels(build_ext):
             "-fstack-protector-strong", f"-I{ROOT / 'csrc'}", *shlex.split(os.environ.get("CXXFLAGS", "")),
         ]  # fmt: skip
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        gcc = "clang" not in compiler()[0]
         jobs = [(ROOT / "csrc" / "bindings.cpp", objects / "bindings.o", python)]
         for source in sorted(CPU.glob("*.cpp")):
             if source.stem in BASELINE:
@@ -72,7 +73,8 @@ class BuildKernels(build_ext):
             for isa, flags in ISAS.items():
                 # Contraction off: a fused multiply-add in one place and not in another would make the variants drift apart.
                 # Trapping off: nobody reads the floating-point flags, and their order would keep loops from vectorising.
-                strict = ["-ffp-contract=off", "-fno-trapping-math"]
+                # Jump threading off (gcc): it splits the paths through choices, and the loop comes out as masks instead of selects.
+                strict = ["-ffp-contract=off", "-fno-trapping-math", *(["-fno-thread-jumps"] if gcc else [])]
                 extra = [f"-DRLHF_FAST_ISA={isa}", f"-DRLHF_FAST_ISA_{isa.upper()}", *strict, *flags]
                 jobs.append((source, objects / f"{source.stem}.{isa}.o", extra))
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)

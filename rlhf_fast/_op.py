@@ -105,7 +105,7 @@ class Op:
                     if self._gradients_in_forward:
                         loss, stats, grads = backend.fn(*args)
                         inputs = [args[k] for k in self._differentiable]
-                        return _Attach.apply(loss, grads, *inputs), stats, grads
+                        return _Attach.apply(loss, grads, *inputs), stats, None  # the gradients belong to the backward
                     return self._function.apply(*args)
         return backend.fn(*args)
 
@@ -180,9 +180,22 @@ def last_use(ctx: Any, grad: Tensor) -> bool:
 
 def _scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the forward pass times the upstream gradient, at the places of their inputs."""
+    return _at_places(ctx, ctx.saved_tensors[0] * grad)
+
+
+def _hand_out_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same. The last backward through the graph gets the memory of the forward pass, which nobody else can see: a loss
+    that backward() is called on has the upstream gradient 1 and costs nothing."""
+    if torch._C._autograd._get_current_graph_task_keep_graph() or not plain(grad):
+        return _scale_gradients(ctx, grad)
+    (kept,) = ctx.saved_tensors
+    return _at_places(ctx, kept if grad.is_cpu and grad.item() == 1.0 else kept.mul_(grad))
+
+
+def _at_places(ctx: Any, stacked: Tensor) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * ctx.inputs
-    for i, scaled in zip(ctx.places, (ctx.saved_tensors[0] * grad).unbind(), strict=True):
-        result[i] = scaled
+    for i, each in zip(ctx.places, stacked.unbind(), strict=True):
+        result[i] = each
     return tuple(result)
 
 
@@ -196,7 +209,7 @@ class _Attach(torch.autograd.Function):
         ctx.inputs = len(inputs) + 2
         return loss.detach()
 
-    backward = staticmethod(once_differentiable(_scale_gradients))  # type: ignore[assignment]
+    backward = staticmethod(once_differentiable(_hand_out_gradients))  # type: ignore[assignment]
 
 
 def _autograd_function(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:

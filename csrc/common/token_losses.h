@@ -36,8 +36,8 @@ RLHF_FAST_INLINE_HD ValueSlope<T> kl_token(T logp, T ref, T clamp_in, T clamp_ou
   }
   const T bounded = clamp_of(value, -clamp_out, clamp_out);
   if constexpr (kStraightThrough) return {bounded, -raw};
-  const bool inside = (raw < 0 ? -raw : raw) <= clamp_in && (value < 0 ? -value : value) <= clamp_out;
-  return {bounded, inside ? slope : T(0)};
+  slope = (raw < 0 ? -raw : raw) > clamp_in ? T(0) : slope;
+  return {bounded, (value < 0 ? -value : value) > clamp_out ? T(0) : slope};
 }
 
 template <class T>
@@ -56,21 +56,15 @@ struct PolicyToken {
 // max(-A rho, -A clip(rho)), at most -c A where A < 0 (arXiv 1707.06347 eq. 7, 1912.09729 eq. 5).
 template <class T>
 RLHF_FAST_INLINE_HD PolicyToken<T> policy_token(T logp, T old, T advantage, const PolicyRules<T>& rules) {
-  const T difference = logp - old, distance = difference < 0 ? -difference : difference;
-  const T log_ratio = clamp_of(difference, -rules.ratio_clamp, rules.ratio_clamp), ratio = exp_of(log_ratio);
+  const T difference = logp - old, log_ratio = clamp_of(difference, -rules.ratio_clamp, rules.ratio_clamp);
+  const T ratio = exp_of(log_ratio);
   const T plain = -advantage * ratio, bounded = -advantage * clamp_of(ratio, rules.low, rules.high);
   const T larger = bounded > plain ? bounded : plain;
-  const T cap = -rules.dual_clip * advantage, capable = advantage < 0 ? larger : static_cast<T>(-INFINITY);
-  T slope = bounded > plain ? T(0) : plain;
-  slope = capable > cap ? T(0) : slope;
-  slope = distance > rules.ratio_clamp ? T(0) : slope;
-  return {log_ratio,
-          ratio,
-          capable > cap ? cap : larger,
-          slope,
-          bounded > plain ? T(1) : T(0),
-          capable > cap ? T(1) : T(0),
-          distance > rules.ratio_clamp ? T(1) : T(0)};
+  const T cap = rules.dual_clip * (advantage < 0 ? -advantage : advantage);  // where A >= 0 the loss is below 0
+  const T loss = larger > cap ? cap : larger;
+  const T clipped = larger > plain ? T(1) : T(0), capped = loss < larger ? T(1) : T(0);
+  const T clamped = difference > log_ratio || difference < log_ratio ? T(1) : T(0);
+  return {log_ratio, ratio, loss, clipped + capped + clamped > 0 ? T(0) : plain, clipped, capped, clamped};
 }
 
 template <class T>

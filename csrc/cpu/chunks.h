@@ -6,6 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
+#include "common/elementary.h"
 #include "eight.h"
 #include "parallel.h"
 
@@ -22,7 +25,7 @@ struct Chunks {
 
   explicit Chunks(int64_t n) : n(n) {
     const int64_t even = (n + kMaxChunks - 1) / kMaxChunks;
-    size = even <= kMinChunk ? kMinChunk : (even + kEight - 1) / kEight * kEight;
+    size = even <= kMinChunk ? kMinChunk : (even + kBlock - 1) / kBlock * kBlock;
     count = (n + size - 1) / size;
   }
   int64_t begin(int64_t chunk) const { return chunk * size; }
@@ -63,25 +66,35 @@ inline double dot_of(const T* x, const U* y) {
 
 inline bool all_real(const uint8_t* mask, int64_t n) { return !mask || !memchr(mask, 0, n); }
 
-// real[i] = 1 for the real ones among tokens [at, at + size), 0 for the others and for the rest of the block. Numbers
-// as wide as the data let the loops that select with them vectorise; bytes do not.
 template <class T>
-inline void load_mask(T* real, const uint8_t* mask, int64_t at, int size) {
-  if (mask) {
-    mask += at;
-    for (int i = 0; i < size; ++i) real[i] = mask[i];
-  } else {
-    for (int i = 0; i < size; ++i) real[i] = 1;
-  }
-  for (int i = size; i < kBlock; ++i) real[i] = 0;
+using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T, so that loops with both vectorise
+
+// x where `on` has all bits, 0 where it has none. Never a branch, whatever x holds.
+template <class T>
+inline T kept(T x, Int<T> on) {
+  return bits_as<T>(bits_as<Int<T>>(x) & on);
 }
 
-// Tokens [at, at + size) of `from`, 0 where masked and in the rest of the block.
+// on[i] = all bits for the real ones among tokens [at, at + size), none for the others and for the rest of the block.
+template <class I>
+inline void load_mask(I* on, const uint8_t* mask, int64_t at, int size) {
+  if (mask) {
+    mask += at;
+    for (int i = 0; i < size; ++i) on[i] = -static_cast<I>(mask[i]);
+  } else {
+    for (int i = 0; i < size; ++i) on[i] = -1;
+  }
+  for (int i = size; i < kBlock; ++i) on[i] = 0;
+}
+
+// Tokens [at, at + size) of `from`; `fill` where masked and in the rest of the block.
 template <class T>
-inline void load_block(T* to, const T* from, const T* real, int64_t at, int size) {
+inline void load_block(T* __restrict to, const T* __restrict from, const Int<T>* __restrict on, int64_t at, int size,
+                       T fill = 0) {
   from += at;
-  for (int i = 0; i < size; ++i) to[i] = real[i] != 0 ? from[i] : T(0);
-  for (int i = size; i < kBlock; ++i) to[i] = 0;
+  const Int<T> other = bits_as<Int<T>>(fill);
+  for (int i = 0; i < size; ++i) to[i] = bits_as<T>((bits_as<Int<T>>(from[i]) & on[i]) | (other & ~on[i]));
+  for (int i = size; i < kBlock; ++i) to[i] = fill;
 }
 
 // body(at, size) for the blocks of [begin, end).
@@ -104,17 +117,24 @@ inline double sum_chunks(const Chunks& chunks, int threads, Term term) {
   return total;
 }
 
-// Real tokens among mask[0..n); all of them without a mask.
+// Real tokens among mask[0..n); all of them without a mask. Eight bytes are added up at a time, in the eight bytes of
+// an integer, as often as they can hold.
 inline int64_t count_real(const uint8_t* mask, int64_t n) {
   if (!mask) return n;
-  int64_t total = 0;
-  for (int64_t i = 0; i < n;) {
-    const int64_t stop = i + (1 << 20) < n ? i + (1 << 20) : n;
-    int32_t part = 0;
-    for (; i < stop; ++i) part += mask[i];
-    total += part;
+  int64_t all = 0, i = 0;
+  while (n - i >= 8) {
+    const int64_t stop = n - i < 8 * 255 ? n - (n - i) % 8 : i + 8 * 255;
+    uint64_t bytes = 0;
+    for (; i < stop; i += 8) {
+      uint64_t eight;
+      memcpy(&eight, mask + i, sizeof(eight));
+      bytes += eight;
+    }
+    const uint64_t even = 0x00ff00ff00ff00ff;
+    all += static_cast<int64_t>((((bytes & even) + (bytes >> 8 & even)) * 0x0001000100010001) >> 48);
   }
-  return total;
+  for (; i < n; ++i) all += mask[i];
+  return all;
 }
 
 }  // namespace

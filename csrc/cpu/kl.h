@@ -30,19 +30,20 @@ inline void with_kl_kind(int kind, bool straight_through, Body body) {
 // Tokens [at, at + size) of both log-probs, 0 where masked.
 template <class T>
 struct KlBlock {
-  T real[kBlock], x[kBlock], y[kBlock], out[kBlock];
+  Int<T> on[kBlock];
+  T x[kBlock], y[kBlock], out[kBlock];
 
   void load(const T* logprobs, const T* ref, const uint8_t* mask, int64_t at, int size) {
-    load_mask(real, mask, at, size);
-    load_block(x, logprobs, real, at, size);
-    load_block(y, ref, real, at, size);
+    load_mask(on, mask, at, size);
+    load_block(x, logprobs, on, at, size);
+    load_block(y, ref, on, at, size);
   }
   // out = derivatives towards logprobs
   void slopes(int kind, bool straight_through, T clamp_in, T clamp_out) {
     with_kl_kind(kind, straight_through, [&](auto kind_constant, auto through) {
       for (int i = 0; i < kBlock; ++i) out[i] = kl_token<kind_constant, through>(x[i], y[i], clamp_in, clamp_out).slope;
     });
-    for (int i = 0; i < kBlock; ++i) out[i] *= real[i];  // the slope of k1 at 0 is 1
+    for (int i = 0; i < kBlock; ++i) out[i] = kept(out[i], on[i]);  // the slope of k1 at 0 is 1
   }
 };
 

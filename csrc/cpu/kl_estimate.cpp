@@ -28,7 +28,7 @@ void backward(const KlEstimateBackwardArgs& a) {
     each_block(begin, end, [&](int64_t at, int size) {
       block.load(logprobs, ref, a.mask, at, size);
       block.slopes(a.kind, a.straight_through, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
-      load_block(block.x, grad, block.real, at, size);  // an upstream NaN of a masked token stops here
+      load_block(block.x, grad, block.on, at, size);  // an upstream NaN of a masked token stops here
       for (int i = 0; i < size; ++i) grad_logprobs[at + i] = block.x[i] * block.out[i];
     });
   });

@@ -43,10 +43,6 @@ enum Sum {
   kPenalty,  // weighted, as in the loss
   kEntropySum,
   kKlSum,
-  kClipped,
-  kCapped,
-  kValueClipped,
-  kClamped,
   kSquare,
   kK3Sum,
   kRatio,
@@ -58,10 +54,13 @@ enum Sum {
   kSums
 };
 
+enum Count { kClipped, kCapped, kClamped, kValueClipped, kCounts };
+
 template <class T>
 struct Partial {
   double sum[kSums];
-  T low, high;  // of the ratio
+  int64_t count[kCounts];
+  Int<T> low, high;  // bits of the smallest and the largest ratio: of numbers >= 0 they are ordered alike
 };
 
 template <class T>
@@ -71,8 +70,8 @@ struct Problem {
   T *grad_logprobs, *grad_entropy, *grad_values;
   PolicyRules<T> rules;
   T value_bound;
-  double share;              // 1 / denominator
-  double return_0, error_0;  // of the first real token: variances are sums of squares around it
+  double share;         // 1 / denominator
+  T value_0, return_0;  // of the first real token: variances are sums of squares around it
 
   explicit Problem(const PpoLossArgs& a)
       : a(a),
@@ -93,135 +92,6 @@ struct Problem {
         value_bound(old_values ? static_cast<T>(a.value_clip) : static_cast<T>(INFINITY)) {}
 };
 
-// Tokens [at, at + size).
-template <class T>
-struct Block {
-  const Problem<T>& p;
-  Partial<T>& out;
-  int64_t at = 0;
-  int size = 0;
-  T real[kBlock];         // 1 or 0
-  double weight[kBlock];  // in the loss, 0 where masked; in double, so that the mean of a constant is that constant
-  T share[kBlock];        // the same in T
-  T x[kBlock], y[kBlock], z[kBlock];  // inputs of the term at hand
-  T loss[kBlock], slope[kBlock], grad[kBlock];
-  T log_ratio[kBlock], ratio[kBlock], k3[kBlock], clipped[kBlock], capped[kBlock], clamped[kBlock];
-  double centred[kBlock];
-
-  Block(const Problem<T>& p, Partial<T>& out) : p(p), out(out) {}
-
-  void load(T* to, const T* from) const { load_block(to, from, real, at, size); }
-  void store(T* to) const { memcpy(to + at, grad, sizeof(T) * size); }
-  void add(Sum which, double value) const { out.sum[which] += value; }
-
-  void policy() {
-    load(x, p.logprobs);
-    load(y, p.old);
-    load(z, p.advantages);
-    const PolicyRules<T> rules = p.rules;
-    for (int i = 0; i < kBlock; ++i) {
-      const PolicyToken<T> t = policy_token(x[i], y[i], z[i], rules);
-      loss[i] = t.loss;
-      slope[i] = t.slope;
-      log_ratio[i] = t.log_ratio;
-      ratio[i] = t.ratio;
-      clipped[i] = t.clipped;
-      capped[i] = t.capped;
-      clamped[i] = t.clamped;
-    }
-    for (int i = 0; i < kBlock; ++i) k3[i] = k3_of(log_ratio[i]);
-    for (int i = 0; i < kBlock; ++i) centred[i] = static_cast<double>(ratio[i]) - 1;  // 0 where masked
-    add(kClipped, total_of(clipped));
-    add(kCapped, total_of(capped));
-    add(kClamped, total_of(clamped));
-    add(kK3Sum, total_of(k3));
-    add(kSquare, dot_of(log_ratio, log_ratio));
-    add(kRatio, total_of(centred));
-    add(kRatioSquare, dot_of(centred, centred));
-    extremes();
-    if (p.importance) {
-      load(x, p.importance);
-      for (int i = 0; i < kBlock; ++i) loss[i] *= x[i];
-      for (int i = 0; i < kBlock; ++i) slope[i] *= x[i];
-    }
-    add(kPolicy, dot_of(weight, loss));
-    for (int i = 0; i < kBlock; ++i) grad[i] = share[i] * slope[i];
-  }
-
-  void extremes() {
-    for (int i = 0; i < kBlock; ++i) x[i] = real[i] != 0 ? ratio[i] : static_cast<T>(INFINITY);
-    for (int i = 0; i < kBlock; ++i) y[i] = real[i] != 0 ? ratio[i] : static_cast<T>(-INFINITY);
-    for (int half = kBlock / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) x[i] = x[i + half] < x[i] ? x[i + half] : x[i];
-      for (int i = 0; i < half; ++i) y[i] = y[i + half] > y[i] ? y[i + half] : y[i];
-    }
-    out.low = x[0] < out.low ? x[0] : out.low;
-    out.high = y[0] > out.high ? y[0] : out.high;
-  }
-
-  void kl() {
-    load(x, p.logprobs);
-    load(y, p.ref);
-    const T clamp_in = static_cast<T>(p.a.kl_clamp_in), clamp_out = static_cast<T>(p.a.kl_clamp_out);
-    const T coef = static_cast<T>(p.a.kl_coef);
-    with_kl_kind(p.a.kl_kind, p.a.kl_straight_through, [&](auto kind, auto through) {
-      for (int i = 0; i < kBlock; ++i) {
-        const ValueSlope<T> t = kl_token<kind, through>(x[i], y[i], clamp_in, clamp_out);
-        loss[i] = t.value;
-        slope[i] = t.slope;
-      }
-    });
-    for (int i = 0; i < kBlock; ++i) grad[i] += share[i] * coef * slope[i];
-    add(kKlSum, total_of(loss));
-    add(kPenalty, dot_of(weight, loss));
-  }
-
-  void bonus() {
-    load(x, p.entropy);
-    add(kEntropySum, total_of(x));
-    add(kBonus, dot_of(weight, x));
-    if (!p.grad_entropy) return;
-    const T coef = -static_cast<T>(p.a.entropy_coef);
-    for (int i = 0; i < kBlock; ++i) grad[i] = share[i] * coef;
-    store(p.grad_entropy);
-  }
-
-  void value() {
-    load(x, p.values);
-    load(y, p.returns);
-    load(z, p.old_values ? p.old_values : p.values);
-    const T bound = p.value_bound, coef = static_cast<T>(p.a.value_coef);
-    for (int i = 0; i < kBlock; ++i) {
-      const ValueToken<T> t = value_token(x[i], z[i], y[i], bound);
-      loss[i] = t.loss;
-      slope[i] = t.slope;
-      clipped[i] = t.clipped;
-    }
-    add(kValue, dot_of(weight, loss));
-    add(kValueClipped, total_of(clipped));
-    const double return_0 = p.return_0, error_0 = p.error_0;
-    for (int i = 0; i < kBlock; ++i) centred[i] = (static_cast<double>(y[i]) - return_0) * real[i];
-    add(kReturn, total_of(centred));
-    add(kReturnSquare, dot_of(centred, centred));
-    for (int i = 0; i < kBlock; ++i)
-      centred[i] = ((static_cast<double>(y[i]) - static_cast<double>(x[i])) - error_0) * real[i];
-    add(kError, total_of(centred));
-    add(kErrorSquare, dot_of(centred, centred));
-    if (!p.grad_values) return;
-    for (int i = 0; i < kBlock; ++i) grad[i] = share[i] * coef * slope[i];
-    store(p.grad_values);
-  }
-
-  void run() {
-    for (int i = 0; i < kBlock; ++i) share[i] = static_cast<T>(weight[i]);
-    policy();
-    if (p.ref) kl();
-    if (p.grad_logprobs) store(p.grad_logprobs);
-    if (p.entropy) bonus();
-    if (p.values) value();
-  }
-};
-
 // The row that holds token t.
 inline int64_t row_at(const PpoLossArgs& a, int64_t t) {
   if (!a.cu_seqlens) return t / a.length;
@@ -232,6 +102,202 @@ inline int64_t row_at(const PpoLossArgs& a, int64_t t) {
   }
   return low;
 }
+
+// The sums over a chunk, block by block; gradients on the way.
+template <class T>
+class Chunk {
+ public:
+  explicit Chunk(const Problem<T>& p) : p_(p) {
+    for (Eight& s : sum_) s = Eight::splat(0);
+    weigh_all(0, kBlock, p.share);
+  }
+
+  void run(int64_t begin, int64_t end) {
+    const bool by_row = p_.a.reduction == kSeqMeanTokenMean;
+    int64_t row = by_row ? row_at(p_.a, begin) : 0;
+    for (at_ = begin; at_ < end; at_ += kBlock) {
+      size_ = static_cast<int>(end - at_ < kBlock ? end - at_ : kBlock);
+      load_mask(on_, p_.a.mask, at_, size_);
+      whole_ = size_ == kBlock && all_real(p_.a.mask + at_, kBlock);
+      if (by_row) row = weigh(row);
+      policy();
+      if (p_.ref) kl();
+      if (p_.grad_logprobs) store(p_.grad_logprobs);
+      if (p_.entropy) bonus();
+      if (p_.values) value();
+    }
+  }
+
+  Partial<T> sums() const {
+    Partial<T> all;
+    for (int k = 0; k < kSums; ++k) all.sum[k] = total(sum_[k]);
+    memcpy(all.count, count_, sizeof(count_));
+    all.low = low_;
+    all.high = high_;
+    return all;
+  }
+
+ private:
+  void weigh_all(int from, int to, double weight) {
+    for (int i = from; i < to; ++i) weight_[i] = weight;
+    for (int i = from; i < to; ++i) share_[i] = static_cast<T>(weight);
+  }
+  // Weights of the block, which belongs to `row` and the rows after it; returns the row of the next token.
+  int64_t weigh(int64_t row) {
+    for (int i = 0;; ++row) {
+      const int64_t left = row_of(p_.a, row).end - at_, length = p_.a.lengths[row];
+      const int stop = left < size_ ? static_cast<int>(left) : size_;
+      weigh_all(i, stop, p_.share / static_cast<double>(length > 0 ? length : 1));
+      i = stop;
+      if (i == size_) return row;
+    }
+  }
+
+  // The block of an array; a copy where tokens are masked or missing, with `fill` in their place.
+  const T* block_of(const T* from, int copy, T fill = 0) {
+    if (whole_) return from + at_;
+    load_block(copies_[copy], from, on_, at_, size_, fill);
+    return copies_[copy];
+  }
+  void store(T* to) const { memcpy(to + at_, grad_, sizeof(T) * size_); }
+
+  // sum_[k] += weight x, for the sum k of a term and its plain sum.
+  void add(Sum weighted, Sum plain, const T* x) {
+    Eight w = sum_[weighted], s = sum_[plain];
+    for (int i = 0; i < kBlock; i += kEight) {
+      const Eight v = Eight::load(x + i);
+      w = w + Eight::load(weight_ + i) * v;
+      s = s + v;
+    }
+    sum_[weighted] = w;
+    sum_[plain] = s;
+  }
+
+  void policy() {
+    const T* __restrict logprobs = block_of(p_.logprobs, 0), * __restrict old = block_of(p_.old, 1);
+    const T* __restrict advantages = block_of(p_.advantages, 2);
+    const PolicyRules<T> rules = p_.rules;
+    Int<T> low = low_, high = high_, events = 0;
+    for (int i = 0; i < kBlock; ++i) {
+      const PolicyToken<T> t = policy_token(logprobs[i], old[i], advantages[i], rules);
+      loss_[i] = t.loss;
+      slope_[i] = t.slope;
+      log_ratio_[i] = t.log_ratio;
+      ratio_[i] = t.ratio;
+      k3_[i] = k3_of(t.log_ratio);
+      event_[i] = static_cast<Int<T>>(t.clipped) + (static_cast<Int<T>>(t.capped) << 10) +
+                  (static_cast<Int<T>>(t.clamped) << 20);
+      // Without a branch, which the compiler would not turn into vectors.
+      const Int<T> bits = bits_as<Int<T>>(t.ratio), least = bits | (~on_[i] & kMost), most = bits & on_[i];
+      low = least < low ? least : low;
+      high = most > high ? most : high;
+    }
+    low_ = low;
+    high_ = high;
+    for (int i = 0; i < kBlock; ++i) events += event_[i];
+    count_[kClipped] += events & 1023;
+    count_[kCapped] += events >> 10 & 1023;
+    count_[kClamped] += events >> 20;
+    if (p_.importance) {
+      const T* __restrict importance = block_of(p_.importance, 3);
+      for (int i = 0; i < kBlock; ++i) {
+        loss_[i] *= importance[i];
+        slope_[i] *= importance[i];
+      }
+    }
+    Eight policy = sum_[kPolicy], square = sum_[kSquare], k3 = sum_[kK3Sum];
+    Eight ratio = sum_[kRatio], ratio_square = sum_[kRatioSquare];
+    for (int i = 0; i < kBlock; i += kEight) {
+      const Eight d = Eight::load(log_ratio_ + i), r = Eight::load(ratio_ + i) - Eight::splat(1);  // 0 where masked
+      policy = policy + Eight::load(weight_ + i) * Eight::load(loss_ + i);
+      square = square + d * d;
+      k3 = k3 + Eight::load(k3_ + i);
+      ratio = ratio + r;
+      ratio_square = ratio_square + r * r;
+    }
+    sum_[kPolicy] = policy;
+    sum_[kSquare] = square;
+    sum_[kK3Sum] = k3;
+    sum_[kRatio] = ratio;
+    sum_[kRatioSquare] = ratio_square;
+    for (int i = 0; i < kBlock; ++i) grad_[i] = share_[i] * slope_[i];
+  }
+
+  void kl() {
+    const T* __restrict logprobs = block_of(p_.logprobs, 0), * __restrict ref = block_of(p_.ref, 1);
+    const T clamp_in = static_cast<T>(p_.a.kl_clamp_in), clamp_out = static_cast<T>(p_.a.kl_clamp_out);
+    const T coef = static_cast<T>(p_.a.kl_coef);
+    with_kl_kind(p_.a.kl_kind, p_.a.kl_straight_through, [&](auto kind, auto through) {
+      for (int i = 0; i < kBlock; ++i) {
+        const ValueSlope<T> t = kl_token<kind, through>(logprobs[i], ref[i], clamp_in, clamp_out);
+        loss_[i] = t.value;
+        grad_[i] += kept(share_[i] * coef * t.slope, on_[i]);  // the slope of k1 at 0 is 1
+      }
+    });
+    add(kPenalty, kKlSum, loss_);
+  }
+
+  void bonus() {
+    add(kBonus, kEntropySum, block_of(p_.entropy, 0));
+    if (!p_.grad_entropy) return;
+    const T coef = -static_cast<T>(p_.a.entropy_coef);
+    for (int i = 0; i < kBlock; ++i) grad_[i] = kept(share_[i] * coef, on_[i]);
+    store(p_.grad_entropy);
+  }
+
+  void value() {
+    const T value_0 = p_.value_0, return_0 = p_.return_0, bound = p_.value_bound;
+    const T* __restrict values = block_of(p_.values, 0, value_0), * __restrict returns =
+                                                                      block_of(p_.returns, 1, return_0);
+    const T* __restrict old = p_.old_values ? block_of(p_.old_values, 2, value_0) : values;
+    Int<T> clipped = 0;
+    for (int i = 0; i < kBlock; ++i) {
+      const ValueToken<T> t = value_token(values[i], old[i], returns[i], bound);
+      loss_[i] = kept(t.loss, on_[i]);
+      slope_[i] = kept(t.slope, on_[i]);
+      event_[i] = static_cast<Int<T>>(t.clipped) & on_[i];
+    }
+    for (int i = 0; i < kBlock; ++i) clipped += event_[i];
+    count_[kValueClipped] += clipped;
+    const Eight first = Eight::splat(static_cast<double>(return_0));
+    const Eight first_error = Eight::splat(static_cast<double>(return_0) - static_cast<double>(value_0));
+    Eight loss = sum_[kValue], sum = sum_[kReturn], square = sum_[kReturnSquare];
+    Eight error = sum_[kError], error_square = sum_[kErrorSquare];
+    for (int i = 0; i < kBlock; i += kEight) {
+      const Eight r = Eight::load(returns + i), d = r - first, e = (r - Eight::load(values + i)) - first_error;
+      loss = loss + Eight::load(weight_ + i) * Eight::load(loss_ + i);
+      sum = sum + d;
+      square = square + d * d;
+      error = error + e;
+      error_square = error_square + e * e;
+    }
+    sum_[kValue] = loss;
+    sum_[kReturn] = sum;
+    sum_[kReturnSquare] = square;
+    sum_[kError] = error;
+    sum_[kErrorSquare] = error_square;
+    if (!p_.grad_values) return;
+    const T coef = static_cast<T>(p_.a.value_coef);
+    for (int i = 0; i < kBlock; ++i) grad_[i] = share_[i] * coef * slope_[i];
+    store(p_.grad_values);
+  }
+
+  static constexpr Int<T> kMost = sizeof(T) == 4 ? INT32_MAX : static_cast<Int<T>>(INT64_MAX);
+
+  const Problem<T>& p_;
+  int64_t at_ = 0;
+  int size_ = 0;
+  bool whole_ = false;  // no token of the block is masked or missing
+  Int<T> on_[kBlock];
+  double weight_[kBlock];  // in the loss; in double, so that the mean of a constant is that constant
+  T share_[kBlock];        // the same in T
+  T loss_[kBlock], slope_[kBlock], grad_[kBlock], log_ratio_[kBlock], ratio_[kBlock], k3_[kBlock];
+  Int<T> event_[kBlock];
+  T copies_[4][kBlock];
+  Eight sum_[kSums];
+  int64_t count_[kCounts] = {};
+  Int<T> low_ = kMost, high_ = 0;
+};
 
 // Counts what the denominators need: real tokens of every row, and of all; returns the default denominator.
 inline double count(const PpoLossArgs& a, int64_t* tokens) {
@@ -246,43 +312,6 @@ inline double count(const PpoLossArgs& a, int64_t* tokens) {
     sequences += length > 0;
   }
   return static_cast<double>(sequences);
-}
-
-// Weights of tokens [at, at + size), which belong to `row` and the rows after it; returns the row of the next token.
-template <class T>
-int64_t weigh(Block<T>& block, int64_t row) {
-  const Problem<T>& p = block.p;
-  load_mask(block.real, p.a.mask, block.at, block.size);
-  if (p.a.reduction != kSeqMeanTokenMean) {
-    const double share = p.share;
-    for (int i = 0; i < kBlock; ++i) block.weight[i] = share * block.real[i];
-    return row;
-  }
-  int i = 0;
-  while (true) {
-    const int64_t left = row_of(p.a, row).end - block.at;
-    const int stop = left < block.size ? static_cast<int>(left) : block.size;
-    const double weight = p.share / static_cast<double>(p.a.lengths[row] > 0 ? p.a.lengths[row] : 1);
-    for (; i < stop; ++i) block.weight[i] = weight * block.real[i];
-    if (i == block.size) break;
-    ++row;
-  }
-  for (; i < kBlock; ++i) block.weight[i] = 0;
-  return row;
-}
-
-template <class T>
-void chunk(const Problem<T>& p, Partial<T>& out, int64_t begin, int64_t end) {
-  memset(out.sum, 0, sizeof(out.sum));
-  out.low = static_cast<T>(INFINITY);
-  out.high = static_cast<T>(-INFINITY);
-  Block<T> block(p, out);
-  int64_t row = p.a.reduction == kSeqMeanTokenMean ? row_at(p.a, begin) : 0;
-  for (block.at = begin; block.at < end; block.at += kBlock) {
-    block.size = static_cast<int>(end - block.at < kBlock ? end - block.at : kBlock);
-    row = weigh(block, row);
-    block.run();
-  }
 }
 
 template <class T>
@@ -300,17 +329,17 @@ void write_stats(const Problem<T>& p, const Partial<T>& t, int64_t tokens) {
   stat[kValueLoss] = sum[kValue];
   stat[kEntropy] = sum[kEntropySum] / n;
   stat[kKl] = sum[kKlSum] / n;
-  stat[kClipFraction] = sum[kClipped] / n;
-  stat[kDualClipFraction] = sum[kCapped] / n;
-  stat[kValueClipFraction] = sum[kValueClipped] / n;
+  stat[kClipFraction] = t.count[kClipped] / n;
+  stat[kDualClipFraction] = t.count[kCapped] / n;
+  stat[kValueClipFraction] = t.count[kValueClipped] / n;
   stat[kApproxKl] = sum[kSquare] / n / 2;
   stat[kApproxKlK3] = sum[kK3Sum] / n;
   stat[kRatioMean] = tokens > 0 ? 1 + shift : 0;
   const double variance = sum[kRatioSquare] / n - shift * shift;
   stat[kRatioVar] = variance < 0 ? 0 : variance;
-  stat[kRatioMin] = valid ? static_cast<double>(t.low) : shift;
-  stat[kRatioMax] = valid ? static_cast<double>(t.high) : shift;
-  stat[kRatioClamped] = sum[kClamped];
+  stat[kRatioMin] = valid ? static_cast<double>(bits_as<T>(t.low)) : shift;
+  stat[kRatioMax] = valid ? static_cast<double>(bits_as<T>(t.high)) : shift;
+  stat[kRatioClamped] = static_cast<double>(t.count[kClamped]);
   const double returns = sum[kReturnSquare] - sum[kReturn] * sum[kReturn] / n;
   const double errors = sum[kErrorSquare] - sum[kError] * sum[kError] / n;
   stat[kExplainedVariance] = sum[kReturnSquare] == 0 || returns <= 0 ? 0 : 1 - errors / returns;
@@ -331,19 +360,21 @@ void run(const PpoLossArgs& a) {
   p.share = denominator > 0 ? 1 / denominator : 0;
   const void* first = tokens > 0 ? memchr(a.mask, 1, a.n) : nullptr;
   const int64_t at = first ? static_cast<const uint8_t*>(first) - a.mask : 0;
-  p.return_0 = p.values && first ? static_cast<double>(p.returns[at]) : 0;
-  p.error_0 = p.values && first ? p.return_0 - static_cast<double>(p.values[at]) : 0;
+  p.value_0 = p.values && first ? p.values[at] : T(0);
+  p.return_0 = p.values && first ? p.returns[at] : T(0);
 
   const Chunks chunks(a.n);
   Partial<T> partial[kMaxChunks];
-  chunks.each(a.threads, [&](int64_t c, int64_t begin, int64_t end) { chunk(p, partial[c], begin, end); });
-  Partial<T> total;
-  memset(total.sum, 0, sizeof(total.sum));
-  total.low = static_cast<T>(INFINITY);
-  total.high = static_cast<T>(-INFINITY);
+  chunks.each(a.threads, [&](int64_t c, int64_t begin, int64_t end) {
+    Chunk<T> chunk(p);
+    chunk.run(begin, end);
+    partial[c] = chunk.sums();
+  });
+  Partial<T> total = {};
   for (int64_t c = 0; c < chunks.count; ++c) {
     for (int k = 0; k < kSums; ++k) total.sum[k] += partial[c].sum[k];
-    total.low = partial[c].low < total.low ? partial[c].low : total.low;
+    for (int k = 0; k < kCounts; ++k) total.count[k] += partial[c].count[k];
+    total.low = c == 0 || partial[c].low < total.low ? partial[c].low : total.low;
     total.high = partial[c].high > total.high ? partial[c].high : total.high;
   }
   write_stats(p, total, tokens);

@@ -17,20 +17,21 @@ struct Sums {
 // A block of pairs; the arrays let every loop vectorise. Masked pairs have zeros everywhere.
 template <class T>
 struct Block {
-  T real[kBlock], chosen[kBlock], rejected[kBlock], margin[kBlock], grad[kBlock];
+  Int<T> on_[kBlock];
+  T chosen[kBlock], rejected[kBlock], margin[kBlock], grad[kBlock];
   double gap[kBlock], sum[kBlock], loss[kBlock], slope[kBlock], right[kBlock];
 
   void run(const RewardLossArgs& a, int64_t at, int size, double share, Sums* s) {
-    load_mask(real, a.mask, at, size);
-    load_block(chosen, static_cast<const T*>(a.chosen), real, at, size);
-    load_block(rejected, static_cast<const T*>(a.rejected), real, at, size);
+    load_mask(on_, a.mask, at, size);
+    load_block(chosen, static_cast<const T*>(a.chosen), on_, at, size);
+    load_block(rejected, static_cast<const T*>(a.rejected), on_, at, size);
     if (a.margin)
-      load_block(margin, static_cast<const T*>(a.margin), real, at, size);
+      load_block(margin, static_cast<const T*>(a.margin), on_, at, size);
     else
       memset(margin, 0, sizeof(margin));
     const double smoothing = a.smoothing;
     for (int i = 0; i < kBlock; ++i) {
-      const double on = real[i], w = chosen[i], l = rejected[i], x = (w - l) - static_cast<double>(margin[i]);
+      const double on = -on_[i], w = chosen[i], l = rejected[i], x = (w - l) - static_cast<double>(margin[i]);
       gap[i] = w - l;
       sum[i] = w + l;
       right[i] = on * (gap[i] > 0 ? 1.0 : (gap[i] == 0 ? 0.5 : 0.0));

@@ -8,14 +8,15 @@ namespace {
 // Masked x - mean and upstream gradient of a block.
 template <class T>
 struct CentredBlock {
-  T real[kBlock], x[kBlock], grad[kBlock];
+  Int<T> on[kBlock];
+  T x[kBlock], grad[kBlock];
   double value[kBlock];
 
   void load(const T* from, const T* upstream, const uint8_t* mask, double mean, int64_t at, int size) {
-    load_mask(real, mask, at, size);
-    load_block(x, from, real, at, size);
-    load_block(grad, upstream, real, at, size);
-    for (int i = 0; i < kBlock; ++i) value[i] = (static_cast<double>(x[i]) - mean) * static_cast<double>(real[i]);
+    load_mask(on, mask, at, size);
+    load_block(x, from, on, at, size);
+    load_block(grad, upstream, on, at, size);
+    for (int i = 0; i < kBlock; ++i) value[i] = (static_cast<double>(x[i]) - mean) * static_cast<double>(-on[i]);
   }
 };
 
@@ -73,7 +74,7 @@ void backward(const WhitenBackwardArgs& a) {
       block.load(x, grad, mask, m.mean, at, size);
       for (int i = 0; i < kBlock; ++i)
         block.grad[i] = static_cast<T>(s * static_cast<double>(block.grad[i]) - slope * block.value[i] + constant);
-      for (int i = 0; i < size; ++i) grad_x[at + i] = block.real[i] != 0 ? block.grad[i] : T(0);
+      for (int i = 0; i < size; ++i) grad_x[at + i] = kept(block.grad[i], block.on[i]);
     });
   });
 }

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp
 from rlhf_fast._types import LossOutput, Stats
@@ -223,7 +223,7 @@ def forward(
     grads = d_logprobs = d_entropy = d_values = None
     if gradients:
         given = [x is not None for x in (logprobs, entropy, values)]
-        grads = logprobs.new_empty((sum(given), *logprobs.shape))
+        grads = _buffers.empty((sum(given), *logprobs.shape), dtype)
         each = iter(grads.unbind())
         d_logprobs, d_entropy, d_values = (next(each) if wanted else None for wanted in given)
     rows, length = _rows(logprobs, cu_seqlens)

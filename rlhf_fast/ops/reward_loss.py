@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp
 from rlhf_fast._types import LossOutput, Stats
@@ -68,7 +68,7 @@ def reward_loss(
 
 def _forward(chosen, rejected, margin, mask, center_coef, label_smoothing, gradients):  # type: ignore[no-untyped-def]
     loss, stats = chosen.new_empty(()), chosen.new_empty(len(STATS))
-    grads = chosen.new_empty((2, *chosen.shape)) if gradients else None
+    grads = _buffers.empty((2, *chosen.shape), chosen.dtype) if gradients else None
     kernel("reward_loss")(
         chosen,
         rejected,

@@ -376,6 +376,26 @@ def test_two_backward_calls_agree_and_leave_the_saved_gradients_alone():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_the_last_backward_gives_what_the_ones_before_gave_in_memory_of_its_own(scale):
+    kwargs = reference.sample((3, 9))
+    leaves = [kwargs[k].requires_grad_() for k in LEAVES]
+    loss = ppo_loss(**kwargs, **FULL).loss
+    upstream = torch.tensor(scale)
+    kept = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    batched = torch.autograd.grad(loss, leaves, upstream.expand(2), retain_graph=True, is_grads_batched=True)
+    loss.backward(upstream)
+    assert all(
+        torch.equal(leaf.grad, g) and torch.equal(b[1], g) for leaf, g, b in zip(leaves, kept, batched, strict=True)
+    )
+    places = {x.data_ptr() for x in (*kept, *(leaf.grad for leaf in leaves))}
+    assert len(places) == 2 * len(leaves) and upstream == scale
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    ppo_loss(**kwargs, **FULL).loss.backward(upstream)  # adds to .grad in place
+    assert all(torch.equal(leaf.grad, 2 * g) for leaf, g in zip(leaves, kept, strict=True))
+
+
 def test_only_logprobs_entropy_and_values_get_a_gradient():
     for backend in ("cpp", "reference"):
         kwargs = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in reference.sample((3, 9)).items()}
