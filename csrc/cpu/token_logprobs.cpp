@@ -273,13 +273,14 @@ void for_rows(int64_t rows, int64_t vocab, int threads, Body body) {
   const int64_t grain = kGrainElements / vocab + 1;
   int64_t next = 0;
   for_ranges(rows, grain, threads, [&](int64_t, int64_t) {
-    const FlushDenormals flush;
+    const unsigned before = flush_denormals();
     for (;;) {
       const int64_t begin = __atomic_fetch_add(&next, grain, __ATOMIC_RELAXED);
       if (begin >= rows) break;
       const int64_t end = begin + grain < rows ? begin + grain : rows;
       for (int64_t i = begin; i < end; ++i) body(i);
     }
+    restore_denormals(before);
     fence();
   });
 }

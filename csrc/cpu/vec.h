@@ -210,21 +210,25 @@ inline void fence() {
 #endif
 }
 
-// Results and operands below the smallest normal number count as 0 while it lives: one of them costs the processor a
-// hundred additions, and a row whose logits lie 90 nats apart has thousands.
-class FlushDenormals {
- public:
+// From here on results and operands below the smallest normal number count as 0: one of them costs the processor a
+// hundred additions, and a row whose logits lie 90 nats apart has thousands. Returns what restore_denormals wants.
+// Two functions and no destructor, which would pull in the runtime of exceptions.
+inline unsigned flush_denormals() {
 #if defined(__SSE2__)
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }  // FTZ and DAZ
-  ~FlushDenormals() { _mm_setcsr(before_); }
-
- private:
-  unsigned before_;
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040);  // FTZ and DAZ
+  return before;
 #else
-  FlushDenormals() {}
-  ~FlushDenormals() {}
+  return 0;
 #endif
-};
+}
+inline void restore_denormals(unsigned before) {
+#if defined(__SSE2__)
+  _mm_setcsr(before);
+#else
+  (void)before;
+#endif
+}
 
 constexpr float kExpFloor = -87.33f;  // e^kExpFloor is the smallest normal number
 constexpr float kExpTop = 88.0f;
@@ -268,7 +272,7 @@ struct ScaledExp<Float> {
     const PowerOf2 e(x, by);
     return times_power_of_2(*alive, e.p, e.t, e.n);
   }
-  // For any x, but -inf may give NaN, which saves an instruction. 0 below kExpFloor under FlushDenormals; huge where
+  // For any x, but -inf may give NaN, which saves an instruction. 0 below kExpFloor after flush_denormals; huge where
   // scale x > 88.
   RLHF_FAST_INLINE Float of_finite(const Float& x) const {
 #if defined(RLHF_FAST_VEC512)

@@ -87,6 +87,7 @@ def _backend(traffic: Traffic, graph: Any, inputs: Any) -> Any:
 def _program(traffic: Traffic, graph: Any, inputs: Any, **options: Any) -> Callable[[list[Any]], Any]:
     """Stands where inductor compiles one graph: the program it would run, made to run on fake tensors under `traffic`."""
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.graph import GraphLowering
 
@@ -98,9 +99,8 @@ def _program(traffic: Traffic, graph: Any, inputs: Any, **options: Any) -> Calla
 
     with patch.object(GraphLowering, "save_output_code", written), suppress(_Compiled):
         compile_fx_inner(graph, inputs, **options)
-    names: dict[str, Any] = {"__name__": "program"}
     with patch.object(AsyncCompile, "triton", lambda _, name, text, **__: Kernel(traffic, text)):
-        exec(texts[0], names)
+        names = vars(PyCodeCache.load(texts[0]))
     names["empty_strided_cpu"] = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
     names["reinterpret_tensor"] = lambda x, size, stride, start=0: x.as_strided(
         size, stride, x.storage_offset() + start
