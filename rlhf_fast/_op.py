@@ -105,7 +105,11 @@ class Op:
                     if self._gradients_in_forward:
                         loss, stats, grads = backend.fn(*args)
                         inputs = [args[k] for k in self._differentiable]
-                        return _Attach.apply(loss, grads, *inputs), stats, None  # the gradients belong to the backward
+                        return (
+                            _Attach.apply((loss, grads), *inputs),
+                            stats,
+                            None,
+                        )  # the gradients belong to the backward
                     return self._function.apply(*args)
         return backend.fn(*args)
 
@@ -183,15 +187,6 @@ def _scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ..
     return _at_places(ctx, ctx.saved_tensors[0] * grad)
 
 
-def _hand_out_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The same. The last backward through the graph gets the memory of the forward pass, which nobody else can see: a loss
-    that backward() is called on has the upstream gradient 1 and costs nothing."""
-    if torch._C._autograd._get_current_graph_task_keep_graph() or not plain(grad):
-        return _scale_gradients(ctx, grad)
-    (kept,) = ctx.saved_tensors
-    return _at_places(ctx, kept if grad.is_cpu and grad.item() == 1.0 else kept.mul_(grad))
-
-
 def _at_places(ctx: Any, stacked: Tensor) -> tuple[Tensor | None, ...]:
     result: list[Tensor | None] = [None] * ctx.inputs
     for i, each in zip(ctx.places, stacked.unbind(), strict=True):
@@ -203,13 +198,24 @@ class _Attach(torch.autograd.Function):
     """Hangs gradients that are already there on a loss; cheaper than a Function that takes every argument of the op."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: Tensor, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, found: tuple[Tensor, Tensor], *inputs: Tensor | None) -> Tensor:
+        loss, grads = found
         ctx.save_for_backward(grads)
-        ctx.places = [i for i, x in enumerate(inputs, 2) if x is not None]
-        ctx.inputs = len(inputs) + 2
-        return loss.detach()
+        ctx.places = [i for i, x in enumerate(inputs, 1) if x is not None]
+        ctx.inputs = len(inputs) + 1
+        return loss
 
-    backward = staticmethod(once_differentiable(_hand_out_gradients))  # type: ignore[assignment]
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled() or not plain(grad):
+            return _scale_once(ctx, grad)
+        # The last backward gets the memory of the forward pass, which nobody else can see. The upstream gradient of a loss that
+        # backward() is called on is 1: nothing is left to do.
+        (kept,) = ctx.saved_tensors
+        return _at_places(ctx, kept if grad.is_cpu and grad.item() == 1.0 else kept.mul_(grad))
+
+
+_scale_once = once_differentiable(_scale_gradients)
 
 
 def _autograd_function(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:

@@ -80,7 +80,21 @@ RLHF_FAST_INLINE_HD double exp_of(double x) {
 #endif
 }
 
-// log(1 + x) for 0 <= x <= 1: 2 artanh(z) with z = x / (2 + x) <= 1/3, by its series; relative error below 2^-51.
+// log(1 + x) for 0 <= x <= 1: x times a minimax polynomial; at most 2 ulp off.
+RLHF_FAST_INLINE_HD float log1p_of(float x) {
+  float q = 0.00523267397f;
+  q = q * x - 0.02950516366f;
+  q = q * x + 0.07822584363f;
+  q = q * x - 0.1366323832f;
+  q = q * x + 0.1910600443f;
+  q = q * x - 0.2484298207f;
+  q = q * x + 0.3331909688f;
+  q = q * x - 0.4999949315f;
+  q = q * x + 0.9999999699f;
+  return q * x;
+}
+
+// The same: 2 artanh(z) with z = x / (2 + x) <= 1/3, by its series; relative error below 2^-51.
 RLHF_FAST_INLINE_HD double log1p_of(double x) {
   const double z = x / (2 + x), square = z * z;
   double s = 1.0 / 35;

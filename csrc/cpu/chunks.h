@@ -97,6 +97,15 @@ inline void load_block(T* __restrict to, const T* __restrict from, const Int<T>*
   for (int i = size; i < kBlock; ++i) to[i] = fill;
 }
 
+// Tokens [at, at + size) of `from` as a whole block: the array itself, or `copy` where tokens are masked or missing,
+// with `fill` in their place. whole: none is.
+template <class T>
+inline const T* block_of(const T* from, T* copy, const Int<T>* on, bool whole, int64_t at, int size, T fill = 0) {
+  if (whole) return from + at;
+  load_block(copy, from, on, at, size, fill);
+  return copy;
+}
+
 // body(at, size) for the blocks of [begin, end).
 template <class Body>
 inline void each_block(int64_t begin, int64_t end, Body body) {

@@ -153,11 +153,8 @@ class Chunk {
     }
   }
 
-  // The block of an array; a copy where tokens are masked or missing, with `fill` in their place.
   const T* block_of(const T* from, int copy, T fill = 0) {
-    if (whole_) return from + at_;
-    load_block(copies_[copy], from, on_, at_, size_, fill);
-    return copies_[copy];
+    return rlhf_fast::block_of(from, copies_[copy], on_, whole_, at_, size_, fill);
   }
   void store(T* to) const { memcpy(to + at_, grad_, sizeof(T) * size_); }
 

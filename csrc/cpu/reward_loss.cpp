@@ -1,4 +1,4 @@
-// Bradley-Terry loss of a reward model: loss, statistics and both gradients in one pass over the pairs, in double.
+// Bradley-Terry loss of a reward model: loss, statistics and both gradients in one pass over the pairs.
 #include <math.h>
 
 #include "chunks.h"
@@ -9,74 +9,109 @@ namespace rlhf_fast {
 namespace {
 
 enum Stat { kAccuracy, kMargin, kChosen, kRejected, kCenter, kPairs, kStats };
+enum Sum { kLoss, kChosenSum, kRejectedSum, kCenterSum, kSums };
 
-struct Sums {
-  double loss = 0, stat[kStats] = {0};
+struct Partial {
+  double sum[kSums];
+  int64_t right;  // twice the pairs in the right order; ties are half right
 };
 
-// A block of pairs; the arrays let every loop vectorise. Masked pairs have zeros everywhere.
+// The sums over a chunk, block by block; gradients on the way.
 template <class T>
-struct Block {
-  Int<T> on_[kBlock];
-  T chosen[kBlock], rejected[kBlock], margin[kBlock], grad[kBlock];
-  double gap[kBlock], sum[kBlock], loss[kBlock], slope[kBlock], right[kBlock];
-
-  void run(const RewardLossArgs& a, int64_t at, int size, double share, Sums* s) {
-    load_mask(on_, a.mask, at, size);
-    load_block(chosen, static_cast<const T*>(a.chosen), on_, at, size);
-    load_block(rejected, static_cast<const T*>(a.rejected), on_, at, size);
-    if (a.margin)
-      load_block(margin, static_cast<const T*>(a.margin), on_, at, size);
-    else
-      memset(margin, 0, sizeof(margin));
-    const double smoothing = a.smoothing;
-    for (int i = 0; i < kBlock; ++i) {
-      const double on = -on_[i], w = chosen[i], l = rejected[i], x = (w - l) - static_cast<double>(margin[i]);
-      gap[i] = w - l;
-      sum[i] = w + l;
-      right[i] = on * (gap[i] > 0 ? 1.0 : (gap[i] == 0 ? 0.5 : 0.0));
-      // (1 - e) softplus(-x) + e softplus(x) and its derivative, without overflow.
-      const double tail = exp_of(x < 0 ? x : -x);                  // e^-|x|
-      const double smoothed = smoothing != 0 ? smoothing * x : 0;  // 0 * inf would be NaN
-      loss[i] = on * ((x < 0 ? -x : 0) + log1p_of(tail) + smoothed);
-      slope[i] = on * (smoothing - (x < 0 ? 1.0 : tail) / (1 + tail));
-    }
-    s->loss += total_of(loss);
-    s->stat[kAccuracy] += total_of(right);
-    s->stat[kMargin] += total_of(gap);
-    s->stat[kChosen] += total_of(chosen);
-    s->stat[kRejected] += total_of(rejected);
-    s->stat[kCenter] += dot_of(sum, sum);
-    T* out = static_cast<T*>(a.grads);
-    if (!out) return;
-    const double centre = 2 * a.center_coef;
-    for (int i = 0; i < kBlock; ++i) grad[i] = static_cast<T>((centre * sum[i] + slope[i]) * share);
-    memcpy(out + at, grad, sizeof(T) * size);
-    for (int i = 0; i < kBlock; ++i) grad[i] = static_cast<T>((centre * sum[i] - slope[i]) * share);
-    memcpy(out + a.n + at, grad, sizeof(T) * size);
+class Chunk {
+ public:
+  Chunk(const RewardLossArgs& a, double share) : a_(a), share_(static_cast<T>(share)) {
+    for (Eight& s : sum_) s = Eight::splat(0);
+    memset(margin_, 0, sizeof(margin_));
   }
+
+  void run(int64_t at, int size) {
+    load_mask(on_, a_.mask, at, size);
+    const bool whole = size == kBlock && all_real(a_.mask ? a_.mask + at : nullptr, kBlock);
+    const auto block = [&](const void* from, T* copy) {
+      return block_of(static_cast<const T*>(from), copy, on_, whole, at, size);
+    };
+    pairs(block(a_.chosen, chosen_), block(a_.rejected, rejected_), a_.margin ? block(a_.margin, margin_) : margin_);
+    T* out = static_cast<T*>(a_.grads);
+    if (!out) return;
+    const T centre = static_cast<T>(2 * a_.center_coef), share = share_;
+    for (int i = 0; i < kBlock; ++i) grad_[i] = (centre * both_[i] + slope_[i]) * share;
+    memcpy(out + at, grad_, sizeof(T) * size);
+    for (int i = 0; i < kBlock; ++i) grad_[i] = (centre * both_[i] - slope_[i]) * share;
+    memcpy(out + a_.n + at, grad_, sizeof(T) * size);
+  }
+
+  Partial sums() const {
+    Partial all;
+    for (int k = 0; k < kSums; ++k) all.sum[k] = total(sum_[k]);
+    all.right = right_;
+    return all;
+  }
+
+ private:
+  void pairs(const T* __restrict chosen, const T* __restrict rejected, const T* __restrict margin) {
+    const T smoothing = static_cast<T>(a_.smoothing);
+    for (int i = 0; i < kBlock; ++i) {
+      const T gap = chosen[i] - rejected[i], x = gap - margin[i];
+      // (1 - e) softplus(-x) + e softplus(x) and its derivative, without overflow.
+      const T tail = exp_of(x < 0 ? x : -x);                  // e^-|x|
+      const T smoothed = smoothing != 0 ? smoothing * x : 0;  // 0 * inf would be NaN
+      loss_[i] = kept((x < 0 ? -x : T(0)) + log1p_of(tail) + smoothed, on_[i]);
+      slope_[i] = kept(smoothing - (x < 0 ? T(1) : tail) / (1 + tail), on_[i]);
+      both_[i] = chosen[i] + rejected[i];
+      right_of_[i] = static_cast<Int<T>>((gap > 0 ? T(1) : T(0)) + (gap >= 0 ? T(1) : T(0))) & on_[i];
+    }
+    Int<T> right = 0;
+    for (int i = 0; i < kBlock; ++i) right += right_of_[i];
+    right_ += right;
+    Eight loss = sum_[kLoss], up = sum_[kChosenSum], down = sum_[kRejectedSum], centre = sum_[kCenterSum];
+    for (int i = 0; i < kBlock; i += kEight) {
+      const Eight both = Eight::load(both_ + i);
+      loss = loss + Eight::load(loss_ + i);
+      up = up + Eight::load(chosen + i);
+      down = down + Eight::load(rejected + i);
+      centre = centre + both * both;
+    }
+    sum_[kLoss] = loss;
+    sum_[kChosenSum] = up;
+    sum_[kRejectedSum] = down;
+    sum_[kCenterSum] = centre;
+  }
+
+  const RewardLossArgs& a_;
+  const T share_;
+  Int<T> on_[kBlock], right_of_[kBlock];
+  T chosen_[kBlock], rejected_[kBlock], margin_[kBlock], loss_[kBlock], slope_[kBlock], both_[kBlock], grad_[kBlock];
+  Eight sum_[kSums];
+  int64_t right_ = 0;
 };
 
 template <class T>
 void run(const RewardLossArgs& a) {
   const int64_t pairs = count_real(a.mask, a.n);
-  const double share = 1.0 / (pairs > 0 ? pairs : 1);
+  const double share = 1.0 / static_cast<double>(pairs > 0 ? pairs : 1);
   const Chunks chunks(a.n);
-  Sums partial[kMaxChunks];
+  Partial partial[kMaxChunks];
   chunks.each(a.threads, [&](int64_t c, int64_t begin, int64_t end) {
-    Block<T> block;
-    each_block(begin, end, [&](int64_t at, int size) { block.run(a, at, size, share, &partial[c]); });
+    Chunk<T> chunk(a, share);
+    each_block(begin, end, [&](int64_t at, int size) { chunk.run(at, size); });
+    partial[c] = chunk.sums();
   });
-  Sums total;
+  Partial total = {};
   for (int64_t c = 0; c < chunks.count; ++c) {
-    total.loss += partial[c].loss;
-    for (int k = 0; k < kStats; ++k) total.stat[k] += partial[c].stat[k];
+    for (int k = 0; k < kSums; ++k) total.sum[k] += partial[c].sum[k];
+    total.right += partial[c].right;
   }
-  for (int k = 0; k < kStats; ++k) total.stat[k] *= share;
-  total.stat[kPairs] = static_cast<double>(pairs);
-  const double centred = a.center_coef != 0 ? a.center_coef * total.stat[kCenter] : 0;
-  *static_cast<T*>(a.loss) = static_cast<T>(total.loss * share + centred);
-  for (int k = 0; k < kStats; ++k) static_cast<T*>(a.stats)[k] = static_cast<T>(total.stat[k]);
+  double stat[kStats];
+  stat[kAccuracy] = static_cast<double>(total.right) / 2 * share;
+  stat[kMargin] = (total.sum[kChosenSum] - total.sum[kRejectedSum]) * share;
+  stat[kChosen] = total.sum[kChosenSum] * share;
+  stat[kRejected] = total.sum[kRejectedSum] * share;
+  stat[kCenter] = total.sum[kCenterSum] * share;
+  stat[kPairs] = static_cast<double>(pairs);
+  const double centred = a.center_coef != 0 ? a.center_coef * stat[kCenter] : 0;
+  *static_cast<T*>(a.loss) = static_cast<T>(total.sum[kLoss] * share + centred);
+  for (int k = 0; k < kStats; ++k) static_cast<T*>(a.stats)[k] = static_cast<T>(stat[k]);
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ def reward_loss(
 
 
 def _forward(chosen, rejected, margin, mask, center_coef, label_smoothing, gradients):  # type: ignore[no-untyped-def]
-    loss, stats = chosen.new_empty(()), chosen.new_empty(len(STATS))
+    loss, stats = map(torch.empty_like, _TEMPLATES[chosen.dtype])
     grads = _buffers.empty((2, *chosen.shape), chosen.dtype) if gradients else None
     kernel("reward_loss")(
         chosen,
@@ -84,6 +84,10 @@ def _forward(chosen, rejected, margin, mask, center_coef, label_smoothing, gradi
         torch.get_num_threads(),
     )
     return loss, stats, grads
+
+
+# empty_like of these costs half of new_empty.
+_TEMPLATES = {d: [torch.empty(n, dtype=d) for n in ((), len(STATS))] for d in (torch.float32, torch.float64)}
 
 
 def _fake(chosen, rejected, margin, mask, center_coef, label_smoothing, gradients):  # type: ignore[no-untyped-def]
