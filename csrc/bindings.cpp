@@ -78,6 +78,7 @@ void bind(py::module_& m, const char* name) {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of rlhf_fast";
   m.attr("ABI") = kAbi;
+  m.attr("MATMUL_FLOATS") = kMatmulFloats;
   m.def("isa", [] { return active_isa()->name; }, "Name of the instruction set in use");
   m.def(
       "isas",

@@ -33,3 +33,11 @@ K3_RELATIVE = 1e-6
 DOUBLE = 2.0**-45
 """An fp64 kernel against the fp64 reference, as a share of the largest magnitude among the results: the truth itself has the
 rounding errors of a pass over the vocabulary, and KL is a difference of logarithms of its sums."""
+
+ROUNDED = 2.0**-7
+"""A product of fp32 operands that are rounded to bf16, as a share of the sum of the magnitudes of its terms: 2^-8 for two operands."""
+
+
+def product(k: int) -> float:
+    """A sum of k products in fp32, as a share of the sum of their magnitudes: its roundings of 2^-24 add up like a random walk."""
+    return 2.0**-24 * (4 + k**0.5)

@@ -11,7 +11,7 @@
 
 namespace rlhf_fast {
 
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 struct GaeArgs {
   const void* rewards;        // (rows, length) or (cu_seqlens[rows],), wide
@@ -177,6 +177,23 @@ struct PpoLossArgs {
   int threads;
 };
 
+constexpr int64_t kMatmulFloats = 1 << 19;  // of MatmulArgs::workspace
+
+// C = A B + bias, or C += A B. Of the two strides of A and of B one is 1.
+struct MatmulArgs {
+  const void* a;      // (m, k), a_dtype
+  const void* b;      // (k, n), b_dtype
+  const float* bias;  // (n,) or null; added with accumulate too
+  float* c;           // (m, n), rows c_row apart
+  void* workspace;    // (kMatmulFloats,) float
+  int64_t m, n, k;
+  int64_t a_row, a_column, b_row, b_column, c_row;
+  int a_dtype, b_dtype;  // Dtype, not kFloat64
+  bool accumulate;
+  bool narrow;  // fp32 operands may be rounded to bf16 on processors that multiply it
+  int threads;
+};
+
 enum Limit { kRead, kCopy, kExp };
 
 struct MachineLimitArgs {
@@ -219,8 +236,8 @@ struct TokenLogprobsBackwardArgs {
   const void* grad_entropy;
   const void* grad_logsumexp;
   const void* grad_kl;
-  void* grad_logits;  // (rows, vocab) contiguous, `dtype`; may be the logits themselves
-  int64_t rows, vocab, inner, outer_stride, inner_stride, ref_outer_stride, ref_inner_stride, state_width;
+  void* grad_logits;  // (rows, vocab), rows grad_stride apart, `dtype`; may be the logits themselves
+  int64_t rows, vocab, inner, outer_stride, inner_stride, ref_outer_stride, ref_inner_stride, state_width, grad_stride;
   double temperature_value, softcap;
   int dtype;
   bool ids32;
@@ -238,6 +255,7 @@ struct TokenLogprobsBackwardArgs {
   KERNEL(kl_estimate, KlEstimateArgs)                        \
   KERNEL(kl_estimate_backward, KlEstimateBackwardArgs)       \
   KERNEL(machine_limit, MachineLimitArgs)                    \
+  KERNEL(matmul, MatmulArgs)                                 \
   KERNEL(ppo_loss, PpoLossArgs)                              \
   KERNEL(reward_loss, RewardLossArgs)                        \
   KERNEL(token_logprobs, TokenLogprobsArgs)                  \

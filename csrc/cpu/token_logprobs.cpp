@@ -341,7 +341,7 @@ void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V
   const Logits<V, T, kCap> z{row_of<T>(a, a.logits, a.outer_stride, a.inner_stride, i), soft};
   const Logits<V, T, kCap> zr{kRef ? row_of<T>(a, a.ref_logits, a.ref_outer_stride, a.ref_inner_stride, i) : nullptr,
                               soft};
-  T* grad = static_cast<T*>(a.grad_logits) + i * a.vocab;
+  T* grad = static_cast<T*>(a.grad_logits) + i * a.grad_stride;
   const double at_target =  // before the loop, which may overwrite the logits
       z.slope(id) * target_gradient(g, p, q, z.one(id) - p.max, kRef ? zr.one(id) - q.max : 0, scale);
 
@@ -423,7 +423,7 @@ int64_t backward_rows(const TokenLogprobsBackwardArgs& a) {
     const Upstream<double> g = {upstream<S>(a.grad_logprobs, i), upstream<S>(a.grad_entropy, i),
                                 upstream<S>(a.grad_logsumexp, i), upstream<S>(a.grad_kl, i)};
     if ((a.mask && !a.mask[i]) || g.none())
-      __builtin_memset(static_cast<T*>(a.grad_logits) + i * a.vocab, 0, a.vocab * sizeof(T));
+      __builtin_memset(static_cast<T*>(a.grad_logits) + i * a.grad_stride, 0, a.vocab * sizeof(T));
     else if (g.flat())
       backward_row<V, T, kCap, false, false>(a, i, soft, g, far);
     else if (kRef && g.kl != 0)

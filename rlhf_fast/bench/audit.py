@@ -119,13 +119,16 @@ def _heads(trained: bool) -> Iterator[tuple[str, heads.Call, Around]]:
 
 @contextlib.contextmanager
 def composition(traffic: Traffic) -> Iterator[None]:
-    """linear_token_logprobs as its chunks run, where its kernels of rows are operators or count as one each."""
+    """linear_token_logprobs as its chunks run, where its products and its kernels of rows are operators or count as one each."""
     linear = importlib.import_module("rlhf_fast.ops.linear_token_logprobs")
     buffers = SimpleNamespace(empty=lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
     def gradient(grad: Tensor, logits: Tensor, token_ids: Tensor, state: Tensor, *rest: Any) -> Tensor:
         traffic.kernel((logits, token_ids, state, *tensors(rest)), (grad,))
         return grad
+
+    def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, **_: Any) -> None:
+        traffic.kernel((a, b, *([out] if add else [])), (out,), 2 * a.shape[0] * a.shape[1] * b.shape[1])
 
     def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -137,7 +140,8 @@ def composition(traffic: Traffic) -> Iterator[None]:
     name = "rlhf_fast::linear_token_logprobs"
     traffic.inside = {name: on_meta(linear._forward), f"{name}_backward": on_meta(linear._backward_chunked)}
     rows = patch.multiple(linear, tokens_forward=torch.ops.rlhf_fast.token_logprobs, backward_into=gradient)
-    with rows, patch.object(_lm_head, "_buffers", buffers):
+    head = patch.multiple(_lm_head, _buffers=buffers, matmul=product, native=lambda dtype: dtype is torch.float32)
+    with rows, head:
         yield
 
 

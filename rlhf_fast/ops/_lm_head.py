@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _buffers, _check
+from rlhf_fast.ops._matmul import matmul, native, pitch
 from rlhf_fast.ops.token_logprobs import temperature_of
 from rlhf_fast.reference.token_logprobs import refused_id, refused_temperature
 
@@ -74,25 +75,24 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class Head(NamedTuple):
-    """A language-model head whose products are computed in the dtype of `room`."""
+    """A language-model head and how it is taken part by part."""
 
     weight: Tensor
     bias: Tensor | None
+    """In the compute dtype."""
     room: Tensor
-    """(classes, H) for a part of the weight in the compute dtype; (classes, 0) when the weight has it already."""
+    """(classes, H) for a part of the weight in the compute dtype; (classes, 0) when products take the weight as it is."""
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """(range of the vocabulary, its weight in the compute dtype), the second valid until the next."""
+        """(range of the vocabulary, its weight as products take it), the second valid until the next."""
         for v in range(0, len(self.weight), len(self.room)):
             part = self.weight[v : v + len(self.room)]
-            ready = part.dtype is self.room.dtype
-            yield slice(v, v + len(part)), part if ready else self.room[: len(part)].copy_(part)
+            yield slice(v, v + len(part)), self.room[: len(part)].copy_(part) if self.room.shape[1] else part
 
     def logits(self, x: Tensor, part: slice, w: Tensor, out: Tensor) -> None:
         """x (n, H) times the weight w of a range, plus its bias, into out (n, range)."""
-        torch.mm(x, w.t(), out=out)
-        if self.bias is not None:
-            out += self.bias[part]
+        narrow = x.dtype is w.dtype is torch.bfloat16
+        matmul(x, w.t(), out, bias=None if self.bias is None else self.bias[part], narrow=narrow)
 
 
 class Inputs(NamedTuple):
@@ -120,6 +120,15 @@ class Inputs(NamedTuple):
         """As the kernels take them."""
         return self.temperature_value, self.softcap
 
+    @property
+    def narrow(self) -> bool:
+        """Whether gradients towards hidden and weight end as bf16."""
+        return self.hidden.dtype is self.weight.dtype is torch.bfloat16
+
+    def converts(self, x: Tensor) -> bool:
+        """Whether x, hidden states or a weight, has to be brought to the compute dtype before a product."""
+        return x.dtype is not self.dtype and not native(self.dtype)
+
     def flat(self) -> Inputs:
         """One row per token."""
         per_row = [None if x is None else x.reshape(-1) for x in (self.token_ids, self.mask, self.temperature)]
@@ -132,7 +141,8 @@ class Inputs(NamedTuple):
         """The head of the policy, and of the reference if there is one, with room for so many classes."""
 
         def made(weight: Tensor, bias: Tensor | None) -> Head:
-            width = 0 if weight.dtype is self.dtype else weight.shape[1]
+            width = weight.shape[1] if self.converts(weight) else 0
+            bias = None if bias is None else bias.to(self.dtype).contiguous()
             return Head(weight, bias, torch.empty((classes, width), dtype=self.dtype))
 
         found = [made(self.weight, self.bias)]
@@ -148,8 +158,9 @@ class Chunk(NamedTuple):
     rows: Tensor | slice
     part: slice
     hidden: Tensor
-    """(n, H) in the compute dtype."""
+    """(n, H) as products take them."""
     logits: Tensor
+    """As ref_logits and each of spare: rows `pitch` apart."""
     ref_logits: Tensor | None
     spare: Tensor
     """(buffers - 1, n, range), uninitialised."""
@@ -171,18 +182,23 @@ class _Cut:
         self.states = 3 * sum(h.shape[1] for h in self.hidden)
         """Per row: its hidden states in the compute dtype, the same in another order, and a product of their width."""
         weights = [w for w in (x.weight, x.ref_weight) if w is not None]
-        self.converted = sum(w.shape[1] for w in weights if w.dtype is not x.dtype)
+        self.converted = sum(w.shape[1] for w in weights if x.converts(w))
         """Per class: its weights in the compute dtype."""
 
     def block(self, elements: int, bound: bool) -> Tensor:
         """Flat memory; of the same size whenever the budget binds, so that it is the same memory from call to call."""
         return _buffers.empty((max(elements, self.budget) if bound else elements,), self.x.dtype)
 
+    @staticmethod
+    def room(block: Tensor, buffers: int, rows: int, classes: int) -> Tensor:
+        """(buffers, rows, classes) of the block."""
+        return block[: buffers * rows * pitch(classes)].view(buffers, rows, -1)[..., :classes]
+
     def rows(self, size: int) -> Iterator[tuple[Tensor | slice, list[Tensor]]]:
-        """(rows, hidden states (n, H) of policy and reference in the compute dtype), `size` rows at a time."""
+        """(rows, hidden states (n, H) of policy and reference as products take them), `size` rows at a time."""
         for begin in range(0, self.count, max(1, size)):
             rows = slice(begin, begin + size) if self.index is None else self.index[begin : begin + size]
-            yield rows, [h[rows].to(self.x.dtype) for h in self.hidden]
+            yield rows, [h[rows].to(self.x.dtype) if self.x.converts(h) else h[rows] for h in self.hidden]
 
     def chunk(self, head: Head, rows: Tensor | slice, part: slice, hidden: Tensor, room: Tensor) -> Chunk:
         x, used = self.x, len(self.hidden)
@@ -200,12 +216,12 @@ def whole_rows(x: Inputs, live: Tensor | None, buffers: int = 1) -> Iterator[Chu
     V = cut.vocab
     classes = V if not cut.converted else _even(V, cut.budget // 16 // cut.converted)
     buffers += len(cut.hidden) - 1
-    size = _even(cut.count, (cut.budget - classes * cut.converted) // (buffers * V + cut.states))
-    block = cut.block(buffers * size * V, size < cut.count)
+    size = _even(cut.count, (cut.budget - classes * cut.converted) // (buffers * pitch(V) + cut.states))
+    block = cut.block(buffers * size * pitch(V), size < cut.count)
     heads = x.heads(classes)
     for rows, states in cut.rows(size):
         n = len(states[0])
-        room = block[: buffers * n * V].view(buffers, n, V)
+        room = cut.room(block, buffers, n, V)
         for out, state, head in zip(room, states, heads, strict=False):
             for part, w in head.parts():
                 head.logits(state, part, w, out[:, part])
@@ -213,19 +229,19 @@ def whole_rows(x: Inputs, live: Tensor | None, buffers: int = 1) -> Iterator[Chu
 
 
 def vocabulary_ranges(x: Inputs, live: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
-    """(logits of as many of the live rows as possible over a range of the vocabulary, its weight in the compute dtype)."""
+    """(logits of as many of the live rows as possible over a range of the vocabulary, its weight as products take it)."""
     cut = _Cut(x, live)
     used = len(cut.hidden)
     size = _even(cut.count, cut.budget // (used * min(cut.vocab, _BROAD) + cut.states))
     most = (cut.budget - size * cut.states) // (max(1, size) * used + cut.converted)
     classes = _even(cut.vocab, max(_NARROW, most))
-    block = cut.block(used * size * classes, size < cut.count or classes < cut.vocab)
+    block = cut.block(used * size * pitch(classes), size < cut.count or classes < cut.vocab)
     heads = x.heads(classes)
     for rows, states in cut.rows(size):
         n = len(states[0])
         for parts in zip(*(head.parts() for head in heads), strict=True):
             part, weight = parts[0]
-            room = block[: used * n * len(weight)].view(used, n, len(weight))
+            room = cut.room(block, used, n, len(weight))
             for out, state, head, (_, w) in zip(room, states, heads, parts, strict=True):
                 head.logits(state, part, w, out)
             yield cut.chunk(heads[0], rows, part, states[0], room), weight
@@ -244,6 +260,7 @@ class Gradients:
     def __init__(self, x: Inputs, wanted: Sequence[bool], hidden: Tensor | None = None) -> None:
         V, dtype = x.weight.shape[0], x.dtype
         self.hidden = torch.zeros(x.hidden.shape, dtype=dtype) if wanted[0] else hidden
+        self.narrow = x.narrow
         self.weight = _buffers.empty(x.weight.shape, dtype) if wanted[1] else None
         self.bias = torch.zeros(V, dtype=dtype) if wanted[2] else None
         self.written = 0
@@ -262,10 +279,10 @@ class Gradients:
     def add_range(self, chunk: Chunk, part: slice, d_logits: Tensor, w: Tensor | None) -> None:
         """The gradient (n, range) of logits over a range; w, the weight of the range, is for the gradient towards hidden."""
         if self.hidden is not None and w is not None:
-            self._of(chunk.rows, self.hidden).addmm_(d_logits, w)
+            matmul(d_logits, w, self._of(chunk.rows, self.hidden), add=True, narrow=self.narrow)
         if self.weight is not None:
-            fresh = part.stop > self.written
-            self.weight[part].addmm_(d_logits.t(), chunk.hidden, beta=0 if fresh else 1)
+            seen = part.stop <= self.written
+            matmul(d_logits.t(), chunk.hidden, self.weight[part], add=seen, narrow=self.narrow)
             self.written = max(self.written, part.stop)
         if self.bias is not None:
             self.bias[part] += d_logits.sum(0)

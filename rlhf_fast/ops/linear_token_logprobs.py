@@ -45,7 +45,8 @@ def linear_token_logprobs(
     """token_logprobs of logits = hidden weight^T + bias, a few rows of logits at a time.
 
     Masked rows are taken out before the product. The product and its gradients are computed and accumulated
-    in fp32 (fp64 when hidden or weight is), so bf16 weights give fp32 logits. With a frozen weight and bias the
+    in fp32 (fp64 when hidden or weight is): products of bf16 states and weights are exact and give fp32 logits. Where both are
+    bf16 and the processor multiplies bf16, the gradients of the logits are rounded to it, as PyTorch would. With a frozen weight and bias the
     forward also keeps the derivative towards hidden of the outputs named in `directions`, for logprobs
     u = (W[token] - sum_v p_v W_v) / temperature: the backward of these outputs is then a scaling of rows. Gradients of
     other outputs, and those of a trained weight or bias, compute the logits again, and only for rows whose upstream
@@ -62,13 +63,14 @@ def linear_token_logprobs(
         ref_weight: (V, R) head of the reference, a constant; None = `weight` and `bias` themselves.
         ref_bias: (V,) bias of ref_weight, a constant.
         chunk_bytes: budget in bytes of the logits and of what else lives for one chunk (at least one row is computed);
-            None = 64 MiB. A second direction takes a second buffer from it.
+            None = 64 MiB. A second direction takes a second buffer from it. The product has 2 MiB of its own.
         directions: of "logprobs", "entropy", "logsumexp", "kl": whose derivative a forward with a frozen head keeps, in
             (..., H) fp32 each. Without effect on the results.
 
     Returns:
         TokenStats, each (...) fp32 (fp64 when hidden or weight is), differentiable towards hidden, weight and
-        bias. The bits of a row are those of this machine's matrix product, which may depend on the batch.
+        bias. A row has the same bits in any batch and chunk and for any number of threads where the C++ product serves
+        (fp32, bf16 and fp16 on x86-64 with AVX2); elsewhere they are those of PyTorch's product, which may depend on the batch.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument. A token id outside of

@@ -193,7 +193,8 @@ def _fake_forward(logits, token_ids, mask, temperature, ref_logits, temperature_
 
 
 def backward_into(grad, logits, token_ids, state, mask, temperature, ref_logits, grads, temperature_value, softcap):  # type: ignore[no-untyped-def]
-    """The C++ backward into `grad`, contiguous (..., V), which may be the logits themselves. grads: four of (...) or None."""
+    """The C++ backward into `grad`, (..., V) contiguous or (N, V) with rows any distance apart, which may be the logits
+    themselves. grads: four of (...) or None."""
     rows, vocab = token_ids.numel(), logits.shape[-1]
     if grads[3] is None:
         ref_logits = None
@@ -213,6 +214,7 @@ def backward_into(grad, logits, token_ids, state, mask, temperature, ref_logits,
         vocab,
         *layout,
         state.shape[-1],
+        grad.stride(0) if grad.dim() == 2 else vocab,
         temperature_value,
         softcap,
         DTYPES[logits.dtype],

@@ -11,6 +11,7 @@ import rlhf_fast
 from rlhf_fast import linear_ppo_loss, linear_token_logprobs, ppo_loss
 from rlhf_fast.bench.engine import peak_extra_bytes
 from rlhf_fast.dialects import DIALECTS
+from rlhf_fast.ops._matmul import pitch
 from rlhf_fast.reference import linear_ppo_loss as reference
 from rlhf_fast.reference._reduce import REDUCTIONS
 
@@ -175,7 +176,7 @@ def test_matrix_products(trained, per_chunk, coef):
     kwargs["old_logprobs"] = linear_token_logprobs(
         *(kwargs[k] for k in HEAD[:3]), bias=kwargs["bias"]
     ).logprobs.detach()
-    for chunks, chunk_bytes in ((1, None), (4, 9 * 4 * (V + 3 * H))):
+    for chunks, chunk_bytes in ((1, None), (4, 9 * 4 * (pitch(V) + 3 * H))):
         n = B * T // chunks
         with Watch() as watch:
             loss = linear_ppo_loss(**kwargs, entropy_coef=coef, chunk_bytes=chunk_bytes).loss
@@ -194,7 +195,7 @@ def test_rows_without_gradient_are_left_out_of_the_products_of_the_gradients():
     kwargs["advantages"][3, 8] = 0.0
     kwargs["old_logprobs"] = linear_token_logprobs(*(kwargs[k] for k in HEAD[:3]), bias=kwargs["bias"]).logprobs
     B, T, V, H = SIZE
-    for chunk_bytes in (None, 9 * 4 * (V + 3 * H)):
+    for chunk_bytes in (None, 9 * 4 * (pitch(V) + 3 * H)):
         for temperature in (1.0, torch.ones(B, T)):
             trained = leaves(kwargs, LEAVES)
             with Watch() as watch:

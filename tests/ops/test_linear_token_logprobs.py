@@ -254,6 +254,23 @@ def test_no_tensor_is_larger_than_the_budget(trained, directions):
     torch.testing.assert_close(out.kl, rlhf_fast.linear_token_logprobs(**kwargs).kl, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(dtype, native):
+    if native.isa() == "scalar":
+        pytest.skip("PyTorch's product serves this processor, and promises nothing")
+    kwargs = unmasked(reference.sample((40,), 500, 16, dtype=dtype, ref=False))
+
+    def run(rows, threads, chunk_bytes=None):
+        torch.set_num_threads(threads)
+        some = {k: v[rows] if k in ("hidden", "token_ids") else v for k, v in kwargs.items()}
+        return results(some, ("hidden",), ("logsumexp",), chunk_bytes=chunk_bytes, directions=("logsumexp",))
+
+    whole = run(slice(None), 2)
+    for rows, threads, chunk_bytes in ((slice(0, 1), 1, None), (slice(7, 31), 3, 1), (slice(0, 40), 1, 40_000)):
+        for got, all_rows in zip(run(rows, threads, chunk_bytes)[:3], whole[:3], strict=True):
+            assert torch.equal(got, all_rows[rows])
+
+
 def test_chunks_do_not_change_the_result():
     kwargs = reference.sample((40,), 500, 16)
     whole = results(kwargs, ("hidden", "weight", "bias"))
