@@ -17,7 +17,7 @@ from rlhf_fast.model import SharedModel
 from rlhf_fast.rollout import Rollout, generate
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
-from rlhf_fast.train.scoring import head_logprobs
+from rlhf_fast.train.scoring import head_logprobs, head_ppo_loss
 
 OF_UPDATES = ("tokens", "ratio_clamped")
 """Statistics that add up over updates."""
@@ -194,20 +194,21 @@ class Trainer:
         trunk = None if e.trunk is None else e.trunk[rows]
         mask, old_logprobs = e.mask[rows], e.logprobs[rows]
         hidden = self.model(ids, attention, roles=("policy",), trunk=trunk).policy.hidden
-        stats = self._response_stats(rollout, rows, hidden)
-        policy = ppo_loss(
-            stats.logprobs,
+        policy = head_ppo_loss(
+            self.model,
+            hidden[:, rollout.prompt_length - 1 : -1],
+            rollout.responses[rows],
             old_logprobs,
             targets.advantages[rows],
             mask,
+            temperature=self.config.rollout.temperature,
             clip=ppo.clip,
             dual_clip=ppo.dual_clip,
-            entropy=stats.entropy if ppo.entropy_coef else stats.entropy.detach(),
             entropy_coef=ppo.entropy_coef,
             normalizer=max(tokens, 1),
         )
         policy.loss.backward()
-        del hidden, stats
+        del hidden
         values = self.model(ids, attention, roles=("value",), trunk=trunk).value.values
         value = ppo_loss(
             old_logprobs,
