@@ -45,6 +45,17 @@ def test_a_wrong_result_is_never_timed():
         run(wrong, LIMITS)
 
 
+def test_a_small_value_of_the_wrong_size_counts_where_errors_are_relative():
+    def off(x):
+        return (2 * x["x"] + torch.tensor([0.0, 1e-6, 0.0, 0.0]),)
+
+    row = run(case(contenders={OURS: double, "off": off}, relative=1e-7), LIMITS)
+    assert row.errors == {OURS: 0.0, "off": pytest.approx(5e-7, rel=0.1)}
+    run(case(contenders={OURS: off}), LIMITS)  # 2e-7 of the largest value
+    with pytest.raises(GateError, match="result 0 is wrong"):
+        run(case(contenders={OURS: off}, relative=1e-7), LIMITS)
+
+
 def test_a_contender_that_changes_its_input_is_found():
     with pytest.raises(GateError, match="changed its input x"):
         run(case(contenders={OURS: double, "careless": lambda x: (x["x"].mul_(2),)}), LIMITS)
