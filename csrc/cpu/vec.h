@@ -44,7 +44,13 @@ constexpr bool kRegisters = true;  // a vector lives in registers; otherwise it 
 constexpr bool kRegisters = false;
 #endif
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// 2^(j / 16).
+constexpr float kSixteenths[16] = {0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f,
+                                   0x1.306fe0p+0f, 0x1.3dea64p+0f, 0x1.4bfdaep+0f, 0x1.5ab07ep+0f,
+                                   0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
+                                   0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
+
+inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }  // for a single use
 
 // Two vectors of consecutive memory, in whatever order is cheapest to load; storing a pair undoes it.
 template <class V>
@@ -150,13 +156,27 @@ inline void largest_bits(const uint16_t* p, int64_t n, int16_t* up, uint16_t* do
 inline Float pad(const Float& a, int n) { return select(first_lanes(n), a, Float::splat(-INFINITY)); }
 inline Double pad(Double a, int) { return a; }
 
-// t[i] += lane i.
-inline void add_lanes(const Float& a, double (&t)[kLanes]) {
-  float v[kLanes];
-  store(v, a);
-  for (int i = 0; i < kLanes; ++i) t[i] += v[i];
+// The sum of all lanes in double: lane by lane first, then the two halves of the lanes again and again.
+#if !defined(RLHF_FAST_VEC512)
+template <int N>
+inline double sum_of(const Float (&v)[N]) {
+  double t[kLanes] = {};
+  float lanes[kLanes];
+  for (const Float& x : v) {
+    store(lanes, x);
+    for (int i = 0; i < kLanes; ++i) t[i] += lanes[i];
+  }
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] += t[i + half];
+  return t[0];
 }
-inline void add_lanes(Double a, double (&t)[1]) { t[0] += a.v; }
+#endif
+template <int N>
+inline double sum_of(const Double (&v)[N]) {
+  double t = 0;
+  for (const Double& x : v) t += x.v;
+  return t;
+}
 
 inline float maximum(const Float& a) {
   float v[kLanes];
@@ -234,22 +254,19 @@ constexpr float kExpFloor = -87.33f;  // e^kExpFloor is the smallest normal numb
 constexpr float kExpTop = 88.0f;
 constexpr float kLargest = 3.4028234663852886e38f;
 
-// x by = n + r with an integer n and |r| <= 1/2, as if the product were exact; t holds n in its low bits.
+// 2^(x by) = 2^n (1 + f), as if the product were exact: n is x by rounded to sixteenths, which a table holds, and 1 + f
+// is 2^r of the rest |r| <= 1/32. Three multiply-adds fewer than a polynomial over |r| <= 1/2, and those are what an
+// exponential costs.
 struct PowerOf2 {
-  Float t, n, p;  // p = 2^r
+  Float t, n, f;  // t holds 16 n in its low bits
 
   RLHF_FAST_INLINE PowerOf2(const Float& x, const Float& by) {
-    const Float shifter = Float::splat(0x1.8p23f);  // rounds to an integer and keeps it in the low bits
+    const Float shifter = Float::splat(0x1.8p19f);  // rounds to a sixteenth and keeps it in the low bits
     t = fma(x, by, shifter);
     n = t - shifter;
     const Float r = fms(x, by, n);
-    p = Float::splat(0x1.3eb2d8p-13f);  // minimax on |r| <= 1/2, relative error 2^-28
-    p = fma(p, r, Float::splat(0x1.5f0b8ep-10f));
-    p = fma(p, r, Float::splat(0x1.3b320ap-7f));
-    p = fma(p, r, Float::splat(0x1.c6af76p-5f));
-    p = fma(p, r, Float::splat(0x1.ebfbd6p-3f));
-    p = fma(p, r, Float::splat(0x1.62e430p-1f));
-    p = fma(p, r, Float::splat(1.0f));
+    f = fma(Float::splat(0x1.c6b08ep-5f), r, Float::splat(0x1.ebfff0p-3f));  // minimax, relative error 2^-29
+    f = r * fma(f, r, Float::splat(0x1.62e430p-1f));
   }
 };
 
@@ -269,19 +286,24 @@ struct ScaledExp<Float> {
   // For scale x <= 88; exactly 0 below kExpFloor. `alive`: the lanes that are not 0.
   RLHF_FAST_INLINE Float operator()(const Float& x, Mask* alive) const {
     *alive = not_less(x, floor);
-    const PowerOf2 e(x, by);
-    return times_power_of_2(*alive, e.p, e.t, e.n);
+    return where(*alive, of_normal(x));
   }
   // For any x, but -inf may give NaN, which saves an instruction. 0 below kExpFloor after flush_denormals; huge where
   // scale x > 88.
   RLHF_FAST_INLINE Float of_finite(const Float& x) const {
 #if defined(RLHF_FAST_VEC512)
-    const PowerOf2 e(x, by);
-    return times_power_of_2(e.p, e.t, e.n);
+    return of_normal(x);
 #else
     Mask alive;
     return (*this)(min(top, x), &alive);
 #endif
+  }
+
+ private:
+  // Where the result is a normal number.
+  RLHF_FAST_INLINE Float of_normal(const Float& x) const {
+    const PowerOf2 e(x, by);
+    return power_of_2(e.t, e.n, e.f);
   }
 };
 

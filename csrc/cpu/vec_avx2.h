@@ -59,6 +59,24 @@ inline Float times_power_of_2(Mask m, Float a, Float t, Float) {
   };
   return where(m, {half(a.lo, t.lo), half(a.hi, t.hi)});
 }
+// 2^n (1 + f) for n in sixteenths, 16 n being in the low bits of t; noise where 2^n is not a normal number.
+inline Float power_of_2(Float t, Float, Float f) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const auto entries = [&](int i) RLHF_FAST_INLINE {  // less the bits that 16 n << 19 has below the exponent
+    const __m256i fraction = _mm256_slli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(i)), 19);
+    return _mm256_sub_epi32(_mm256_castps_si256(_mm256_loadu_ps(kSixteenths + i)), fraction);
+  };
+  const __m256i low = entries(0), high = entries(8);
+  const auto half = [&](__m256 x) RLHF_FAST_INLINE {
+    const __m256i i = _mm256_castps_si256(x);
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
+    const __m256 entry = _mm256_blendv_ps(_mm256_castsi256_ps(_mm256_permutevar8x32_epi32(low, i)),
+                                          _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(high, i)), upper);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(entry), _mm256_slli_epi32(i, 19)));
+  };
+  const Float p = {half(t.lo), half(t.hi)};
+  return fma(p, f, p);
+}
 
 inline Float load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline Float load(const BFloat16* p) {

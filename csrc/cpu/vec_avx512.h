@@ -35,7 +35,26 @@ inline Float where(Mask m, Float a) { return {_mm512_maskz_mov_ps(m.m, a.v)}; }
 inline Float fma_where(Mask m, Float a, Float b, Float c) { return {_mm512_mask3_fmadd_ps(a.v, b.v, c.v, m.m)}; }
 inline Mask first_lanes(int n) { return {static_cast<__mmask16>((1u << n) - 1)}; }
 inline Float times_power_of_2(Mask m, Float a, Float, Float n) { return {_mm512_maskz_scalef_ps(m.m, a.v, n.v)}; }
-inline Float times_power_of_2(Float a, Float, Float n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// 2^n (1 + f) for n in sixteenths, 16 n being in the low bits of t; NaN where 2^n is too large. No product of 2^n
+// alone, which may be too small where the result is not.
+inline Float power_of_2(Float t, Float n, Float f) {
+  const __m512 entry = _mm512_permutexvar_ps(_mm512_castps_si512(t.v), _mm512_loadu_ps(kSixteenths));
+  const __m512 p = _mm512_scalef_ps(entry, n.v);
+  return {_mm512_fmadd_ps(p, f.v, p)};
+}
+
+template <int N>
+inline double sum_of(const Float (&v)[N]) {
+  __m512d lo = _mm512_setzero_pd(), hi = lo;
+  for (const Float& x : v) {
+    lo = _mm512_add_pd(lo, _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)));
+    hi = _mm512_add_pd(hi, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1)));
+  }
+  lo = _mm512_add_pd(lo, hi);
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(lo), _mm512_extractf64x4_pd(lo, 1));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
+}
 
 inline Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Float load(const BFloat16* p) {
@@ -90,8 +109,10 @@ inline Pair<Float> load_pair(const BFloat16* p) {
 }
 inline __m512i pack_pair(const Pair<Float>& x) {
 #if defined(RLHF_FAST_ISA_AVX512BF16)
-  const auto bits = [](Float a) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v))); };
-  return _mm512_or_si512(bits(x.a), _mm512_slli_epi32(bits(x.b), 16));
+  alignas(64) constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b.v, x.a.v));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
 #else
   const __m512i even = _mm512_srli_epi32(rounded(x.a), 16), keep = _mm512_set1_epi32(~0xffff);
   return _mm512_ternarylogic_epi32(keep, rounded(x.b), even, 0xca);

@@ -80,6 +80,14 @@ inline Mask first_lanes(int n) {
 inline Float times_power_of_2(const Mask& m, const Float& a, const Float& t, const Float&) {
   return quads([&](int i) { return number((bits(a.v[i]) + (bits(t.v[i]) << 23)) & m.m[i]); });
 }
+// 2^n (1 + f) for n in sixteenths, 16 n being in the low bits of t; noise where 2^n is not a normal number.
+inline Float power_of_2(const Float& t, const Float&, const Float& f) {
+  return quads([&](int i) {
+    const QuadI n = bits(t.v[i]), j = n & 15;
+    const QuadF entry = {kSixteenths[j[0]], kSixteenths[j[1]], kSixteenths[j[2]], kSixteenths[j[3]]};
+    return number(bits(entry + entry * f.v[i]) + (n >> 4 << 23));
+  });
+}
 
 inline Float load(const float* p) {
   Float r;

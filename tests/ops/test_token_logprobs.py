@@ -10,7 +10,7 @@ from token_parity import DTYPES, NAMES, assert_all_parity, stats, three
 from torch.library import opcheck
 
 import rlhf_fast
-from rlhf_fast.ops.token_logprobs import _layout
+from rlhf_fast.ops.token_logprobs import _layout, backward_into
 from rlhf_fast.reference import token_logprobs as reference
 
 NAN, INF = float("nan"), float("inf")
@@ -344,6 +344,25 @@ def test_a_logit_far_above_all_before_it_takes_the_whole_weight(each_isa, leap):
         torch.testing.assert_close(found[0], truth.amax(-1).float(), rtol=1e-6, atol=tolerances.FLOOR[torch.float32])
         torch.testing.assert_close(found[1], -(truth * truth.exp()).sum(-1).float(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found[2], torch.logsumexp(logits, -1))
+
+
+def test_the_exponential_is_at_most_one_ulp_off(each_isa):
+    """Seen through the gradient of logsumexp in a row whose largest logit and sum are given: base 2, every power alike."""
+    by = math.log2(math.e)
+    x = torch.cat(
+        [torch.linspace(-125.9, 0, 400_001), -torch.logspace(-9, 0, 100_000), torch.tensor([-126.5, -1e9, -INF])]
+    )
+    state = torch.tensor([[0.0, 1 / by, 0.0]])
+    one, target = torch.ones(1), torch.tensor([0])
+    truth = torch.exp2(x.double())
+    ulp = torch.exp2(x.double().floor() - 23)
+    for _, found in each_isa(
+        lambda: backward_into(
+            torch.empty(1, x.numel()), x[None], target, state, None, None, None, (None, None, one, None), by, 0.0
+        )
+    ):
+        assert ((found[0].double() - truth).abs() / ulp)[1:-3].max() <= 1.0
+        assert (found[0, -3:] == 0).all()
 
 
 def test_tiny_probabilities_cost_nothing_and_leave_the_processor_as_it_was():

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import rlhf_fast
+from rlhf_fast import _buffers
 from rlhf_fast.bench import peers
 from rlhf_fast.bench.cases.common import DTYPES, TRUTH_ROWS, backward, compiled, leaf, no_grad, peer
 from rlhf_fast.bench.engine import OURS, Call, Case, Results
 from rlhf_fast.bench.machine import Machine
+from rlhf_fast.ops.token_logprobs import backward_into, forward
 
 SHAPES = [(2048, 50304), (2048, 151936)]
 
@@ -124,6 +126,28 @@ def truth(call: Call) -> Call:
     )
 
 
+def gradient(x: dict[str, Any]) -> Results:
+    """Our backward alone, of what a forward kept, into memory that is there already."""
+    grads = (x["g_logprobs"], x["g_entropy"], x["g_logsumexp"], None)
+    return (backward_into(x["into"], x["logits"], x["ids"], x["state"], None, None, None, grads, 1.0, 0.0),)
+
+
+def gradient_of_log_softmax(x: dict[str, Any]) -> Results:
+    """The same by autograd."""
+    logits = leaf(x["logits"])
+    outputs = (*log_softmax(logits, x["ids"]), torch.logsumexp(logits, -1))
+    backward(outputs, (x["g_logprobs"], x["g_entropy"], x["g_logsumexp"]))
+    return (logits.grad,)
+
+
+def make_backward(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs of the backward alone."""
+    inputs = make(rows, vocab, dtype)
+    into = _buffers.empty((rows, vocab), dtype).zero_()
+    state = forward(inputs["logits"], inputs["ids"], None, None, None, 1.0, 0.0, True)[-1]
+    return {**inputs, "g_logsumexp": inputs["g_entropy"].flip(0), "state": state, "into": into}
+
+
 def make(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     return {
@@ -135,7 +159,7 @@ def make(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def cases() -> Iterator[Case]:
-    """Forward alone, and forward with backward of log-prob and entropy."""
+    """Forward alone, forward with backward of log-prob and entropy, and backward alone."""
     for rows, vocab in SHAPES:
         for label, dtype in DTYPES.items():
             inputs = partial(make, rows, vocab, dtype)
@@ -146,6 +170,9 @@ def cases() -> Iterator[Case]:
 
             def read_read_write(m: Machine, size: int = size, n: int = n) -> float:
                 return m.seconds(read=size, exps=n) + m.seconds(read=size, written=size, exps=n)
+
+            def read_write(m: Machine, size: int = size, n: int = n) -> float:
+                return m.seconds(read=size, written=size, exps=n)
 
             shape = f"[{rows}, {vocab}] {label}"
             yield Case(
@@ -166,6 +193,15 @@ def cases() -> Iterator[Case]:
                 read_read_write,
                 bars=BARS,
                 seconds=30,
+            )
+            yield Case(
+                "token_logprobs",
+                f"{shape}, backward with all gradients, into preallocated memory",
+                partial(make_backward, rows, vocab, dtype),
+                {OURS: gradient},
+                truth(gradient_of_log_softmax),
+                read_write,
+                bars={"limit": 0.85},
             )
             if vocab == SHAPES[0][1]:
                 yield Case(
