@@ -48,23 +48,32 @@ struct PolicyRules {
 };
 
 template <class T>
+struct RatioToken {
+  T log_ratio, ratio;
+  T clamped;  // 1 or 0: numbers, so that loops over tokens stay free of branches
+};
+
+template <class T>
+RLHF_FAST_INLINE_HD RatioToken<T> ratio_token(T logp, T old, const PolicyRules<T>& rules) {
+  const T difference = logp - old, log_ratio = clamp_of(difference, -rules.ratio_clamp, rules.ratio_clamp);
+  return {log_ratio, exp_of(log_ratio), difference > log_ratio || difference < log_ratio ? T(1) : T(0)};
+}
+
+template <class T>
 struct PolicyToken {
-  T log_ratio, ratio, loss, slope;  // slope: d loss / d logp
-  T clipped, capped, clamped;       // 1 or 0: numbers, so that loops over tokens stay free of branches
+  T loss, slope;      // slope: d loss / d logp
+  T clipped, capped;  // 1 or 0
 };
 
 // max(-A rho, -A clip(rho)), at most -c A where A < 0 (arXiv 1707.06347 eq. 7, 1912.09729 eq. 5).
 template <class T>
-RLHF_FAST_INLINE_HD PolicyToken<T> policy_token(T logp, T old, T advantage, const PolicyRules<T>& rules) {
-  const T difference = logp - old, log_ratio = clamp_of(difference, -rules.ratio_clamp, rules.ratio_clamp);
-  const T ratio = exp_of(log_ratio);
+RLHF_FAST_INLINE_HD PolicyToken<T> policy_token(T ratio, T clamped, T advantage, const PolicyRules<T>& rules) {
   const T plain = -advantage * ratio, bounded = -advantage * clamp_of(ratio, rules.low, rules.high);
   const T larger = bounded > plain ? bounded : plain;
   const T cap = rules.dual_clip * (advantage < 0 ? -advantage : advantage);  // where A >= 0 the loss is below 0
   const T loss = larger > cap ? cap : larger;
   const T clipped = larger > plain ? T(1) : T(0), capped = loss < larger ? T(1) : T(0);
-  const T clamped = difference > log_ratio || difference < log_ratio ? T(1) : T(0);
-  return {log_ratio, ratio, loss, clipped + capped + clamped > 0 ? T(0) : plain, clipped, capped, clamped};
+  return {loss, clipped + capped + clamped > 0 ? T(0) : plain, clipped, capped};
 }
 
 template <class T>

@@ -75,6 +75,12 @@ inline T kept(T x, Int<T> on) {
   return bits_as<T>(bits_as<Int<T>>(x) & on);
 }
 
+// x where `on` has all bits, y where it has none.
+template <class T>
+inline T chosen(T x, T y, Int<T> on) {
+  return bits_as<T>((bits_as<Int<T>>(x) & on) | (bits_as<Int<T>>(y) & ~on));
+}
+
 // on[i] = all bits for the real ones among tokens [at, at + size), none for the others and for the rest of the block.
 template <class I>
 inline void load_mask(I* on, const uint8_t* mask, int64_t at, int size) {

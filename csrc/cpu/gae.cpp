@@ -35,19 +35,24 @@ void scan_backward(const GaeBackwardArgs& a, Row row, T* grad_bootstrap) {
 template <class T>
 void forward_rows(const GaeArgs& a) {
   const GaeRules rules{a.gamma, a.lam, a.decay_gaps};
-  const GaeArrays<T> x{static_cast<const T*>(a.rewards), static_cast<const T*>(a.values), a.mask,
-                       static_cast<T*>(a.advantages), static_cast<T*>(a.returns)};
+  const int64_t tokens = a.cu_seqlens ? a.cu_seqlens[a.rows] : a.rows * a.length;
+  const bool past = tokens * static_cast<int64_t>(4 * sizeof(T)) > kStreamBytes;
+  const T* rewards = static_cast<const T*>(a.rewards);
+  const GaeArrays<T> x{static_cast<const T*>(a.values), a.mask, static_cast<T*>(a.advantages),
+                       static_cast<T*>(a.returns),      past,   past};
   const T* bootstrap = static_cast<const T*>(a.bootstrap);
   for_ranges(a.rows, row_grain(a), a.threads, [&](int64_t begin, int64_t end) {
     GaeRowScan<T> scan(rules, x);
     for (int64_t i = begin; i < end; ++i) {
       Row row = row_of(a, i);
       const int64_t last = real_end(a.mask, row);
-      memset(x.advantages + last, 0, sizeof(T) * (row.end - last));
-      memset(x.returns + last, 0, sizeof(T) * (row.end - last));
+      zero(x.advantages + last, row.end - last, past);
+      zero(x.returns + last, row.end - last, past);
       row.end = last;
-      scan.run(row, bootstrap ? static_cast<double>(bootstrap[i]) : 0.0, -1, nullptr, [](int64_t, int64_t) {});
+      scan.run(row, bootstrap ? static_cast<double>(bootstrap[i]) : 0.0, -1, nullptr,
+               [rewards](int64_t from, int64_t) { return rewards + from; });
     }
+    if (past) fence();
   });
 }
 

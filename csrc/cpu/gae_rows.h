@@ -14,6 +14,7 @@
 
 #include "eight.h"
 #include "moments.h"
+#include "output.h"
 #include "rows.h"
 
 namespace rlhf_fast {
@@ -26,9 +27,10 @@ struct GaeRules {
 
 template <class T>
 struct GaeArrays {
-  const T *rewards, *values;
+  const T* values;
   const uint8_t* mask;  // or null: all real
   T *advantages, *returns;
+  bool past_advantages = false, past_returns = false;  // written past the caches
 };
 
 // Eight tokens at a time, and what they need of the eight after them.
@@ -80,31 +82,38 @@ class GaeRowScan {
   GaeRowScan(const GaeRules& rules, const GaeArrays<T>& x) : rules_(rules), x_(x), window_(rules) {}
 
   // Scans a row that ends with its last token that counts. extra: a masked slot that counts, but for its advantage; -1:
-  // none. prepare(begin, end) is called before the rewards of [begin, end) are read, block by block from the last. The
-  // advantages of real tokens join `sums`, if any.
+  // none. prepare(begin, end) gives the rewards of [begin, end), block by block from the last. The advantages of real
+  // tokens join `sums`, if any.
   template <class Prepare>
   void run(Row row, double bootstrap, int64_t extra, MomentSums<T>* sums, const Prepare& prepare) {
     window_.start(bootstrap);
+    // Blocks counted from the first token begin a line wherever the row does. Whether the results go past the caches,
+    // which the size of the batch decides, must not change the order of the sums.
+    const bool from_first = sums || x_.past_returns;
     for (int64_t end = row.end, begin; end > row.begin; end = begin) {
-      begin = end - row.begin > kBlock ? end - kBlock : row.begin;
-      prepare(begin, end);
+      begin = end - row.begin <= kBlock ? row.begin
+              : from_first              ? row.begin + (end - row.begin - 1) / kBlock * kBlock
+                                        : end - kBlock;
+      const T* rewards = prepare(begin, end);
       const int n = static_cast<int>(end - begin);
-      if (!all_real(x_.mask ? x_.mask + begin : nullptr, n)) {
-        gather(begin, n, extra, begin > row.begin, sums);
-        continue;
-      }
-      T* advantages = x_.advantages + begin;
-      scan(x_.rewards + begin, x_.values + begin, advantages, x_.returns + begin, n, begin > row.begin);
-      if (sums) sums->take(advantages, nullptr, n);
+      T* advantages = x_.past_advantages ? staged_[0] : x_.advantages + begin;
+      T* returns = x_.past_returns ? staged_[1] : x_.returns + begin;
+      const uint8_t* mask = x_.mask ? x_.mask + begin : nullptr;
+      if (all_real(mask, n))
+        scan(rewards, x_.values + begin, advantages, returns, n, begin > row.begin);
+      else
+        gather(begin, n, extra, rewards, advantages, returns, begin > row.begin);
+      if (sums) sums->take(advantages, mask, n);
+      if (x_.past_advantages) stream_copy(x_.advantages + begin, advantages, n);
+      if (x_.past_returns) stream_copy(x_.returns + begin, returns, n);
     }
   }
 
  private:
   // scan of those among n slots that count; the others get 0.
-  void gather(int64_t begin, int n, int64_t extra, bool more, MomentSums<T>* sums) {
+  void gather(int64_t begin, int n, int64_t extra, const T* from_rewards, T* to_advantages, T* to_returns, bool more) {
     const uint8_t* mask = x_.mask + begin;
-    const T *from_rewards = x_.rewards + begin, *from_values = x_.values + begin;
-    T *to_advantages = x_.advantages + begin, *to_returns = x_.returns + begin;
+    const T* from_values = x_.values + begin;
     uint8_t counted[kBlock];
     memcpy(counted, mask, n);
     const bool has_extra = extra >= begin && extra < begin + n;
@@ -133,7 +142,6 @@ class GaeRowScan {
       }
     }
     if (has_extra) to_advantages[extra - begin] = 0;
-    if (sums) sums->take(to_advantages, mask, n);
   }
 
   // Advantages and returns of the n tokens before those of the last call; more: another call follows.
@@ -169,7 +177,8 @@ class GaeRowScan {
   const GaeRules rules_;
   const GaeArrays<T> x_;
   GaeWindow window_;
-  T block_[4][kBlock];
+  alignas(kLine) T block_[4][kBlock];
+  T staged_[2][kBlock];
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "chunks.h"
 #include "common/token_losses.h"
+#include "output.h"
 
 namespace rlhf_fast {
 namespace {
@@ -30,7 +31,7 @@ inline void with_kl_kind(int kind, bool straight_through, Body body) {
 // Tokens [at, at + size) of both log-probs, 0 where masked.
 template <class T>
 struct KlBlock {
-  Int<T> on[kBlock];
+  alignas(kLine) Int<T> on[kBlock];
   T x[kBlock], y[kBlock], out[kBlock];
 
   void load(const T* logprobs, const T* ref, const uint8_t* mask, int64_t at, int size) {
@@ -47,20 +48,25 @@ struct KlBlock {
   }
 };
 
-// out = estimates of the tokens [begin, end), 0 where masked.
+// out = estimates of the tokens [begin, end), 0 where masked; past the caches if `past`.
 template <class T>
 void estimate(const T* logprobs, const T* ref, const uint8_t* mask, T* out, int64_t begin, int64_t end, int kind,
-              T clamp_in, T clamp_out) {
+              T clamp_in, T clamp_out, bool past) {
   with_kl_kind(kind, false, [&](auto kind_constant, auto through) {
     const auto all_of = [=](const T* __restrict x, const T* __restrict y, T* __restrict to, int n) {
       for (int i = 0; i < n; ++i) to[i] = kl_token<kind_constant, through>(x[i], y[i], clamp_in, clamp_out).value;
     };
     each_block(begin, end, [&](int64_t at, int size) {
-      if (all_real(mask ? mask + at : nullptr, size)) return all_of(logprobs + at, ref + at, out + at, size);
+      const bool whole = all_real(mask ? mask + at : nullptr, size);
+      if (whole && !past) return all_of(logprobs + at, ref + at, out + at, size);
       KlBlock<T> block;
-      block.load(logprobs, ref, mask, at, size);
-      all_of(block.x, block.y, block.out, kBlock);
-      memcpy(out + at, block.out, sizeof(T) * size);
+      if (whole) {
+        all_of(logprobs + at, ref + at, block.out, size);
+      } else {
+        block.load(logprobs, ref, mask, at, size);
+        all_of(block.x, block.y, block.out, kBlock);
+      }
+      past ? stream_copy(out + at, block.out, size) : static_cast<void>(memcpy(out + at, block.out, sizeof(T) * size));
     });
   });
 }

@@ -12,8 +12,11 @@ void forward(const KlEstimateArgs& a) {
   const T* logprobs = static_cast<const T*>(a.logprobs);
   const T* ref = static_cast<const T*>(a.ref_logprobs);
   T* out = static_cast<T*>(a.out);
+  const bool past = a.n * static_cast<int64_t>(3 * sizeof(T)) > kStreamBytes;
   for_ranges(a.n, kGrainTokens, a.threads, [&](int64_t begin, int64_t end) {
-    estimate(logprobs, ref, a.mask, out, begin, end, a.kind, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out));
+    estimate(logprobs, ref, a.mask, out, begin, end, a.kind, static_cast<T>(a.clamp_in), static_cast<T>(a.clamp_out),
+             past);
+    if (past) fence();
   });
 }
 

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "chunks.h"
+#include "output.h"
 
 namespace rlhf_fast {
 namespace {
@@ -111,27 +112,31 @@ PartMoments moments_of(const T* x, const uint8_t* mask, int64_t begin, int64_t e
   return sums.moments();
 }
 
-// y = (x - mean) scale + shift of [begin, end), 0 where masked; y may be x.
+// y = (x - mean) scale + shift of [begin, end), 0 where masked; y may be x. past: past the caches.
 template <class T>
-void standardise(const T* x, const uint8_t* mask, T* y, int64_t begin, int64_t end, const Moments& m, double shift) {
+void standardise(const T* x, const uint8_t* mask, T* y, int64_t begin, int64_t end, const Moments& m, double shift,
+                 bool past) {
   const Eight mean = Eight::splat(m.mean), scale = Eight::splat(m.scale), add = Eight::splat(shift);
   const auto at = [=](const T* p) RLHF_FAST_INLINE { return (Eight::load(p) - mean) * scale + add; };
-  each_block(begin, end, [&](int64_t t, int size) {
-    const bool whole = all_real(mask ? mask + t : nullptr, size);
-    const int64_t stop = t + size;
-    if (!whole && !memchr(mask + t, 1, size)) {
-      memset(y + t, 0, sizeof(T) * size);
-      return;
-    }
+  alignas(kLine) T staged[kBlock];
+  each_block(begin, end, [&](int64_t begin, int size) {
+    const uint8_t* real = mask ? mask + begin : nullptr;
+    const T* from = x + begin;
+    const bool whole = all_real(real, size);
+    if (!whole && !memchr(real, 1, size)) return zero(y + begin, size, past);
+    T* to = past ? staged : y + begin;
+    int i = 0;
     if (whole)
-      for (; t + kEight <= stop; t += kEight) at(x + t).store(y + t);
+      for (; i + kEight <= size; i += kEight) at(from + i).store(to + i);
     else
-      for (; t + kEight <= stop; t += kEight) where(mask + t, at(x + t)).store(y + t);
-    if (t == stop) return;
-    T tail[kEight] = {};
-    memcpy(tail, x + t, sizeof(T) * (stop - t));
-    at(tail).store(tail);
-    for (int64_t i = t; i < stop; ++i) y[i] = whole || mask[i] ? tail[i - t] : T(0);
+      for (; i + kEight <= size; i += kEight) where(real + i, at(from + i)).store(to + i);
+    if (i < size) {
+      T tail[kEight] = {};
+      memcpy(tail, from + i, sizeof(T) * (size - i));
+      at(tail).store(tail);
+      for (int k = 0; i < size; ++k, ++i) to[i] = whole || real[i] ? tail[k] : T(0);
+    }
+    if (past) stream_copy(y + begin, to, size);
   });
 }
 

@@ -9,6 +9,7 @@
 #include "chunks.h"
 #include "kl.h"
 #include "ops.h"
+#include "output.h"
 #include "rows.h"
 
 namespace rlhf_fast {
@@ -69,6 +70,7 @@ struct Problem {
   const T *logprobs, *old, *advantages, *entropy, *ref, *values, *old_values, *returns, *importance;
   T *grad_logprobs, *grad_entropy, *grad_values;
   PolicyRules<T> rules;
+  bool past;  // too large for the caches
   T value_bound;
   double share;         // 1 / denominator
   T value_0, return_0;  // of the first real token: variances are sums of squares around it
@@ -89,6 +91,7 @@ struct Problem {
         grad_values(static_cast<T*>(a.grad_values)),
         rules{static_cast<T>(1 - a.clip_low), static_cast<T>(1 + a.clip_high), static_cast<T>(a.dual_clip),
               static_cast<T>(a.ratio_clamp)},
+        past(a.n * static_cast<int64_t>(sizeof(T) * (values ? 8 : 4)) > kStreamBytes),
         value_bound(old_values ? static_cast<T>(a.value_clip) : static_cast<T>(INFINITY)) {}
 };
 
@@ -118,8 +121,8 @@ class Chunk {
     for (at_ = begin; at_ < end; at_ += kBlock) {
       size_ = static_cast<int>(end - at_ < kBlock ? end - at_ : kBlock);
       load_mask(on_, p_.a.mask, at_, size_);
-      whole_ = size_ == kBlock && all_real(p_.a.mask + at_, kBlock);
       if (by_row) row = weigh(row);
+      if (p_.past) fetch_ahead();
       policy();
       if (p_.ref) kl();
       if (p_.grad_logprobs) store(p_.grad_logprobs);
@@ -153,10 +156,25 @@ class Chunk {
     }
   }
 
-  const T* block_of(const T* from, int copy, T fill = 0) {
-    return rlhf_fast::block_of(from, copies_[copy], on_, whole_, at_, size_, fill);
+  // The block of an array, or a copy of it where the block is cut short. Masked tokens hold anything.
+  const T* block_of(const T* from, int copy) {
+    if (size_ == kBlock) return from + at_;
+    memcpy(copies_[copy], from + at_, sizeof(T) * size_);
+    memset(copies_[copy] + size_, 0, sizeof(T) * (kBlock - size_));
+    return copies_[copy];
   }
-  void store(T* to) const { memcpy(to + at_, grad_, sizeof(T) * size_); }
+  void store(T* to) const {
+    p_.past ? stream_copy(to + at_, grad_, size_) : static_cast<void>(memcpy(to + at_, grad_, sizeof(T) * size_));
+  }
+  // The block after the next, while this one is computed: the loops are too long for the processor to look ahead.
+  void fetch_ahead() const {
+    const int64_t ahead = at_ + 2 * kBlock;
+    if (ahead + kBlock > p_.a.n) return;
+    const T* const arrays[] = {p_.logprobs, p_.old, p_.advantages, p_.values, p_.old_values, p_.returns};
+    for (const T* from : arrays)
+      if (from)
+        for (int i = 0; i < kBlock; i += kLine / static_cast<int>(sizeof(T))) prefetch(from + ahead + i);
+  }
 
   // sum_[k] += weight x, for the sum k of a term and its plain sum.
   void add(Sum weighted, Sum plain, const T* x) {
@@ -175,17 +193,21 @@ class Chunk {
     const T* __restrict advantages = block_of(p_.advantages, 2);
     const PolicyRules<T> rules = p_.rules;
     Int<T> low = low_, high = high_, events = 0;
+    // Two loops: in one the chain from log-prob to loss is so long that too few tokens are under way at a time.
     for (int i = 0; i < kBlock; ++i) {
-      const PolicyToken<T> t = policy_token(logprobs[i], old[i], advantages[i], rules);
-      loss_[i] = t.loss;
-      slope_[i] = t.slope;
+      const RatioToken<T> t = ratio_token(kept(logprobs[i], on_[i]), kept(old[i], on_[i]), rules);
       log_ratio_[i] = t.log_ratio;
       ratio_[i] = t.ratio;
       k3_[i] = k3_of(t.log_ratio);
-      event_[i] = static_cast<Int<T>>(t.clipped) + (static_cast<Int<T>>(t.capped) << 10) +
-                  (static_cast<Int<T>>(t.clamped) << 20);
+      clamped_[i] = t.clamped;
+    }
+    for (int i = 0; i < kBlock; ++i) {
+      const PolicyToken<T> t = policy_token(ratio_[i], clamped_[i], kept(advantages[i], on_[i]), rules);
+      loss_[i] = t.loss;
+      slope_[i] = t.slope;
+      event_[i] = static_cast<Int<T>>(t.clipped + t.capped * 1024 + clamped_[i] * 1048576);
       // Without a branch, which the compiler would not turn into vectors.
-      const Int<T> bits = bits_as<Int<T>>(t.ratio), least = bits | (~on_[i] & kMost), most = bits & on_[i];
+      const Int<T> bits = bits_as<Int<T>>(ratio_[i]), least = bits | (~on_[i] & kMost), most = bits & on_[i];
       low = least < low ? least : low;
       high = most > high ? most : high;
     }
@@ -198,8 +220,8 @@ class Chunk {
     if (p_.importance) {
       const T* __restrict importance = block_of(p_.importance, 3);
       for (int i = 0; i < kBlock; ++i) {
-        loss_[i] *= importance[i];
-        slope_[i] *= importance[i];
+        loss_[i] *= kept(importance[i], on_[i]);
+        slope_[i] *= kept(importance[i], on_[i]);
       }
     }
     Eight policy = sum_[kPolicy], square = sum_[kSquare], k3 = sum_[kK3Sum];
@@ -226,7 +248,8 @@ class Chunk {
     const T coef = static_cast<T>(p_.a.kl_coef);
     with_kl_kind(p_.a.kl_kind, p_.a.kl_straight_through, [&](auto kind, auto through) {
       for (int i = 0; i < kBlock; ++i) {
-        const ValueSlope<T> t = kl_token<kind, through>(logprobs[i], ref[i], clamp_in, clamp_out);
+        const ValueSlope<T> t =
+            kl_token<kind, through>(kept(logprobs[i], on_[i]), kept(ref[i], on_[i]), clamp_in, clamp_out);
         loss_[i] = t.value;
         grad_[i] += kept(share_[i] * coef * t.slope, on_[i]);  // the slope of k1 at 0 is 1
       }
@@ -235,7 +258,8 @@ class Chunk {
   }
 
   void bonus() {
-    add(kBonus, kEntropySum, block_of(p_.entropy, 0));
+    load_block(loss_, p_.entropy, on_, at_, size_);
+    add(kBonus, kEntropySum, loss_);
     if (!p_.grad_entropy) return;
     const T coef = -static_cast<T>(p_.a.entropy_coef);
     for (int i = 0; i < kBlock; ++i) grad_[i] = kept(share_[i] * coef, on_[i]);
@@ -244,12 +268,14 @@ class Chunk {
 
   void value() {
     const T value_0 = p_.value_0, return_0 = p_.return_0, bound = p_.value_bound;
-    const T* __restrict values = block_of(p_.values, 0, value_0), * __restrict returns =
-                                                                      block_of(p_.returns, 1, return_0);
-    const T* __restrict old = p_.old_values ? block_of(p_.old_values, 2, value_0) : values;
+    const T* __restrict values = block_of(p_.values, 0), * __restrict returns = block_of(p_.returns, 1);
+    const T* __restrict old = p_.old_values ? block_of(p_.old_values, 2) : values;
     Int<T> clipped = 0;
     for (int i = 0; i < kBlock; ++i) {
-      const ValueToken<T> t = value_token(values[i], old[i], returns[i], bound);
+      const T v = chosen(values[i], value_0, on_[i]), r = chosen(returns[i], return_0, on_[i]);
+      const ValueToken<T> t = value_token(v, chosen(old[i], value_0, on_[i]), r, bound);
+      value_[i] = v;
+      return_[i] = r;
       loss_[i] = kept(t.loss, on_[i]);
       slope_[i] = kept(t.slope, on_[i]);
       event_[i] = static_cast<Int<T>>(t.clipped) & on_[i];
@@ -261,7 +287,7 @@ class Chunk {
     Eight loss = sum_[kValue], sum = sum_[kReturn], square = sum_[kReturnSquare];
     Eight error = sum_[kError], error_square = sum_[kErrorSquare];
     for (int i = 0; i < kBlock; i += kEight) {
-      const Eight r = Eight::load(returns + i), d = r - first, e = (r - Eight::load(values + i)) - first_error;
+      const Eight r = Eight::load(return_ + i), d = r - first, e = (r - Eight::load(value_ + i)) - first_error;
       loss = loss + Eight::load(weight_ + i) * Eight::load(loss_ + i);
       sum = sum + d;
       square = square + d * d;
@@ -284,11 +310,11 @@ class Chunk {
   const Problem<T>& p_;
   int64_t at_ = 0;
   int size_ = 0;
-  bool whole_ = false;  // no token of the block is masked or missing
-  Int<T> on_[kBlock];
-  double weight_[kBlock];  // in the loss; in double, so that the mean of a constant is that constant
-  T share_[kBlock];        // the same in T
-  T loss_[kBlock], slope_[kBlock], grad_[kBlock], log_ratio_[kBlock], ratio_[kBlock], k3_[kBlock];
+  alignas(64) Int<T> on_[kBlock];  // a vector of an array across two lines would cost twice as much
+  double weight_[kBlock];          // in the loss; in double, so that the mean of a constant is that constant
+  T share_[kBlock];                // the same in T
+  T loss_[kBlock], slope_[kBlock], grad_[kBlock], log_ratio_[kBlock], ratio_[kBlock], k3_[kBlock], clamped_[kBlock],
+      value_[kBlock], return_[kBlock];
   Int<T> event_[kBlock];
   T copies_[4][kBlock];
   Eight sum_[kSums];
@@ -365,6 +391,7 @@ void run(const PpoLossArgs& a) {
   chunks.each(a.threads, [&](int64_t c, int64_t begin, int64_t end) {
     Chunk<T> chunk(p);
     chunk.run(begin, end);
+    if (p.past) fence();
     partial[c] = chunk.sums();
   });
   Partial<T> total = {};

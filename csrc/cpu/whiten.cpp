@@ -30,8 +30,10 @@ void forward(const WhitenArgs& a) {
       return chunks.each(from, to,
                          [&](int64_t c, int64_t begin, int64_t end) { parts[c] = moments_of(x, a.mask, begin, end); });
     const Moments m = pooled(parts, chunks.count, {a.unbiased, false, a.eps});
+    const bool past = a.n * static_cast<int64_t>(2 * sizeof(T)) > kStreamBytes;
     standardise(x, a.mask, static_cast<T*>(a.out), chunks.begin(from), chunks.end(to - 1), m,
-                a.shift_mean ? 0.0 : m.mean);
+                a.shift_mean ? 0.0 : m.mean, past);
+    if (past) fence();
   });
 }
 
