@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from torch import Tensor
 
 SMALLEST = 2**20
 """Bytes from which a result is recycled: the 5 us that takes are little beside the kernel that fills it."""
-LARGEST_CACHE = 2**30
-"""Bytes of unused blocks that are kept."""
+LARGEST_CACHE = (
+    min(2**32, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16) if sys.platform == "linux" else 0
+)
+"""Bytes of unused blocks that are kept: a sixteenth of the memory, 4 GiB at most."""
 
 _HUGE_PAGE = 2 * 2**20
 _free: list[mmap.mmap] = []

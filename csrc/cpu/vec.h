@@ -50,6 +50,7 @@ constexpr float kSixteenths[16] = {0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0
                                    0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
                                    0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f};
 
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }  // for a single use
 
 // Two vectors of consecutive memory, in whatever order is cheapest to load; storing a pair undoes it.
