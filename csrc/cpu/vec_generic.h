@@ -7,6 +7,7 @@ namespace {
 // Four of the compiler's own vectors, which it maps to the baseline (SSE2, NEON).
 typedef float QuadF __attribute__((vector_size(16)));
 typedef int32_t QuadI __attribute__((vector_size(16)));
+typedef double QuadD __attribute__((vector_size(32)));
 
 struct Mask {
   QuadI m[4];  // all ones or all zeros
@@ -46,8 +47,12 @@ inline Float operator/(const Float& a, const Float& b) {
 inline Float fma(const Float& a, const Float& b, const Float& c) {
   return quads([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+// In double, where the product is exact: the rest of an argument of exp is the small difference of two large numbers.
 inline Float fms(const Float& a, const Float& b, const Float& c) {
-  return quads([&](int i) { return a.v[i] * b.v[i] - c.v[i]; });
+  return quads([&](int i) {
+    const auto wide = [](QuadF x) { return __builtin_convertvector(x, QuadD); };
+    return __builtin_convertvector(wide(a.v[i]) * wide(b.v[i]) - wide(c.v[i]), QuadF);
+  });
 }
 inline Float select(const Mask& m, const Float& a, const Float& b) {
   return quads([&](int i) { return number((bits(a.v[i]) & m.m[i]) | (bits(b.v[i]) & ~m.m[i])); });
