@@ -61,6 +61,8 @@ void run(const AdvantagesArgs& a) {
     scan->run(row, x.bootstrap ? static_cast<double>(x.bootstrap[i]) : 0.0, after ? slot : -1, sums,
               [&](int64_t begin, int64_t end) {
                 const int n = static_cast<int>(end - begin);
+                if (past && begin - row.begin >= 2 * kBlock)
+                  fetch<T>({x.logprobs, x.ref, x.values}, begin - 2 * kBlock, kBlock);
                 T *kl = past ? staged[0] : x.kl + begin, *rewards = past ? staged[1] : x.rewards + begin;
                 shape_rewards(a, x, begin, n, kl, rewards);
                 if (end == row.end) {

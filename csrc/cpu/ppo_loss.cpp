@@ -122,7 +122,8 @@ class Chunk {
       size_ = static_cast<int>(end - at_ < kBlock ? end - at_ : kBlock);
       load_mask(on_, p_.a.mask, at_, size_);
       if (by_row) row = weigh(row);
-      if (p_.past) fetch_ahead();
+      if (p_.past && at_ + 3 * kBlock <= p_.a.n)
+        fetch<T>({p_.logprobs, p_.old, p_.advantages, p_.values, p_.old_values, p_.returns}, at_ + 2 * kBlock, kBlock);
       policy();
       if (p_.ref) kl();
       if (p_.grad_logprobs) store(p_.grad_logprobs);
@@ -166,16 +167,6 @@ class Chunk {
   void store(T* to) const {
     p_.past ? stream_copy(to + at_, grad_, size_) : static_cast<void>(memcpy(to + at_, grad_, sizeof(T) * size_));
   }
-  // The block after the next, while this one is computed: the loops are too long for the processor to look ahead.
-  void fetch_ahead() const {
-    const int64_t ahead = at_ + 2 * kBlock;
-    if (ahead + kBlock > p_.a.n) return;
-    const T* const arrays[] = {p_.logprobs, p_.old, p_.advantages, p_.values, p_.old_values, p_.returns};
-    for (const T* from : arrays)
-      if (from)
-        for (int i = 0; i < kBlock; i += kLine / static_cast<int>(sizeof(T))) prefetch(from + ahead + i);
-  }
-
   // sum_[k] += weight x, for the sum k of a term and its plain sum.
   void add(Sum weighted, Sum plain, const T* x) {
     Eight w = sum_[weighted], s = sum_[plain];

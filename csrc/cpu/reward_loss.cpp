@@ -4,6 +4,7 @@
 #include "chunks.h"
 #include "common/elementary.h"
 #include "ops.h"
+#include "output.h"
 
 namespace rlhf_fast {
 namespace {
@@ -80,7 +81,8 @@ class Chunk {
 
   const RewardLossArgs& a_;
   const T share_;
-  Int<T> on_[kBlock], right_of_[kBlock];
+  alignas(kLine) Int<T> on_[kBlock];
+  Int<T> right_of_[kBlock];
   T chosen_[kBlock], rejected_[kBlock], margin_[kBlock], loss_[kBlock], slope_[kBlock], both_[kBlock], grad_[kBlock];
   Eight sum_[kSums];
   int64_t right_ = 0;
