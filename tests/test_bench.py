@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -239,7 +241,7 @@ def triton_red(in_ptr0, out_ptr0, out_ptr1, xnumel, r0_numel, XBLOCK : tl.conste
 
 
 def test_limits_of_this_machine_are_positive_and_told(native):
-    found = machine.measure()
+    found = machine.measure(machine.Probe())
     assert min(found.read, found.copy, found.exp, *found.gemm.values()) > 1e8
     assert found.isa == native.isa() and "GB/s" in "\n".join(found.lines())
 
@@ -308,9 +310,35 @@ def test_memory_columns_and_shares_appear_where_they_are_known():
         [],
         {OURS: 2**20, "TRL": 2**21},
         1.0,
+        0.5,
     )
-    assert row.share == 0.5
     assert "| 2 | 50 % | TRL 4 x | 1 / 2 |" in render.markdown(LIMITS, [row])
+    row.rates = {"read": 5e10, "copy": 6e10, "exp": 3e10}
+    assert "| 2 | 50 %, 50 GB/s | TRL 4 x | 1 / 2 |" in render.markdown(LIMITS, [row])
+    assert "50 % of the machine's limit (read 50 GB/s, copy 60 GB/s, exp 30 G/s)" in render.text_row(row)
+
+
+def test_the_limit_is_the_one_of_the_moment():
+    """A machine that slows down tenfold between two rounds makes neither slow nor fast kernels of ours."""
+
+    class Probe:
+        factor = 1.0
+
+        def __init__(self):
+            self.factors = itertools.cycle([1.0, 0.1])
+
+        def rates(self):
+            self.factor = next(self.factors)
+            return {"read": self.factor * 1e9, "copy": self.factor * 1e9, "exp": 1e12}
+
+    probe = Probe()
+
+    def ours(x):
+        time.sleep(0.002 / probe.factor)
+        return double(x)
+
+    row = run(case(contenders={OURS: ours}, limit=lambda m: m.seconds(read=1e6), seconds=0.2), LIMITS, probe=probe)
+    assert 0.35 < row.share_of_limit < 0.55 and row.rounds > 2 and set(row.rates) == {"read", "copy", "exp"}
 
 
 def test_a_fit_finds_the_exponent_the_furthest_point_and_every_kink():

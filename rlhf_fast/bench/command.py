@@ -86,7 +86,7 @@ def matches(case: Case | scale.Curve, pattern: str) -> bool:
 def curves(config: BenchConfig) -> int:
     """`--scale`: measure, print, write. 1 when a result is wrong."""
     todo = chosen(config.ops, list(scale.curves(config.largest)))
-    limits = machine.measure()
+    limits = machine.measure(machine.Probe())
     budget = max(0, machine.available_bytes() - scale.RESERVE)
     print("\n".join(limits.lines()), f"\nmemory for a point: {budget / 2**30:.1f} GiB", flush=True)
     done: list[tuple[scale.Curve, dict[str, scale.Line]]] = []
@@ -126,7 +126,8 @@ def main(arguments: Sequence[str]) -> int:
     if config.scale:
         return curves(config)
     todo = chosen(config.ops, list(all_cases()))
-    limits = machine.measure()
+    probe = machine.Probe()
+    limits = machine.measure(probe)
     print("\n".join(limits.lines()), flush=True)
     if config.peers:
         print(
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
         if config.seconds is not None:
             case = replace(case, seconds=config.seconds)
         try:
-            row = run(case, limits, only=lambda name: config.peers or is_native(name))
+            row = run(case, limits, only=lambda name: config.peers or is_native(name), probe=probe)
         except GateError as error:
             failed.append(str(error))
             print(f"WRONG  {error}", file=sys.stderr, flush=True)
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str]) -> int:
         document = {
             "machine": asdict(limits),
             "peers": peers.versions() if config.peers else {},
-            "rows": [asdict(row) | {"share_of_limit": row.share} for row in done],
+            "rows": [asdict(row) for row in done],
             "failed": failed,
         }
         Path(config.json).write_text(json.dumps(document, indent=1), encoding="utf-8")

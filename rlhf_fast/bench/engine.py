@@ -7,8 +7,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _buffers
-from rlhf_fast.bench.machine import Machine
+from rlhf_fast.bench.machine import Machine, Probe
 
 Results = tuple[Tensor | None, ...]
 Call = Callable[[dict[str, Any]], Results]
 OURS = "rlhf_fast"
-SAMPLE_SECONDS = 2e-3
+SAMPLE_SECONDS = 2e-2
 """A timing covers at least this much: shorter calls are repeated."""
+PAIRS = 9
+"""Fewest timings of ours, each beside the machine's limits, behind a share of them."""
 DIFFERENT = 0.02
 """A contender whose results are further off than this share of the largest one computes something else, and is marked."""
 
@@ -73,17 +76,21 @@ class Row:
     different: list[str]
     peak_bytes: dict[str, int] = field(default_factory=dict)
     limit_ms: float | None = None
+    share_of_limit: float | None = None
+    """Of the machine's limit that was reached, median over rounds and, where those are few, further pairs of both."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Of the machine beside this row, medians likewise."""
     rounds: int = 0
     shortfalls: list[str] = field(default_factory=list)
 
-    @property
-    def share(self) -> float | None:
-        """Of the machine's limit that was reached."""
-        return None if self.limit_ms is None else self.limit_ms / self.milliseconds[OURS]
 
+def run(
+    case: Case, machine: Machine, *, only: Callable[[str], bool] = lambda _: True, probe: Probe | None = None
+) -> Row:
+    """Gate, then time. Raises GateError when our result is wrong.
 
-def run(case: Case, machine: Machine, *, only: Callable[[str], bool] = lambda _: True) -> Row:
-    """Gate, then time. Raises GateError when our result is wrong."""
+    probe: takes the machine's limits in every round; None: those of `machine`.
+    """
     torch.compiler.reset()  # it compiles a function a few times only, and then runs it eagerly without a word
     inputs = case.make()
     calls: dict[str, Call] = {}
@@ -117,7 +124,22 @@ def run(case: Case, machine: Machine, *, only: Callable[[str], bool] = lambda _:
     for name, x in before.items():
         if not torch.equal(x, inputs[name]):
             raise GateError(f"{case.op} {case.name}: a contender changed its input {name}")
-    times, rounds = interleave(calls, inputs, case.seconds)
+    limits: list[float] = []
+    rates: dict[str, list[float]] = {}
+
+    def beside() -> None:
+        if case.limit is not None:
+            found = {} if probe is None else probe.rates()
+            now: dict[str, Any] = dict(found)
+            limits.append(case.limit(replace(machine, **now)))
+            for name, rate in found.items():
+                rates.setdefault(name, []).append(rate)
+
+    times, rounds = interleave(calls, inputs, case.seconds, beside=beside)
+    own = list(times[OURS])
+    while limits and len(limits) < PAIRS:  # where rounds are few: those of slow contenders
+        beside()
+        own.append(seconds_of(calls[OURS], inputs, max(1, int(SAMPLE_SECONDS / own[0]))))
     ratios = {
         name: statistics.median(theirs / ours for theirs, ours in zip(seconds, times[OURS], strict=True))
         for name, seconds in times.items()
@@ -131,7 +153,9 @@ def run(case: Case, machine: Machine, *, only: Callable[[str], bool] = lambda _:
         errors,
         missing,
         different,
-        limit_ms=None if case.limit is None else 1e3 * case.limit(machine),
+        limit_ms=1e3 * statistics.median(limits) if limits else None,
+        share_of_limit=statistics.median(map(truediv, limits, own)) if limits else None,
+        rates={name: statistics.median(values) for name, values in rates.items()},
         rounds=rounds,
     )
     if case.memory:
@@ -174,26 +198,35 @@ def worst_error(result: Results, truth: Results, *, relative: bool = False) -> f
 
 
 def interleave(
-    calls: Mapping[str, Call], inputs: dict[str, Any], budget: float, fewest: int = 3
+    calls: Mapping[str, Call],
+    inputs: dict[str, Any],
+    budget: float,
+    fewest: int = 3,
+    beside: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, list[float]], int]:
-    """{name: seconds per call, one per round}: every round times every contender once, so that drift meets all alike."""
-
-    def sample(call: Call, repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call(inputs)
-        return (time.perf_counter() - start) / repeats
-
-    first = {name: sample(call, 1) for name, call in calls.items()}
+    """{name: seconds per call, one per round}: every round times every contender once, so that drift meets all alike, and calls
+    `beside` once."""
+    first = {name: seconds_of(call, inputs, 1) for name, call in calls.items()}
     repeats = {name: max(1, int(SAMPLE_SECONDS / max(t, 1e-7))) for name, t in first.items()}
     once = sum(first[name] * repeats[name] for name in calls)
     rounds = max(fewest, min(21, int(budget / max(once, 1e-6))))
     long = all(n == 1 for n in repeats.values())  # then that was a round already
     times = {name: [first[name]] if long else [] for name in calls}
+    if long:
+        beside()
     for _ in range(rounds - long):
+        beside()
         for name, call in calls.items():
-            times[name].append(sample(call, repeats[name]))
+            times[name].append(seconds_of(call, inputs, repeats[name]))
     return times, rounds
+
+
+def seconds_of(call: Call, inputs: dict[str, Any], repeats: int) -> float:
+    """Mean of so many calls in a row."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call(inputs)
+    return (time.perf_counter() - start) / repeats
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
@@ -225,8 +258,8 @@ def shortfalls(case: Case, row: Row) -> list[str]:
     found = []
     for name, aim in case.bars.items():
         if name == "limit":
-            if row.share is not None and row.share < aim:
-                found.append(f"{row.share:.2f} of the machine's limit, aim {aim:g}")
+            if row.share_of_limit is not None and row.share_of_limit < aim:
+                found.append(f"{row.share_of_limit:.2f} of the machine's limit, aim {aim:g}")
         elif name in row.ratios and row.ratios[name] < aim:
             found.append(f"{row.ratios[name]:.2f} x {name}, aim {aim:.2f}")
     if case.memory_bar is not None and row.peak_bytes.get(OURS, 0) > case.memory_bar:

@@ -51,7 +51,7 @@ class Machine:
         return [
             f"{self.name}, {self.threads} threads, {self.isa}; "
             + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            f"limits of this run: read {self.read / 1e9:.1f} GB/s, copy {self.copy / 1e9:.1f} GB/s, "
+            f"limits at the start, taken again beside every row: read {self.read / 1e9:.1f} GB/s, copy {self.copy / 1e9:.1f} GB/s, "
             f"exp-and-add {self.exp / 1e9:.1f} G/s, matrix product {rates}",
         ]
 
@@ -67,26 +67,41 @@ def best(call: Callable[[], object], rounds: int = 7) -> float:
     return min(times)
 
 
-def measure() -> Machine:
-    """The limits of this machine with torch's number of threads. Raises RuntimeError without the C++ kernels."""
-    limit, threads = _native.kernel("machine_limit"), torch.get_num_threads()
-    floats = BYTES // 4
-    source, target = (_buffers.empty((floats,), torch.float32).fill_(1.0) for _ in range(2))
-    read = BYTES / best(lambda: limit(source, target, floats, READ, 1, threads))
-    copy = 2 * BYTES / best(lambda: limit(source, target, floats, COPY, 1, threads))
-    # A sum of PyTorch may schedule its reads better than the loop above; the limit is whatever was reached.
-    read = max(read, BYTES / best(source.sum))
-    repeats, small = 5000, -10 * torch.rand(L1_FLOATS)
-    exp = threads * repeats * L1_FLOATS / best(lambda: limit(small, target, L1_FLOATS, EXP, repeats, threads))
+class Probe:
+    """Takes the rates of reading, copying and exponentials. They are taken again beside every row: the memory of a virtual machine
+    may run at half its speed for minutes, and a share of a limit is one of the same moment."""
+
+    def __init__(self) -> None:
+        """Raises RuntimeError without the C++ kernels."""
+        self._limit = _native.kernel("machine_limit")
+        self._source, self._target = (_buffers.empty((BYTES // 4,), torch.float32).fill_(1.0) for _ in range(2))
+        self._small = -10 * torch.rand(L1_FLOATS)
+
+    def rates(self, rounds: int = 2) -> dict[str, float]:
+        """{"read", "copy", "exp"} as in Machine, the best of so many rounds after one that warms up."""
+        limit, threads, floats, repeats = self._limit, torch.get_num_threads(), BYTES // 4, 5000
+        source, target, small = self._source, self._target, self._small
+        return {
+            # A sum of PyTorch may schedule its reads better than our loop; the limit is whatever was reached.
+            "read": BYTES
+            / min(best(lambda: limit(source, target, floats, READ, 1, threads), rounds), best(source.sum, rounds)),
+            "copy": 2 * BYTES / best(lambda: limit(source, target, floats, COPY, 1, threads), rounds),
+            "exp": threads
+            * repeats
+            * L1_FLOATS
+            / best(lambda: limit(small, target, L1_FLOATS, EXP, repeats, threads), rounds),
+        }
+
+
+def measure(probe: Probe) -> Machine:
+    """The limits of this machine with torch's number of threads."""
     module, _ = _native.load()
     return Machine(
         name=processor(),
-        threads=threads,
+        threads=torch.get_num_threads(),
         isa=module.isa() if module else "none",
         versions={"rlhf_fast": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
-        read=read,
-        copy=copy,
-        exp=exp,
+        **probe.rates(7),
         gemm={str(d).removeprefix("torch."): _gemm(d) for d in (torch.float32, torch.bfloat16)},
     )
 

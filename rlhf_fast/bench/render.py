@@ -23,7 +23,9 @@ def times(row: Row) -> list[str]:
 def text_row(row: Row) -> str:
     """A few lines for a terminal."""
     lines = [f"\n{row.op}  {row.name}"]
-    share = "" if row.share is None else f", {100 * row.share:.0f} % of the machine's limit"
+    share = "" if row.share_of_limit is None else f", {100 * row.share_of_limit:.0f} % of the machine's limit"
+    if row.rates:
+        share += f" ({_beside(row)})"
     error = row.errors[OURS]
     lines.append(
         f"  {milliseconds(row.milliseconds[OURS])} ms{share}; worst error {error:.1e} of fp64 ({row.rounds} rounds)"
@@ -46,16 +48,21 @@ def markdown(machine: Machine, rows: Sequence[Row]) -> str:
     """The table of a README: one line per row, missed aims in their own column."""
     out = [*machine.lines(), ""]
     out.append(
-        "| op, shape | ms | of the limit | slower by | peak extra MiB, ours / least other | error | missed aims |"
+        "| op, shape | ms | of the limit, with memory at | slower by | peak extra MiB, ours / least other | error | missed aims |"
     )
     out.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        share = "" if row.share is None else f"{100 * row.share:.0f} %"
+        share = "" if row.share_of_limit is None else f"{100 * row.share_of_limit:.0f} %"
+        share += f", {row.rates['read'] / 1e9:.0f} GB/s" if row.rates else ""
         out.append(
             f"| `{row.op}` {row.name} | {milliseconds(row.milliseconds[OURS])} | {share} | {', '.join(times(row))} | "
             f"{_memory(row)} | {row.errors[OURS]:.0e} | {'; '.join(row.shortfalls)} |"
         )
     return "\n".join(out) + "\n"
+
+
+def _beside(row: Row) -> str:
+    return ", ".join(f"{name} {rate / 1e9:.0f} G{'/s' if name == 'exp' else 'B/s'}" for name, rate in row.rates.items())
 
 
 def into_readme(path: Path, table: str, mark: str = "bench") -> None:
