@@ -299,6 +299,16 @@ def test_a_readme_without_marks_is_refused(tmp_path):
         render.into_readme(tmp_path / "x.md", "table")
 
 
+def test_what_cannot_be_written_is_an_error_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "Probe", lambda: pytest.fail("measured"))
+    with pytest.raises(FileNotFoundError):
+        main(["gae", "--readme", str(tmp_path / "README.md")])
+    (tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(ValueError, match="has no <!-- bench -->"):
+        main(["gae", "--readme", str(tmp_path / "README.md"), "--json", str(tmp_path / "new" / "bench.json")])
+    assert (tmp_path / "new").is_dir()
+
+
 def test_memory_columns_and_shares_appear_where_they_are_known():
     row = Row(
         "op",

@@ -115,6 +115,15 @@ def curves(config: BenchConfig) -> int:
     return 0
 
 
+def make_room(config: BenchConfig, mark: str) -> None:
+    """Folders of what will be written, before minutes of measuring. Raises ValueError for a README without its marks."""
+    for path in (config.json, config.markdown, config.plot):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if config.readme:
+        render.into_readme(Path(config.readme), None, mark)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Entry point of `rlhf-fast bench`. 1 when a correctness gate fails; a missed speed is printed, not an error."""
     config = tyro.cli(BenchConfig, prog="rlhf-fast bench", args=list(arguments))
@@ -123,6 +132,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if config.threads:
         torch.set_num_threads(config.threads)
+    make_room(config, "scale" if config.scale else "bench")
     if config.scale:
         return curves(config)
     todo = chosen(config.ops, list(all_cases()))

@@ -65,12 +65,14 @@ def _beside(row: Row) -> str:
     return ", ".join(f"{name} {rate / 1e9:.0f} G{'/s' if name == 'exp' else 'B/s'}" for name, rate in row.rates.items())
 
 
-def into_readme(path: Path, table: str, mark: str = "bench") -> None:
-    """Replace what stands between the marks. Raises ValueError when they are missing."""
+def into_readme(path: Path, table: str | None, mark: str = "bench") -> None:
+    """Replace what stands between the marks; None: only look for them. Raises ValueError when they are missing."""
     text = path.read_text(encoding="utf-8")
     start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     if start not in text or end not in text:
         raise ValueError(f"bench: {path} has no {start} and {end}")
+    if table is None:
+        return
     before, _, rest = text.partition(start)
     path.write_text(f"{before}{start}\n{table.strip()}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
