@@ -79,7 +79,7 @@ def ppo_arguments(folder: Path, run: str, steps: int) -> list[str]:
         "model.path": folder / "model", "data.path": folder / "prompts.jsonl", "run.output_dir": folder / run,
         "reward.source": f"{scorer}:count_e", "rollout.batch_size": 8, "rollout.max_new_tokens": 6,
         "ppo.minibatch_size": 8, "ppo.micro_batch_size": 8, "steps": steps, "run.save_every": 1000, "run.threads": 1,
-        "run.sample_every": 0,
+        "run.sample_every": 0, "model.dtype": "float32",  # as the runs of the driver have it, whatever the processor
     }  # fmt: skip
     return ["ppo", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
 
