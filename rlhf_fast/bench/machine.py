@@ -51,7 +51,7 @@ class Machine:
         return [
             f"{self.name}, {self.threads} threads, {self.isa}; "
             + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            f"limits at the start, taken again beside every row: read {self.read / 1e9:.1f} GB/s, copy {self.copy / 1e9:.1f} GB/s, "
+            f"limits at the start: read {self.read / 1e9:.1f} GB/s, copy {self.copy / 1e9:.1f} GB/s, "
             f"exp-and-add {self.exp / 1e9:.1f} G/s, matrix product {rates}",
         ]
 
