@@ -81,13 +81,17 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(each_
     each_isa(check)
 
 
-def test_fp32_products_are_exact_in_fp32_where_bf16_operands_allow_it(each_isa):
-    """Small integers: any rounding to bf16 of a product or of a sum would show."""
+def test_products_of_bf16_are_not_rounded_to_bf16(each_isa):
+    """Small integers: any rounding of a product or of a sum would show."""
     a, b = torch.randint(-8, 9, (33, 200)).bfloat16(), torch.randint(-8, 9, (200, 50)).bfloat16()
-    for narrow in (False, True):
-        out = torch.empty(33, 50)
-        each_isa(lambda out=out, n=narrow: matmul(a, b, out, narrow=n))
+
+    def check(narrow):
+        out = torch.full((33, 50), 7.0)
+        matmul(a, b, out, narrow=narrow)
         assert torch.equal(out.double(), a.double() @ b.double())
+
+    for narrow in (False, True):
+        each_isa(lambda narrow=narrow: check(narrow))
 
 
 def test_operands_without_a_dense_dimension_and_repeated_rows():
