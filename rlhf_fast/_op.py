@@ -8,6 +8,9 @@ more than a small kernel (measured on 8 elements: 33 us through the dispatcher a
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +39,40 @@ class Backend:
     fn: Callable[..., Any]
     missing: Callable[[], str | None] = lambda: None
     """Reason why it cannot be used on this machine, or None."""
+    declines: Callable[..., str | None] | None = None
+    """Of the arguments of a call: reason why it does not serve them, or None. A backward op declines what its forward does."""
 
 
 def cpp(fn: Callable[..., Any]) -> Backend:
     """The cell of a C++ CPU kernel."""
     return Backend("cpp", "cpu", fn, _native.missing)
+
+
+def triton(module: str, function: str = "forward", declines: Callable[..., str | None] | None = None) -> Backend:
+    """The cell of a Triton kernel: a function of rlhf_fast.kernels.<module>, imported with Triton at its first call."""
+    return Backend("triton", "cuda", _late(f"rlhf_fast.kernels.{module}", function), _triton_missing, declines)
+
+
+def no_doubles(*args: Any) -> str | None:
+    """`declines` of kernels that compute in fp32."""
+    if any(isinstance(x, Tensor) and x.dtype is torch.float64 for x in args):
+        return "fp64 is left to the reference"
+    return None
+
+
+def _late(module: str, function: str) -> Callable[..., Any]:
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), function)
+
+    return lambda *args: found()(*args)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
 
 
 class Op:
@@ -80,7 +112,9 @@ class Op:
         self._strided = strided
         if gradients_in_forward:
             setup_context, backward = self._setup_scaling, _scale_gradients
-        self._chosen: dict[str, Backend] = {}
+        self._chosen: dict[str, tuple[Backend, ...]] = {}
+        self.declined: dict[tuple[str, str], int] = {}
+        """{(backend, reason): calls that went to the next backend}."""
         _library.define(f"{name}{schema}")
         _library.impl(name, self._below_autograd, "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=_library)
@@ -96,7 +130,9 @@ class Op:
         if torch.compiler.is_compiling() or not plain(first):
             return self._packet(*args)
         device = "cpu" if first.is_cpu else first.device.type  # device.type costs ten times as much
-        backend = self._chosen.get(device) or self.select(device)
+        backend = (self._chosen.get(device) or self._usable(device))[0]
+        if backend.declines is not None:
+            backend = self.cell(args)
         if self._function is not None and torch.is_grad_enabled():
             for i in self._differentiable:
                 if args[i] is not None and args[i].requires_grad:
@@ -118,29 +154,40 @@ class Op:
 
         Raises RuntimeError when the forced backend cannot serve this op on this device.
         """
-        chosen = self._chosen.get(device)
-        if chosen is None:
-            chosen = self._chosen[device] = self._first_available(device)
-        return chosen
+        return (self._chosen.get(device) or self._usable(device))[0]
 
-    def _first_available(self, device: str) -> Backend:
+    def cell(self, args: Sequence[Any]) -> Backend:
+        """The first available backend that serves these arguments, or the forced one.
+
+        Raises RuntimeError when the forced backend is not available or declines them.
+        """
+        device = args[0].device.type
+        usable = self._chosen.get(device) or self._usable(device)
+        for backend in usable:
+            reason = None if backend.declines is None else backend.declines(*args)
+            if reason is None:
+                return backend
+            self.declined[backend.name, reason] = self.declined.get((backend.name, reason), 0) + 1
+        raise RuntimeError(f"{self.name}: backend '{usable[-1].name}' was forced and declines this call: {reason}")
+
+    def _usable(self, device: str) -> tuple[Backend, ...]:
+        """The backends that are available for the device type, in order of priority."""
         if device == "meta":  # no data: shapes alone
-            return Backend("meta", "meta", self._fake)
+            return (Backend("meta", "meta", self._fake),)
         forced = forced_backend()
         cells = [b for b in self.backends if b.device in (device, "*") and forced in (None, b.name)]
-        reasons = []
-        for cell in cells:
-            reason = cell.missing()
-            if reason is None:
-                return cell
-            reasons.append(reason)
-        why = "; ".join(reasons) or f"there is no such kernel for {device} tensors"
-        raise RuntimeError(f"{self.name}: backend '{forced}' was forced and is not available: {why}")
+        reasons = {b.name: b.missing() for b in cells}
+        usable = tuple(b for b in cells if reasons[b.name] is None)
+        if not usable:
+            why = "; ".join(filter(None, reasons.values())) or f"there is no such kernel for {device} tensors"
+            raise RuntimeError(f"{self.name}: backend '{forced}' was forced and is not available: {why}")
+        self._chosen[device] = usable
+        return usable
 
     def _below_autograd(self, *args: Any) -> Any:
         if not self._strided:
             args = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
-        found = self.select(args[0].device.type).fn(*args)
+        found = self.cell(args).fn(*args)
         if type(found) is tuple:
             return tuple(found[0].new_empty(0) if x is None else x for x in found)
         return found
@@ -220,7 +267,7 @@ _scale_once = once_differentiable(_scale_gradients)
 
 def _autograd_function(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
-        output = op.select(args[0].device.type).fn(*args)
+        output = op.cell(args).fn(*args)
         ctx.direct = True  # the public function drops the outputs that it does not return
         setup_context(ctx, args, output)
         return output

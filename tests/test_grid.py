@@ -102,6 +102,27 @@ def test_a_forced_backend_that_is_missing_raises_with_its_reason():
     assert rlhf_fast.gae(zeros, zeros)[0].sum() == 0
 
 
+def test_a_backend_that_declines_a_call_leaves_it_to_the_next_and_keeps_the_reason(monkeypatch):
+    import torch
+
+    from rlhf_fast._op import OPS, Backend, no_doubles
+
+    op = OPS["gae"]
+    picky = Backend("triton", "cpu", lambda *_: pytest.fail("declined"), lambda: None, no_doubles)
+    monkeypatch.setattr(op, "backends", (picky, *op.backends))
+    monkeypatch.setattr(op, "declined", {})
+    x = torch.rand(2, 5, dtype=torch.float64)
+    with rlhf_fast.use_backend(None):
+        assert torch.equal(rlhf_fast.gae(x, x)[0], torch.ops.rlhf_fast.gae(x, x, None, None, None, 1.0, 0.95, False)[0])
+    assert op.declined == {("triton", "fp64 is left to the reference"): 2}
+    with (
+        rlhf_fast.use_backend("triton"),
+        pytest.raises(RuntimeError, match="gae: backend 'triton' was forced and declines this call: fp64"),
+    ):
+        rlhf_fast.gae(x, x)
+    assert op.declined["triton", "fp64 is left to the reference"] == 3
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     import os
 
