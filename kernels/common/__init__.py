@@ -1,0 +1,1 @@
+"""What the Triton kernels share: launches, launch sizes, the maths of a softmax."""
