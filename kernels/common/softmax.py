@@ -4,7 +4,9 @@ y is the logit after the soft cap; z = scale * y with scale = 1 / temperature; u
 fp32 lanes, one per column of a tile: lane l adds the columns l, l + LANES, ... in that order, and `total` joins the lanes in
 one order whatever threads hold them. A row therefore has the same bits for any alignment of its address.
 
-The weighted sums are of e u and e (u - v), v the u of the reference: the scale is left to the end.
+A row by itself takes the exponent as one rounding, d = scale2 y - offset in base 2, with `offset` the rounded scale2 max y and `rest`
+what it lost: d = scale2 u + rest. Two rows that are compared (exact KL) take u, and v = u of the reference, so that gaps between
+them keep their digits.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -64,6 +67,15 @@ def tanh_of(x):
 
 
 @triton.jit
+def widened(x):
+    """x in fp32. The upper half of a word is bf16 already: a mask on integers is one instruction where the conversion takes two."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def capped(x, softcap, CAP: tl.constexpr):
     """softcap * tanh(x / softcap), or x."""
     if CAP:
@@ -94,42 +106,61 @@ def base_of(top):
 
 
 @triton.jit
+def point_of(top, scale2):
+    """(scale2, offset, rest) of exponents relative to the logit `top`.
+
+    The offset is held below 2^30, which leaves 2^5 for `rest`: beyond it two neighbouring fp32 logits are 32 apart in base 2, and
+    a smaller scale still gives all the weight to the largest.
+    """
+    base = base_of(top)
+    exponent = tl.maximum((base.to(tl.int32, bitcast=True) >> 23) & 255, 29)  # |base| < 2^(exponent - 126)
+    largest = ((283 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^(156 - exponent)
+    scale2 = tl.minimum(scale2, largest)
+    offset = base * scale2
+    return scale2, offset, tl.fma(base, scale2, -offset)
+
+
+@triton.jit
+def raised(sums, weighted, top, rest, to, to_scale2, to_rest):
+    """(sum e, sum e d) relative to the logit `to` above `top`. Before the first logit every term is 0 (or NaN)."""
+    shift = tl.fma(top - to, to_scale2, to_rest - rest)
+    shift = tl.where(top == float("-inf"), 0.0, tl.maximum(shift, -256.0))  # 2^-256 is 0, and times a sum no NaN
+    factor = tl.exp2(shift)
+    return factor * sums, factor * tl.fma(shift, sums, weighted)
+
+
+@triton.jit
+def add_terms(y, scale2, offset, sums, weighted):
+    """(sum e, sum e d) with the tile y added."""
+    d = tl.fma(y, scale2, -offset)
+    e = tl.exp2(d)
+    # -inf is lifted to a finite number, since 0 * -inf would be NaN; a NaN goes through e
+    return sums + e, tl.fma(e, tl.maximum(d, LOWEST), weighted)
+
+
+@triton.jit
 def shift_of(top, to):
     """What raising the maximum to `to` adds to every earlier u (<= 0, finite)."""
-    return tl.where(top == float("-inf"), 0.0, tl.maximum(top - to, LOWEST))  # before the first maximum every term is 0
+    return tl.where(to > top, tl.where(top == float("-inf"), 0.0, tl.maximum(top - to, LOWEST)), 0.0)
 
 
 @triton.jit
-def raised(sums, weighted, shift, scale2):
-    """(sum e, sum e u) after u moved by `shift`; scale2 = scale log2(e)."""
+def raised_pair(sums, weighted, ref_sums, gap, shift, ref_shift, scale2):
+    """(sum e, sum e u, the reference's sum e, sum e (u - v)) after u and v moved by their shifts."""
     factor = tl.exp2(shift * scale2)
-    moved = tl.where(factor == 0.0, 0.0, factor * tl.fma(shift, sums, weighted))  # a NaN lives on in the sum
-    return factor * sums, moved
-
-
-@triton.jit
-def raised_gap(gap, sums, shift, ref_shift, scale2):
-    """sum e (u - v) after both moved; `sums` is sum e after its shift."""
-    factor = tl.exp2(shift * scale2)
+    weighted = tl.where(factor == 0.0, 0.0, factor * tl.fma(shift, sums, weighted))  # a NaN lives on in the sum
+    sums = factor * sums
     gap = tl.where(factor == 0.0, 0.0, tl.fma(shift, sums, factor * gap))  # an infinite gap of weight 0 is gone
-    return tl.fma(-ref_shift, sums, gap)
+    return sums, weighted, ref_sums * tl.exp2(ref_shift * scale2), tl.fma(-ref_shift, sums, gap)
 
 
 @triton.jit
-def add_terms(y, base, scale2, sums, weighted):
-    """(e, u, sum e, sum e u) with the tile y added."""
-    u = y - base
+def add_pair(y, yr, base, ref_base, scale2, sums, weighted, ref_sums, gap):
+    """The same sums with two tiles added, y of the policy and yr of the reference."""
+    u, v = y - base, yr - ref_base
     e = tl.exp2(u * scale2)
-    # -inf is lifted to a finite number, since 0 * -inf would be NaN; a NaN goes through e
-    return e, u, sums + e, tl.fma(e, tl.maximum(u, LOWEST), weighted)
-
-
-@triton.jit
-def add_gap(e, u, y, base, scale2, sums, gap):
-    """(sum e, sum e_policy (u - v)) with the reference's tile y added; e, u of the policy."""
-    v = y - base
     gap = tl.where(e == 0.0, gap, tl.fma(e, u - v, gap))  # -inf - -inf has no weight
-    return sums + tl.exp2(v * scale2), gap
+    return sums + e, tl.fma(e, tl.maximum(u, LOWEST), weighted), ref_sums + tl.exp2(v * scale2), gap
 
 
 @triton.jit
@@ -142,28 +173,28 @@ def total(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def log_sum_of(top, sums):
-    """log sum e; NaN for a row that holds NaN or +inf, or nothing but -inf, like log_softmax."""
-    return tl.where(tl.abs(top) < float("inf"), log_of(sums), float("nan"))
+def finite_or_nan(x, top):
+    """x; NaN for a row that holds NaN or +inf, or nothing but -inf, like log_softmax. `top` is its largest logit."""
+    return tl.where(tl.abs(top) < float("inf"), x, float("nan"))
 
 
 @triton.jit
-def gradient_terms(g_logprob, g_entropy, g_logsumexp, g_kl, p_sum, log_p_sum, p_mean, log_q_sum, q_mean, scale):
-    """(constant, by_u, by_gap): d/dy_j = e_j (constant + by_u u_j + by_gap (u_j - v_j)) away from the target, which is
-    scale p_j (g_lse - g_logprob - g_entropy (log p_j + H) + g_kl (log p_j - log q_j - KL)).
+def gradient_terms(g_logprob, g_entropy, g_logsumexp, g_kl, p_sum, log_p_sum, p_mean, log_ratio, q_mean, scale):
+    """(constant, by_z, by_gap): d/dy_j = e_j (constant + by_z z_j + by_gap (z_j - z'_j)) away from the target, which is
+    scale p_j (g_lse - g_logprob - g_entropy (log p_j + H) + g_kl (log p_j - log q_j - KL)), z and z' relative to the largest.
 
-    p_mean is H and q_mean is KL. Terms nobody asked for are left out rather than multiplied by 0: an infinite KL must not turn
-    them into NaN.
+    p_mean is H, q_mean is KL, log_ratio is that of the sums of policy and reference. Terms nobody asked for are left out rather
+    than multiplied by 0: an infinite KL must not turn them into NaN.
     """
     constant = g_logsumexp - g_logprob
     constant = tl.where(g_entropy != 0.0, constant - g_entropy * (p_mean - log_p_sum), constant)
-    constant = tl.where(g_kl != 0.0, constant - g_kl * (q_mean + log_p_sum - log_q_sum), constant)
+    constant = tl.where(g_kl != 0.0, constant - g_kl * (q_mean + log_ratio), constant)
     norm = tl.div_rn(scale, p_sum)
-    return constant * norm, -g_entropy * scale * norm, g_kl * scale * norm
+    return constant * norm, -g_entropy * norm, g_kl * norm
 
 
 @triton.jit
-def target_gradient(g_logprob, g_entropy, g_logsumexp, g_kl, log_p_sum, p_mean, log_q_sum, q_mean, u, v, scale):
+def target_gradient(g_logprob, g_entropy, g_logsumexp, g_kl, log_p_sum, p_mean, log_ratio, q_mean, u, v, scale):
     """The same at the target, where 1 - p is taken without cancellation: a confident policy has p within rounding of 1."""
     log_p = u * scale - log_p_sum
     log_p = tl.where(log_p > 0.0, 0.0, log_p)
@@ -171,5 +202,5 @@ def target_gradient(g_logprob, g_entropy, g_logsumexp, g_kl, log_p_sum, p_mean, 
     d = tl.where(g_logprob == 0.0, 0.0, g_logprob * one_minus_exp(log_p))
     more = d + prob * g_logsumexp
     more = tl.where(g_entropy != 0.0, more - prob * g_entropy * (log_p + p_mean), more)
-    more = tl.where(g_kl != 0.0, more + prob * g_kl * (log_p - (v * scale - log_q_sum) - q_mean), more)
+    more = tl.where(g_kl != 0.0, more + prob * g_kl * ((u - v) * scale - log_ratio - q_mean), more)
     return scale * tl.where(prob == 0.0, d, more)
