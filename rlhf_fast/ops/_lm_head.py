@@ -7,8 +7,9 @@ its gradient written once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,9 +126,24 @@ class Inputs(NamedTuple):
         """Whether gradients towards hidden and weight end as bf16."""
         return self.hidden.dtype is self.weight.dtype is torch.bfloat16
 
+    @property
+    def exact(self) -> bool:
+        """Whether products take states and weights as they are, with results in the compute dtype."""
+        if not self.hidden.is_cuda:
+            return native(self.dtype)
+        factors = (self.hidden, self.weight, self.ref_hidden, self.ref_weight)
+        return all(x is None or x.dtype is torch.bfloat16 for x in factors)
+
     def converts(self, x: Tensor) -> bool:
         """Whether x, hidden states or a weight, has to be brought to the compute dtype before a product."""
-        return x.dtype is not self.dtype and not native(self.dtype)
+        return x.dtype is not self.dtype and not self.exact
+
+    def legal(self) -> Tensor:
+        """Of flat inputs, the real rows whose token id and temperature are in range."""
+        found = (self.token_ids >= 0) & (self.token_ids < self.weight.shape[0])
+        if self.temperature is not None:
+            found &= (self.temperature > 0) & self.temperature.isfinite()
+        return found if self.mask is None else found & self.mask
 
     def flat(self) -> Inputs:
         """One row per token."""
@@ -143,12 +159,26 @@ class Inputs(NamedTuple):
         def made(weight: Tensor, bias: Tensor | None) -> Head:
             width = weight.shape[1] if self.converts(weight) else 0
             bias = None if bias is None else bias.to(self.dtype).contiguous()
-            return Head(weight, bias, torch.empty((classes, width), dtype=self.dtype))
+            return Head(weight, bias, torch.empty((classes, width), dtype=self.dtype, device=weight.device))
 
         found = [made(self.weight, self.bias)]
         if self.ref_hidden is not None:
             found.append(found[0] if self.ref_weight is None else made(self.ref_weight, self.ref_bias))
         return found
+
+
+class Rows(NamedTuple):
+    """What a backend computes on rows of logits: the cells of token_logprobs, without autograd."""
+
+    forward: Callable[..., Any]
+    backward_into: Callable[..., Any]
+
+
+@functools.cache
+def triton_rows() -> Rows:
+    from rlhf_fast.kernels import token_logprobs
+
+    return Rows(token_logprobs.forward, token_logprobs.backward_into)
 
 
 class Chunk(NamedTuple):
@@ -166,6 +196,17 @@ class Chunk(NamedTuple):
     """(buffers - 1, n, range), uninitialised."""
     token_ids: Tensor
     temperature: Tensor | None
+    mask: Tensor | None
+    """(n,) where rows were not picked by theirs."""
+    narrow: Tensor | None
+    """(n, range) bf16, uninitialised, or None."""
+
+    def gradient(self, last: bool = True) -> Tensor:
+        """(n, range) for the gradient of the logits: the bf16 buffer if there is one, else their own memory when they are of no
+        more use (`last`), else a spare buffer."""
+        if self.narrow is not None:
+            return self.narrow
+        return self.logits if last else self.spare[0]
 
 
 class _Cut:
@@ -179,6 +220,7 @@ class _Cut:
         index = None if live is None else live.nonzero().squeeze(1)
         self.count = len(x.hidden) if index is None else len(index)
         self.index = None if self.count == len(x.hidden) else index
+        self.mask = x.mask if live is None else None
         self.states = 3 * sum(h.shape[1] for h in self.hidden)
         """Per row: its hidden states in the compute dtype, the same in another order, and a product of their width."""
         weights = [w for w in (x.weight, x.ref_weight) if w is not None]
@@ -187,7 +229,11 @@ class _Cut:
 
     def block(self, elements: int, bound: bool) -> Tensor:
         """Flat memory; of the same size whenever the budget binds, so that it is the same memory from call to call."""
-        return _buffers.empty((max(elements, self.budget) if bound else elements,), self.x.dtype)
+        return empty((max(elements, self.budget) if bound else elements,), self.x.dtype, self.x.hidden.device)
+
+    def narrow(self, wanted: bool, elements: int) -> Tensor | None:
+        """Flat memory for a gradient in bf16, or None."""
+        return empty((elements,), torch.bfloat16, self.x.hidden.device) if wanted else None
 
     @staticmethod
     def room(block: Tensor, buffers: int, rows: int, classes: int) -> Tensor:
@@ -198,26 +244,36 @@ class _Cut:
         """(rows, hidden states (n, H) of policy and reference as products take them), `size` rows at a time."""
         for begin in range(0, self.count, max(1, size)):
             rows = slice(begin, begin + size) if self.index is None else self.index[begin : begin + size]
-            yield rows, [h[rows].to(self.x.dtype) if self.x.converts(h) else h[rows] for h in self.hidden]
+            states = [h[rows].to(self.x.dtype) if self.x.converts(h) else h[rows] for h in self.hidden]
+            if self.mask is not None:  # a gradient of 0 times a NaN in a masked row would spread
+                states = [h.masked_fill(~self.mask[rows, None], 0.0) for h in states]
+            yield rows, states
 
-    def chunk(self, head: Head, rows: Tensor | slice, part: slice, hidden: Tensor, room: Tensor) -> Chunk:
+    def chunk(
+        self, head: Head, rows: Tensor | slice, part: slice, hidden: Tensor, room: Tensor, narrow: Tensor | None
+    ) -> Chunk:
         x, used = self.x, len(self.hidden)
-        temperature = None if x.temperature is None else x.temperature[rows]
+        temperature, mask = (None if t is None else t[rows] for t in (x.temperature, self.mask))
         ref = room[1] if used == 2 else None
-        return Chunk(head, rows, part, hidden, room[0], ref, room[used:], x.token_ids[rows], temperature)
+        if narrow is not None:
+            narrow = self.room(narrow, 1, *room.shape[1:])[0]
+        ids = x.token_ids[rows]
+        return Chunk(head, rows, part, hidden, room[0], ref, room[used:], ids, temperature, mask, narrow)
 
 
-def whole_rows(x: Inputs, live: Tensor | None, buffers: int = 1) -> Iterator[Chunk]:
-    """Logits of the rows of flat inputs where `live` (N,) is True (None: all of them), over the whole vocabulary.
+def whole_rows(x: Inputs, live: Tensor | None, buffers: int = 1, narrow: bool = False) -> Iterator[Chunk]:
+    """Logits of the rows of flat inputs where `live` (N,) is True (None: all of them, with their mask), over the whole vocabulary.
 
-    buffers: of the size of the logits, besides that of the reference.
+    buffers: of the size of the logits, besides that of the reference; narrow: and one of bf16.
     """
     cut = _Cut(x, live)
     V = cut.vocab
     classes = V if not cut.converted else _even(V, cut.budget // 16 // cut.converted)
     buffers += len(cut.hidden) - 1
-    size = _even(cut.count, (cut.budget - classes * cut.converted) // (buffers * pitch(V) + cut.states))
+    row = buffers * pitch(V) + narrow * pitch(V) // 2
+    size = _even(cut.count, (cut.budget - classes * cut.converted) // (row + cut.states))
     block = cut.block(buffers * size * pitch(V), size < cut.count)
+    gradient = cut.narrow(narrow, size * pitch(V))
     heads = x.heads(classes)
     for rows, states in cut.rows(size):
         n = len(states[0])
@@ -225,17 +281,19 @@ def whole_rows(x: Inputs, live: Tensor | None, buffers: int = 1) -> Iterator[Chu
         for out, state, head in zip(room, states, heads, strict=False):
             for part, w in head.parts():
                 head.logits(state, part, w, out[:, part])
-        yield cut.chunk(heads[0], rows, slice(0, V), states[0], room)
+        yield cut.chunk(heads[0], rows, slice(0, V), states[0], room, gradient)
 
 
-def vocabulary_ranges(x: Inputs, live: Tensor | None) -> Iterator[tuple[Chunk, Tensor]]:
+def vocabulary_ranges(x: Inputs, live: Tensor | None, narrow: bool = False) -> Iterator[tuple[Chunk, Tensor]]:
     """(logits of as many of the live rows as possible over a range of the vocabulary, its weight as products take it)."""
     cut = _Cut(x, live)
     used = len(cut.hidden)
-    size = _even(cut.count, cut.budget // (used * min(cut.vocab, _BROAD) + cut.states))
-    most = (cut.budget - size * cut.states) // (max(1, size) * used + cut.converted)
+    wide = used + narrow / 2
+    size = _even(cut.count, int(cut.budget // (wide * min(cut.vocab, _BROAD) + cut.states)))
+    most = int((cut.budget - size * cut.states) // (max(1, size) * wide + cut.converted))
     classes = _even(cut.vocab, max(_NARROW, most))
     block = cut.block(used * size * pitch(classes), size < cut.count or classes < cut.vocab)
+    gradient = cut.narrow(narrow, size * pitch(classes))
     heads = x.heads(classes)
     for rows, states in cut.rows(size):
         n = len(states[0])
@@ -244,7 +302,12 @@ def vocabulary_ranges(x: Inputs, live: Tensor | None) -> Iterator[tuple[Chunk, T
             room = cut.room(block, used, n, len(weight))
             for out, state, head, (_, w) in zip(room, states, heads, parts, strict=True):
                 head.logits(state, part, w, out)
-            yield cut.chunk(heads[0], rows, part, states[0], room), weight
+            yield cut.chunk(heads[0], rows, part, states[0], room, gradient), weight
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised: recycled memory on the CPU, that of torch's own allocator on a GPU."""
+    return torch.empty(shape, dtype=dtype, device=device) if device.type == "cuda" else _buffers.empty(shape, dtype)
 
 
 def _even(count: int, most: int) -> int:
@@ -258,11 +321,11 @@ class Gradients:
     in the compute dtype. `hidden`: zeros to hold the first."""
 
     def __init__(self, x: Inputs, wanted: Sequence[bool], hidden: Tensor | None = None) -> None:
-        V, dtype = x.weight.shape[0], x.dtype
-        self.hidden = torch.zeros(x.hidden.shape, dtype=dtype) if wanted[0] else hidden
+        V, dtype, device = x.weight.shape[0], x.dtype, x.hidden.device
+        self.hidden = torch.zeros(x.hidden.shape, dtype=dtype, device=device) if wanted[0] else hidden
         self.narrow = x.narrow
-        self.weight = _buffers.empty(x.weight.shape, dtype) if wanted[1] else None
-        self.bias = torch.zeros(V, dtype=dtype) if wanted[2] else None
+        self.weight = empty(x.weight.shape, dtype, device) if wanted[1] else None
+        self.bias = torch.zeros(V, dtype=dtype, device=device) if wanted[2] else None
         self.written = 0
         """Classes whose weight gradient holds a value."""
         self._scattered: tuple[Tensor, Tensor] | None = None
@@ -285,7 +348,7 @@ class Gradients:
             matmul(d_logits.t(), chunk.hidden, self.weight[part], add=seen, narrow=self.narrow)
             self.written = max(self.written, part.stop)
         if self.bias is not None:
-            self.bias[part] += d_logits.sum(0)
+            self.bias[part] += d_logits.sum(0, dtype=self.bias.dtype)
 
     def found(self) -> list[Tensor | None]:
         """The three, None where not wanted."""

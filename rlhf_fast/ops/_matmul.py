@@ -1,7 +1,8 @@
-"""Matrix products of the heads: the C++ kernel where it is fast, PyTorch elsewhere.
+"""Matrix products of the heads: on the CPU the C++ kernel where it is fast, PyTorch elsewhere; on a GPU PyTorch's.
 
 PyTorch's product reaches 40 % of the arithmetic of a processor with AVX-512 that its BLAS does not know, has one result per dtype
 (bf16 logits are rounded to 8 bits), and may give a row other bits in another batch. csrc/cpu/matmul.cpp has none of the three.
+On a GPU cuBLAS is at home, and gives fp32 results of bf16 operands when asked to.
 """
 
 from __future__ import annotations
@@ -33,13 +34,21 @@ def matmul(
     """out = a b + bias, or with `add` out += a b; sums in the dtype of out.
 
     Args:
-        a: (m, k) fp32, bf16 or fp16 where `native`, any float elsewhere.
+        a: (m, k) fp32, bf16 or fp16 where `native`, any float elsewhere; bf16 on a GPU stays it when b is, too.
         b: (k, n), likewise.
         out: (m, n), rows of stride-1 elements.
         bias: (n,) contiguous in the dtype of out, or None; not with `add`.
         narrow: fp32 operands may be rounded to bf16 where the processor multiplies bf16: for results that are bf16 in the end.
     """
-    if not native(out.dtype):
+    if out.is_cuda and a.dtype is b.dtype and a.dtype is not out.dtype:
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        elif bias is None:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(bias, a, b, out_dtype=out.dtype, out=out)
+        return
+    if out.is_cuda or not native(out.dtype):
         a, b = a.to(out.dtype), b.to(out.dtype)
         if add:
             out.addmm_(a, b)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from rlhf_fast import _native
 from rlhf_fast._native import contiguous
-from rlhf_fast._op import Backend, Op, last_use
+from rlhf_fast._op import Backend, Op, last_use, no_doubles, triton
 from rlhf_fast._types import LossOutput, Stats
-from rlhf_fast.ops._lm_head import Chunk, Gradients, Inputs, check_rows, compute_dtype, whole_rows
+from rlhf_fast.ops._lm_head import Chunk, Gradients, Inputs, Rows, check_rows, compute_dtype, triton_rows, whole_rows
 from rlhf_fast.ops._lm_head import arguments as head_arguments
+from rlhf_fast.ops.ppo_loss import _ppo_loss
 from rlhf_fast.ops.ppo_loss import arguments as loss_arguments
 from rlhf_fast.ops.ppo_loss import forward as loss_forward
 from rlhf_fast.ops.token_logprobs import backward_into
@@ -58,8 +59,9 @@ def linear_ppo_loss(
 
     Every reduction is a sum of token losses with weights that the mask tells, so the gradient towards a few rows of logits is
     known while these logits exist, and takes their place in memory: two matrix products with a frozen head, three with a trained
-    one, with or without an entropy bonus; nothing is computed twice and the logits never exist whole. Masked rows are taken out
-    before the product, rows whose gradient is 0 (clipped, or without advantage) before the products of the gradients. The
+    one, with or without an entropy bonus; nothing is computed twice and the logits never exist whole. On the CPU masked rows are
+    taken out before the product, rows whose gradient is 0 (clipped, or without advantage) before the products of the gradients; a
+    GPU multiplies them as zeros, since the host would have to wait to learn which they are. The
     backward scales what the forward found. Products and their sums are fp32 (fp64 when hidden or weight is).
 
     Args:
@@ -80,7 +82,7 @@ def linear_ppo_loss(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range, or a coefficient without its tensor; names the argument. A
-            token id outside of [0, V) names row, id and V before anything is computed.
+            token id outside of [0, V) names row, id and V before anything is computed (on the CPU; elsewhere the loss is NaN).
     """
     x = head_arguments(_OP, hidden, weight, token_ids, bias, mask, temperature, softcap, chunk_bytes)
     made = token_ids.new_empty(token_ids.shape, dtype=x.dtype)  # stands for the log-probs and entropies to come
@@ -106,36 +108,54 @@ _DIFFERENTIABLE = (0, 1, 2, 9)
 
 
 def _forward(*args):  # type: ignore[no-untyped-def]
+    return _forward_by(Rows(tokens_forward, backward_into), loss_forward, True, *args)
+
+
+def _forward_triton(*args):  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        return _forward_by(triton_rows(), lambda *inputs: _ppo_loss.cell(inputs).fn(*inputs), False, *args)
+
+
+def _forward_by(kernels: Rows, loss_of, picks: bool, *args):  # type: ignore[no-untyped-def]
+    """picks: rows are checked, and taken out, by what is in them. On a GPU that would wait for it: there the kernels of rows have
+    the mask, give NaN where the check would raise, and write the zeros of rows without a gradient."""
     hidden, weight, bias, token_ids, *per_token = args[:_TENSORS]
     mask, temperature, old, advantages, ref, *rest = map(contiguous, per_token)
     value, cap, *numbers, chunk_bytes, wanted = args[_TENSORS:]
     importance, normalizer, cu_seqlens = rest[3:]
     dtype, bonus, terms, (reduction, divisor) = old.dtype, numbers[4], numbers[:-2], numbers[-2:]
     x = Inputs(hidden, weight, bias, token_ids, mask, temperature, None, None, None, value, cap, chunk_bytes).flat()
-    check_rows(_OP, x)
+    if picks:
+        check_rows(_OP, x)
     per_token = [None if t is None else t.reshape(-1) for t in (old, advantages, ref, importance)]
     weights = token_weights(mask, torch.float64, reduction, normalizer, divisor, cu_seqlens).reshape(-1).to(dtype)
-    logprobs, entropy = (torch.zeros(mask.shape, dtype=dtype) for _ in range(2))
+    logprobs, entropy = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
     differentiate = any(wanted[:3])
     gradients = Gradients(x, wanted)
-    for c in whole_rows(x, mask.reshape(-1)):
-        found = tokens_forward(c.logits, c.token_ids, None, c.temperature, None, *x.numbers, differentiate)
+    narrow = differentiate and not picks and x.narrow and x.exact
+    for c in whole_rows(x, mask.reshape(-1) if picks else None, narrow=narrow):
+        found = kernels.forward(c.logits, c.token_ids, c.mask, c.temperature, None, *x.numbers, differentiate)
         some, some_entropy = (t.to(dtype) for t in found[:2])
         logprobs.view(-1)[c.rows], entropy.view(-1)[c.rows] = some, some_entropy
         if differentiate:
             old_rows, advantage, ref_rows, factor = (None if t is None else t[c.rows] for t in per_token)
-            real = torch.ones_like(c.token_ids, dtype=torch.bool)
-            _, _, slopes = loss_forward(
+            real = torch.ones_like(c.token_ids, dtype=torch.bool) if c.mask is None else c.mask
+            _, _, slopes = loss_of(
                 some, old_rows, advantage, real, some_entropy if bonus else None, ref_rows, None, None, None, factor,
                 None, None, *terms, "token-sum", 0.0, True,
             )  # fmt: skip
             slopes *= weights[c.rows]
-            c, state, slopes = _live(c, found[-1], slopes)
+            state = found[-1]
+            if picks:
+                c, state, slopes = _live(c, state, slopes)
             if len(state):
                 grads = (slopes[0], slopes[1] if bonus else None, None, None)
-                backward_into(c.logits, c.logits, c.token_ids, state, None, c.temperature, None, grads, *x.numbers)
-                gradients.add(c, c.logits)
-    loss, stats, of_tokens = loss_forward(
+                into = c.gradient()
+                kernels.backward_into(
+                    into, c.logits, c.token_ids, state, c.mask, c.temperature, None, grads, *x.numbers
+                )
+                gradients.add(c, into)
+    loss, stats, of_tokens = loss_of(
         logprobs, old, advantages, mask, entropy, ref, *rest, *terms, reduction, divisor, wanted[3]
     )  # fmt: skip
     d_hidden, d_weight, d_bias = gradients.found()
@@ -223,7 +243,10 @@ _linear_ppo_loss = Op(
     "int chunk_bytes, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_cell,
     fake=_fake,
-    backends=[Backend("cpp", "cpu", _forward, _native.missing)],
+    backends=[
+        Backend("triton", "cuda", _forward_triton, triton("token_logprobs").missing, no_doubles),
+        Backend("cpp", "cpu", _forward, _native.missing),
+    ],
     setup_context=_setup,
     backward=_backward,
     differentiable=_DIFFERENTIABLE,

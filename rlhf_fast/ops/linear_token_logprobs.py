@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check, _native
-from rlhf_fast._op import Backend, Op, last_use, reference_backward
+from rlhf_fast._op import Backend, Op, last_use, no_doubles, reference_backward, triton
 from rlhf_fast._types import TokenStats
 from rlhf_fast.ops._lm_head import (
     Gradients,
     Inputs,
+    Rows,
     arguments,
     check_bias,
     check_rows,
     check_weight,
+    triton_rows,
     vocabulary_ranges,
     whole_rows,
 )
@@ -44,9 +46,10 @@ def linear_token_logprobs(
 ) -> TokenStats:
     """token_logprobs of logits = hidden weight^T + bias, a few rows of logits at a time.
 
-    Masked rows are taken out before the product. The product and its gradients are computed and accumulated
+    Masked rows are taken out before the product (on a GPU, where the host would have to wait for the mask, they are multiplied
+    as zeros). The product and its gradients are computed and accumulated
     in fp32 (fp64 when hidden or weight is): products of bf16 states and weights are exact and give fp32 logits. Where both are
-    bf16 and the processor multiplies bf16, the gradients of the logits are rounded to it, as PyTorch would. With a frozen weight and bias the
+    bf16 and the processor multiplies bf16, the gradients of the logits are rounded to it, as PyTorch would, and so they are on a GPU. With a frozen weight and bias the
     forward also keeps the derivative towards hidden of the outputs named in `directions`, for logprobs
     u = (W[token] - sum_v p_v W_v) / temperature: the backward of these outputs is then a scaling of rows. Gradients of
     other outputs, and those of a trained weight or bias, compute the logits again, and only for rows whose upstream
@@ -70,11 +73,12 @@ def linear_token_logprobs(
     Returns:
         TokenStats, each (...) fp32 (fp64 when hidden or weight is), differentiable towards hidden, weight and
         bias. A row has the same bits in any batch and chunk and for any number of threads where the C++ product serves
-        (fp32, bf16 and fp16 on x86-64 with AVX2); elsewhere they are those of PyTorch's product, which may depend on the batch.
+        (fp32, bf16 and fp16 on x86-64 with AVX2); elsewhere, and on a GPU, they are those of PyTorch's product, which may depend
+        on the batch.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument. A token id outside of
-            [0, V) names row, id and V before anything is computed.
+            [0, V) names row, id and V before anything is computed (on the CPU; elsewhere such a row is NaN).
     """
     x = arguments(_OP, hidden, weight, token_ids, bias, mask, temperature, softcap, chunk_bytes)
     if ref_hidden is not None:
@@ -122,15 +126,28 @@ def _outputs(x: Inputs, keep_state: bool, kept: Sequence[bool], new: Callable[..
 
 
 def _forward(*args):  # type: ignore[no-untyped-def]
+    return _forward_by(Rows(tokens_forward, backward_into), True, *args)
+
+
+def _forward_triton(*args):  # type: ignore[no-untyped-def]
+    return _forward_by(triton_rows(), False, *args)
+
+
+def _forward_by(kernels: Rows, picks: bool, *args):  # type: ignore[no-untyped-def]
+    """picks: rows are checked, and taken out, by what is in them. On a GPU that would wait for it: there the kernels of rows have
+    the mask, and give NaN where the check would raise."""
     x, (keep_state, kept) = Inputs(*args[:12]), args[12:]
     outputs = _outputs(x, keep_state, kept, Tensor.new_zeros)
     stats, (state, directions) = [out.view(-1) for out in outputs[:4]], outputs[4:]
     x = x.flat()
-    check_rows(_OP, x)
+    if picks:
+        check_rows(_OP, x)
     each = [(i, Gradients(x, (False,) * 3, out)) for i, out in zip(_places(kept), directions, strict=True)]
-    for c in whole_rows(x, x.mask, buffers=min(2, max(1, len(each)))):
-        *found, row_state = tokens_forward(
-            c.logits, c.token_ids, None, c.temperature, c.ref_logits, *x.numbers, keep_state
+    narrow = bool(each) and not picks and x.narrow and x.exact
+    buffers = 1 if narrow else min(2, max(1, len(each)))
+    for c in whole_rows(x, x.mask if picks else None, buffers, narrow):
+        *found, row_state = kernels.forward(
+            c.logits, c.token_ids, c.mask, c.temperature, c.ref_logits, *x.numbers, keep_state
         )
         for out, values in zip(stats, found, strict=True):
             if out.numel():
@@ -138,9 +155,11 @@ def _forward(*args):  # type: ignore[no-untyped-def]
         if keep_state:
             state[c.rows] = row_state
         for i, gradients in each:
-            into = c.logits if i == each[-1][0] else c.spare[0]  # only the last may overwrite the logits
+            into = c.gradient(last=i == each[-1][0])  # only the last may overwrite the logits
             grads = [torch.ones_like(found[0]) if k == i else None for k in range(4)]
-            backward_into(into, c.logits, c.token_ids, row_state, None, c.temperature, c.ref_logits, grads, *x.numbers)
+            kernels.backward_into(
+                into, c.logits, c.token_ids, row_state, c.mask, c.temperature, c.ref_logits, grads, *x.numbers
+            )
             gradients.add(c, into)
     for _, gradients in each:
         gradients.found()
@@ -176,16 +195,29 @@ _UPSTREAM = "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp
 
 
 def _backward_chunked(*args):  # type: ignore[no-untyped-def]
+    return _backward_by(backward_into, True, *args)
+
+
+def _backward_triton(*args):  # type: ignore[no-untyped-def]
+    return _backward_by(triton_rows().backward_into, False, *args)
+
+
+def _backward_by(row_gradient: Callable[..., Tensor], picks: bool, *args):  # type: ignore[no-untyped-def]
+    """picks: as for the forward."""
     x, state, grads, wanted = Inputs(*args[:12]), args[12], args[13:17], args[17]
     if grads[3] is None:
         x = x._replace(ref_hidden=None, ref_weight=None)
     shape, x = x.hidden.shape, x.flat()
     grads = [None if g is None else g.reshape(-1).to(x.dtype) for g in grads]
-    live = torch.stack([g != 0 for g in grads if g is not None]).any(0)
-    if x.mask is not None:
-        live &= x.mask
+    live = None
+    if picks:
+        live = torch.stack([g != 0 for g in grads if g is not None]).any(0)
+        if x.mask is not None:
+            live &= x.mask
+    else:  # an id out of range is outside of every range of the vocabulary: no kernel of rows would see that it is illegal
+        x = x._replace(mask=x.legal())
     gradients = Gradients(x, wanted)
-    for c, w in vocabulary_ranges(x, live):
+    for c, w in vocabulary_ranges(x, live, narrow=not picks and x.narrow and x.exact):
         # The gradient of a token's logit is that of its logsumexp and, in the range that holds it, one more: state is of all.
         ids = c.token_ids - c.part.start
         inside = (ids >= 0) & (ids < len(w))
@@ -196,8 +228,9 @@ def _backward_chunked(*args):  # type: ignore[no-untyped-def]
             g = g.masked_fill(~inside, 0.0)
         upstream = (g, g_entropy, g_logsumexp, g_kl)
         ids = ids.masked_fill(~inside, 0)
-        backward_into(c.logits, c.logits, ids, state[c.rows], None, c.temperature, c.ref_logits, upstream, *x.numbers)
-        gradients.add_range(c, c.part, c.logits, w)
+        into = c.gradient()
+        row_gradient(into, c.logits, ids, state[c.rows], c.mask, c.temperature, c.ref_logits, upstream, *x.numbers)
+        gradients.add_range(c, c.part, into, w)
     d_hidden, d_weight, d_bias = gradients.found()
     bias_dtype = x.weight.dtype if x.bias is None else x.bias.dtype
     return (
@@ -223,12 +256,19 @@ def _fake_backward(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
     )
 
 
+def _cells(on_gpu: Callable[..., tuple], on_cpu: Callable[..., tuple]) -> list[Backend]:  # type: ignore[type-arg]
+    return [
+        Backend("triton", "cuda", on_gpu, triton("token_logprobs").missing, no_doubles),
+        Backend("cpp", "cpu", on_cpu, _native.missing),
+    ]
+
+
 _linear_backward = Op(
     f"{_OP}_backward",
     f"({_SHARED}, Tensor state, {_UPSTREAM}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_fake_backward,
-    backends=[Backend("cpp", "cpu", _backward_chunked, _native.missing)],
+    backends=_cells(_backward_triton, _backward_chunked),
     strided=True,
 )
 
@@ -270,7 +310,7 @@ _linear = Op(
     f"({_SHARED}, bool keep_state, bool[4] kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     fake=_fake,
-    backends=[Backend("cpp", "cpu", _forward, _native.missing)],
+    backends=_cells(_forward_triton, _forward),
     setup_context=_setup,
     backward=_backward,
     differentiable=(0, 1, 2),

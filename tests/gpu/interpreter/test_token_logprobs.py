@@ -123,21 +123,25 @@ def upstream(rows, which=range(4)):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("V", [1, 2, 127, 1000, 5001])
-@pytest.mark.parametrize("softcap", [0.0, 4.0], ids=str)
-def test_accesses_program_order_and_rows_alone(dtype, V, softcap):
+@pytest.mark.parametrize(
+    "V, softcap, ref", [(1, 0.0, True), (2, 0.0, False), (127, 4.0, True), (1030, 4.0, False), (5001, 0.0, True)]
+)
+def test_accesses_program_order_and_rows_alone(dtype, V, softcap, ref):
     """No order of the programs and no neighbour shows in the bits; gaps between rows and masked rows are never touched."""
-    args = inputs(V, dtype=dtype, softcap=softcap)
-    grads = upstream(6)
+    args = inputs(V, dtype=dtype, softcap=softcap, ref=ref)
+    grads = upstream(6, range(4) if ref else range(3))
     first, grad, _ = run_cells(args, grads)
+    first = [x for x in first if x is not None]
     masked = ~args[2]
     assert all(not x[masked].any() for x in (*first, grad)) and first[0].isfinite().all() and grad.isfinite().all()
     for order in ORDERS[1:]:
         again, grad_again, _ = run_cells(args, grads, order)
+        again = [x for x in again if x is not None]
         assert torch.equal(grad, grad_again) and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for i in (0, 3, 5):
         one = [x[i : i + 1].clone() if isinstance(x, torch.Tensor) else x for x in args]  # contiguous, another address
-        alone, grad_alone, _ = run_cells(one, [g[i : i + 1] for g in grads])
+        alone, grad_alone, _ = run_cells(one, [None if g is None else g[i : i + 1] for g in grads])
+        alone = [x for x in alone if x is not None]
         assert torch.equal(grad[i : i + 1], grad_alone)
         assert all(torch.equal(a[i : i + 1], b) for a, b in zip(first, alone, strict=True))
 
@@ -247,11 +251,11 @@ def test_token_ids_of_two_widths(ids):
 
 
 def test_strided_rows_are_read_in_place_with_the_same_bits():
-    k = reference.sample((6, 8), 75)
+    k = reference.sample((3, 4), 75)
     expected = through_triton(lambda: stats(k))
-    wide, odd = torch.full((6, 9, 80), NAN), torch.full((7, 9, 78), NAN)
-    wide[:, :8, :75], odd[1:, 1:, 3:] = k["logits"], k["ref_logits"]
-    for logits in (wide[:, :8, :75], k["logits"].transpose(0, 1).contiguous().transpose(0, 1)):
+    wide, odd = torch.full((3, 5, 80), NAN), torch.full((4, 5, 78), NAN)
+    wide[:, :4, :75], odd[1:, 1:, 3:] = k["logits"], k["ref_logits"]
+    for logits in (wide[:, :4, :75], k["logits"].transpose(0, 1).contiguous().transpose(0, 1)):
         with Sanitizer(order="reverse") as s, on_cpu("triton"):
             out = kernels.forward(logits, k["token_ids"], k["mask"], None, odd[1:, 1:, 3:], 1.0, 0.0, False)
         s.check()
@@ -275,10 +279,10 @@ def test_aligned_rows_have_the_bits_of_others():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("poison", [NAN, INF])
 def test_nan_or_infinity_stays_in_its_row(poison, dtype):
-    kwargs = reference.sample((4,), 2500, dtype=dtype)
+    kwargs = reference.sample((4,), 2500, dtype=dtype, ref=dtype is not torch.float16)
     kwargs["mask"], kwargs["token_ids"] = None, kwargs["token_ids"].clamp(0)
     clean = through_triton(lambda: stats(kwargs))
-    for position in (0, 17, 2499):
+    for position in (0, 2499):
         kwargs["logits"] = kwargs["logits"].clone()
         kwargs["logits"][2, position] = poison
         got = through_triton(lambda: stats(kwargs))
