@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp, reference_backward
+from rlhf_fast._op import Op, cpp, no_doubles, reference_backward, triton
 from rlhf_fast.reference.group_advantages import KINDS
 from rlhf_fast.reference.group_advantages import group_advantages as reference
 
@@ -130,7 +130,7 @@ _group_advantages_backward = Op(
     "-> Tensor",
     reference=_backward_reference,
     fake=lambda grad, scores, *_: torch.empty_like(scores, memory_format=torch.contiguous_format),
-    backends=[cpp(_backward_cpp)],
+    backends=[triton("group_advantages", "backward", no_doubles), cpp(_backward_cpp)],
 )
 
 
@@ -149,7 +149,7 @@ _group_advantages = Op(
     "float eps) -> Tensor",
     reference=reference,
     fake=lambda scores, *_: torch.empty_like(scores, memory_format=torch.contiguous_format),
-    backends=[cpp(_forward)],
+    backends=[triton("group_advantages", "forward", no_doubles), cpp(_forward)],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0,),
