@@ -12,15 +12,13 @@ from rlhf_fast.kernels.common import scan as rows
 from rlhf_fast.kernels.common.launch import EXACT, on_device
 from rlhf_fast.kernels.common.layout import same_order
 from rlhf_fast.kernels.common.moments import MAX_PARTS, merged, moments_of, store_part
-from rlhf_fast.kernels.common.scan import last_real, mask_at, row_of
+from rlhf_fast.kernels.common.scan import lane_of, last_real, left, mask_from, row_of
 from rlhf_fast.kernels.common.token_losses import clamp_of, kl_token
-from rlhf_fast.kernels.gae import adjoint_block, at_last, gae_block, shape_of
+from rlhf_fast.kernels.gae import adjoint_block, at_lane, gae_block, shape_of
 from rlhf_fast.kernels.kl_estimate import kind_of
 from torch import Tensor
 
 from rlhf_fast.reference.advantages import WHITEN_EPS
-
-WARPS = 4
 
 
 @triton.jit
@@ -42,6 +40,7 @@ def _forward(
     part = tl.program_id(0)
     count, centre, offset, squares = 0.0, 0.0, 0.0, 0.0
     first_row = part.to(tl.int64) * rows_per_part
+    lane = tl.arange(0, BLOCK)
     for row in range(first_row, tl.minimum(first_row + rows_per_part, n_rows)):
         begin, size = row_of(cu_seqlens, row, tokens, length)
         last = last_real(mask + begin, size, BLOCK)
@@ -53,40 +52,41 @@ def _forward(
             score = clamp_of(tl.load(scores + row, slot >= 0, other=0.0), -score_clip, score_clip)
         live = tl.cdiv(slot + 1, BLOCK)
         for i in range(live, tl.cdiv(size, BLOCK)):
-            lane = i * BLOCK + tl.arange(0, BLOCK)
-            at = begin + lane
+            first = begin + i * BLOCK
+            inside = lane < left(size, i * BLOCK, BLOCK)
             zeros = tl.zeros((BLOCK,), tl.float32)
-            tl.store(advantages + at, zeros, lane < size)
+            tl.store(advantages + first + lane, zeros, inside)
             if returns is not None:
-                tl.store(returns + at, zeros, lane < size)
-                tl.store(rewards + at, zeros, lane < size)
-                tl.store(kl + at, zeros, lane < size)
+                tl.store(returns + first + lane, zeros, inside)
+                tl.store(rewards + first + lane, zeros, inside)
+                tl.store(kl + first + lane, zeros, inside)
         for i in range(live):
-            lane = (live - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-            at = begin + lane
-            inside = lane < size
-            real = mask_at(mask, at, inside)
-            counts = (real | (lane == slot)) if AFTER else real
-            value = tl.load(values + at, counts, other=0.0)
+            start = (live - 1 - i) * BLOCK
+            first = begin + start
+            here = lane_of(slot, start, BLOCK)
+            inside = lane < left(size, start, BLOCK)
+            real = mask_from(mask, first, lane, inside)
+            counts = (real | (lane == here)) if AFTER else real
+            value = tl.load(values + first + lane, counts, other=0.0)
             reward = tl.zeros((BLOCK,), tl.float32)
             divergence = reward
             if logprobs is not None:
-                logp = tl.load(logprobs + at, real, other=0.0)
-                ref = tl.load(ref_logprobs + at, real, other=0.0)
+                logp = tl.load(logprobs + first + lane, real, other=0.0)
+                ref = tl.load(ref_logprobs + first + lane, real, other=0.0)
                 divergence, _ = kl_token(logp, ref, clamp_in, clamp_out, KIND, False)
                 reward = -kl_coef * divergence
             if TOKEN_SCORES:
-                reward += tl.load(scores + at, counts, other=0.0)
+                reward += tl.load(scores + first + lane, counts, other=0.0)
             else:
-                reward += tl.where(lane == slot, score, 0.0)
-            step = (lane <= slot) if DECAY else counts
+                reward += tl.where(lane == here, score, 0.0)
+            step = (lane < left(slot + 1, start, BLOCK)) if DECAY else counts
             advantage, future, state = gae_block(reward, value, counts, step, state, gamma, c)
             raw = tl.where(real, advantage, 0.0)
-            tl.store(advantages + at, raw, inside)
+            tl.store(advantages + first + lane, raw, inside)
             if returns is not None:
-                tl.store(returns + at, tl.where(counts, future, 0.0), inside)
-                tl.store(rewards + at, reward, inside)
-                tl.store(kl + at, divergence, inside)
+                tl.store(returns + first + lane, tl.where(counts, future, 0.0), inside)
+                tl.store(rewards + first + lane, reward, inside)
+                tl.store(kl + first + lane, divergence, inside)
             if parts is not None:
                 m, o, d, q = moments_of(raw, real)
                 count, centre, offset, squares = merged(count, centre, offset, squares, m, o, d, q)
@@ -109,30 +109,31 @@ def _adjoint(
     state = tl.zeros((), tl.float32)
     final = tl.zeros((), tl.float32)
     placed = tl.zeros((), tl.float32)
+    lane = tl.arange(0, BLOCK)
     for i in range(tl.cdiv(size, BLOCK)):
-        lane = i * BLOCK + tl.arange(0, BLOCK)
-        at = begin + lane
-        inside = lane < size
-        real = mask_at(mask, at, inside)
-        counts = (real | (lane == slot)) if AFTER else real
-        grad_advantage = tl.load(grad_raw + at, real, other=0.0)
-        grad_return = tl.load(grad_returns + at, counts, other=0.0)
+        first = begin + i * BLOCK
+        here = lane_of(slot, i * BLOCK, BLOCK)
+        inside = lane < left(size, i * BLOCK, BLOCK)
+        real = mask_from(mask, first, lane, inside)
+        counts = (real | (lane == here)) if AFTER else real
+        grad_advantage = tl.load(grad_raw + first + lane, real, other=0.0)
+        grad_return = tl.load(grad_returns + first + lane, counts, other=0.0)
         into_reward, into_value, state = adjoint_block(grad_advantage, grad_return, counts, state, gamma, c, DECAY)
-        final = at_last(into_reward, lane, slot, final)
-        shaped = tl.where(counts, into_reward + tl.load(grad_rewards + at, counts, other=0.0), 0.0)
-        tl.store(into_values + at, tl.where(counts, into_value, 0.0), inside)
+        final = at_lane(into_reward, lane, here, final)
+        shaped = tl.where(counts, into_reward + tl.load(grad_rewards + first + lane, counts, other=0.0), 0.0)
+        tl.store(into_values + first + lane, tl.where(counts, into_value, 0.0), inside)
         if TOKEN_SCORES:
-            tl.store(into_scores + at, shaped, inside)
+            tl.store(into_scores + first + lane, shaped, inside)
         else:
-            placed = at_last(shaped, lane, slot, placed)
+            placed = at_lane(shaped, lane, here, placed)
         if logprobs is not None:
-            logp = tl.load(logprobs + at, real, other=0.0)
-            ref = tl.load(ref_logprobs + at, real, other=0.0)
-            upstream = tl.load(grad_kl + at, real, other=0.0) - kl_coef * shaped
+            logp = tl.load(logprobs + first + lane, real, other=0.0)
+            ref = tl.load(ref_logprobs + first + lane, real, other=0.0)
+            upstream = tl.load(grad_kl + first + lane, real, other=0.0) - kl_coef * shaped
             _, slope = kl_token(logp, ref, clamp_in, clamp_out, KIND, THROUGH)
             into_logp = tl.where(real, upstream * slope, 0.0)
-            tl.store(into_logprobs + at, into_logp, inside)
-            tl.store(into_ref + at, -into_logp, inside)
+            tl.store(into_logprobs + first + lane, into_logp, inside)
+            tl.store(into_ref + first + lane, -into_logp, inside)
     if not TOKEN_SCORES:
         moves = (slot >= 0) & (tl.abs(tl.load(scores + row, slot >= 0, other=0.0)) <= score_clip)
         tl.store(into_scores + row, tl.where(moves, placed, 0.0))
@@ -174,7 +175,7 @@ def _launch(
         _forward[(count,)](
             scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, *outputs, parts, values.numel(), length,
             n_rows, each, kl_coef, clamp_in, clamp_out, score_clip, gamma, gamma * lam,
-            token_scores, kind_of(kl_kind), after_last, decay_gaps, rows.BLOCK, num_warps=WARPS, **EXACT,
+            token_scores, kind_of(kl_kind), after_last, decay_gaps, rows.BLOCK, num_warps=rows.WARPS, **EXACT,
         )  # fmt: skip
     return parts
 
@@ -215,6 +216,6 @@ def backward(
             grad, grad_returns.contiguous(), grad_rewards.contiguous(), grad_kl.contiguous(), scores, mask, logprobs,
             ref_logprobs, cu_seqlens, into_scores, into_values, into_logprobs, into_ref, into_bootstrap, values.numel(), length,
             kl_coef, clamp_in, clamp_out, score_clip, gamma, gamma * lam, token_scores, kind_of(kl_kind),
-            kl_kind.endswith("+"), after_last, decay_gaps, rows.BLOCK, num_warps=WARPS, **EXACT,
+            kl_kind.endswith("+"), after_last, decay_gaps, rows.BLOCK, num_warps=rows.WARPS, **EXACT,
         )  # fmt: skip
     return into_scores, into_values, into_logprobs, into_ref, empty if bootstrap is None else into_bootstrap

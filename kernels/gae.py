@@ -14,10 +14,8 @@ import triton.language as tl
 from rlhf_fast.kernels.common import scan as rows
 from rlhf_fast.kernels.common.launch import EXACT, on_device
 from rlhf_fast.kernels.common.layout import same_order
-from rlhf_fast.kernels.common.scan import last_real, mask_at, row_of, scan
+from rlhf_fast.kernels.common.scan import lane_of, last_real, left, mask_from, row_of, scan
 from torch import Tensor
-
-WARPS = 4
 
 
 @triton.jit
@@ -50,21 +48,23 @@ def _forward(
     state = tl.zeros((), tl.float32)
     if bootstrap is not None:
         state = gamma * tl.load(bootstrap + row)
-    blocks = tl.cdiv(size, BLOCK)
+    lane = tl.arange(0, BLOCK)
     live = tl.cdiv(last + 1, BLOCK)
-    for i in range(live, blocks):
-        at = i * BLOCK + tl.arange(0, BLOCK)
-        tl.store(advantages + at, tl.zeros(at.shape, tl.float32), at < size)
-        tl.store(returns + at, tl.zeros(at.shape, tl.float32), at < size)
+    for i in range(live, tl.cdiv(size, BLOCK)):
+        start = i * BLOCK
+        inside = lane < left(size, start, BLOCK)
+        tl.store(advantages + start + lane, tl.zeros((BLOCK,), tl.float32), inside)
+        tl.store(returns + start + lane, tl.zeros((BLOCK,), tl.float32), inside)
     for i in range(live):
-        at = (live - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        real = mask_at(mask, at, at < size)
-        reward = tl.load(rewards + at, real, other=0.0)
-        value = tl.load(values + at, real, other=0.0)
-        step = (at <= last) if DECAY else real
+        start = (live - 1 - i) * BLOCK
+        inside = lane < left(size, start, BLOCK)
+        real = mask_from(mask, start, lane, inside)
+        reward = tl.load(rewards + start + lane, real, other=0.0)
+        value = tl.load(values + start + lane, real, other=0.0)
+        step = (lane < left(last + 1, start, BLOCK)) if DECAY else real
         advantage, future, state = gae_block(reward, value, real, step, state, gamma, c)
-        tl.store(advantages + at, tl.where(real, advantage, 0.0), at < size)
-        tl.store(returns + at, tl.where(real, future, 0.0), at < size)
+        tl.store(advantages + start + lane, tl.where(real, advantage, 0.0), inside)
+        tl.store(returns + start + lane, tl.where(real, future, 0.0), inside)
 
 
 @triton.jit
@@ -81,10 +81,9 @@ def adjoint_block(grad_advantage, grad_return, counts, state, gamma, c, DECAY: t
 
 
 @triton.jit
-def at_last(x, at, last, found):
-    """x of the slot `last` when it is in the block, otherwise what was found so far."""
-    here = tl.sum(tl.where(at == last, x, 0.0), 0)
-    return tl.where(tl.max(tl.where(at == last, 1, 0), 0) > 0, here, found)
+def at_lane(x, lane, here, found):
+    """x of the lane `here`, or what was found before where that is -1."""
+    return tl.where(here >= 0, tl.sum(tl.where(lane == here, x, 0.0), 0), found)
 
 
 @same_order
@@ -103,15 +102,17 @@ def _backward(
     last = last_real(mask, size, BLOCK)
     state = tl.zeros((), tl.float32)
     final = tl.zeros((), tl.float32)
+    lane = tl.arange(0, BLOCK)
     for i in range(tl.cdiv(size, BLOCK)):
-        at = i * BLOCK + tl.arange(0, BLOCK)
-        real = mask_at(mask, at, at < size)
-        grad_advantage = tl.load(grad_advantages + at, real, other=0.0)
-        grad_return = tl.load(grad_returns + at, real, other=0.0)
+        start = i * BLOCK
+        inside = lane < left(size, start, BLOCK)
+        real = mask_from(mask, start, lane, inside)
+        grad_advantage = tl.load(grad_advantages + start + lane, real, other=0.0)
+        grad_return = tl.load(grad_returns + start + lane, real, other=0.0)
         into_reward, into_value, state = adjoint_block(grad_advantage, grad_return, real, state, gamma, c, DECAY)
-        final = at_last(into_reward, at, last, final)
-        tl.store(grad_rewards + at, tl.where(real, into_reward, 0.0), at < size)
-        tl.store(grad_values + at, tl.where(real, into_value, 0.0), at < size)
+        final = at_lane(into_reward, lane, lane_of(last, start, BLOCK), final)
+        tl.store(grad_rewards + start + lane, tl.where(real, into_reward, 0.0), inside)
+        tl.store(grad_values + start + lane, tl.where(real, into_value, 0.0), inside)
     tl.store(grad_bootstrap + row, gamma * final)
 
 
@@ -137,7 +138,7 @@ def forward(
         with on_device(rewards):
             _forward[(count,)](
                 rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, rewards.numel(), length, gamma, gamma * lam,
-                decay_gaps, rows.BLOCK, num_warps=WARPS, **EXACT,
+                decay_gaps, rows.BLOCK, num_warps=rows.WARPS, **EXACT,
             )  # fmt: skip
     return advantages, returns
 
@@ -161,6 +162,6 @@ def backward(
     with on_device(grad_advantages):
         _backward[(count,)](
             grad_advantages, grad_returns, mask, cu_seqlens, grad_rewards, grad_values, grad_bootstrap,
-            grad_advantages.numel(), length, gamma, gamma * lam, decay_gaps, rows.BLOCK, num_warps=WARPS, **EXACT,
+            grad_advantages.numel(), length, gamma, gamma * lam, decay_gaps, rows.BLOCK, num_warps=rows.WARPS, **EXACT,
         )  # fmt: skip
     return grad_rewards, grad_values, grad_bootstrap

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_fast.reference.group_advantages import KINDS, WHITEN_EPS
 
-SAMPLES, OTHERS, MEMBERS, WARPS = 32, 128, 32, 4
+SAMPLES, OTHERS, MEMBERS, WARPS = 32, 32, 32, 4
 BLOCK = 256
 
 GRPO, DR_GRPO, RLOO, REINFORCE, OPO, REMAX, PASS_AT_K = (tl.constexpr(i) for i in range(len(KINDS)))

@@ -11,14 +11,14 @@ from rlhf_fast.kernels.common.grid import add_count, counters_for, is_last, rese
 from rlhf_fast.kernels.common.launch import EXACT, on_device
 from rlhf_fast.kernels.common.layout import same_order
 from rlhf_fast.kernels.common.moments import MAX_PARTS, merged, moments_of, pooled
-from rlhf_fast.kernels.common.scan import mask_at, row_of
+from rlhf_fast.kernels.common.scan import left, mask_from, row_of
 from rlhf_fast.kernels.common.token_losses import k3_of, kl_token, policy_token, ratio_token, value_token
 from rlhf_fast.kernels.kl_estimate import kind_of
 from torch import Tensor
 
 from rlhf_fast.reference.ppo_loss import STATS
 
-BLOCK, WARPS = 1024, 8
+BLOCK, WARPS = 512, 8
 
 NOTHING, TOKENS, SEQUENCES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What is counted before the gradients."""
@@ -36,9 +36,9 @@ N_COLUMNS = 24
 def _real_tokens(mask, begin, size, BLOCK: tl.constexpr):
     """Real tokens among mask[begin : begin + size]."""
     count = tl.zeros((BLOCK,), tl.int64)
+    lane = tl.arange(0, BLOCK)
     for i in range(tl.cdiv(size, BLOCK)):
-        at = i * BLOCK + tl.arange(0, BLOCK)
-        count += mask_at(mask + begin, at, at < size).to(tl.int64)
+        count += mask_from(mask, begin + i * BLOCK, lane, lane < left(size, i * BLOCK, BLOCK)).to(tl.int64)
     return tl.sum(count, 0)
 
 
@@ -152,23 +152,23 @@ def _loss(
     ratio_n, ratio_c, ratio_o, ratio_q = 0.0, 0.0, 0.0, 0.0
     return_n, return_c, return_o, return_q = 0.0, 0.0, 0.0, 0.0
     error_n, error_c, error_o, error_q = 0.0, 0.0, 0.0, 0.0
+    lane = tl.arange(0, BLOCK)
     for row in range(part * rows_per_part, tl.minimum((part + 1) * rows_per_part, rows)):
         begin, size = row_of(cu_seqlens, row, tokens, length)
         weight = 1.0  # of a token of the row, times share
         if TOKEN_MEANS:
             weight = tl.div_rn(1.0, tl.maximum(_real_tokens(mask, begin, size, BLOCK), 1).to(tl.float32))
         for i in range(tl.cdiv(size, BLOCK)):
-            slot = i * BLOCK + tl.arange(0, BLOCK)
-            inside = slot < size
-            at = begin + slot
-            real = mask_at(mask, at, inside)
-            logp = tl.load(logprobs + at, real, other=0.0)
-            old = tl.load(old_logprobs + at, real, other=0.0)
-            advantage = tl.load(advantages + at, real, other=0.0)
+            first = begin + i * BLOCK
+            inside = lane < left(size, i * BLOCK, BLOCK)
+            real = mask_from(mask, first, lane, inside)
+            logp = tl.load(logprobs + first + lane, real, other=0.0)
+            old = tl.load(old_logprobs + first + lane, real, other=0.0)
+            advantage = tl.load(advantages + first + lane, real, other=0.0)
             log_ratio, ratio, clamped = ratio_token(logp, old, ratio_clamp)
             term, slope, clipped, capped = policy_token(ratio, clamped, advantage, low, high, dual_clip)
             if importance_weights is not None:
-                importance = tl.load(importance_weights + at, real, other=0.0)
+                importance = tl.load(importance_weights + first + lane, real, other=0.0)
                 term *= importance
                 slope *= importance
             grad = share * weight * slope
@@ -182,32 +182,32 @@ def _loss(
             # Twelve bits for each count of a block.
             event = clipped.to(tl.int64) + (capped.to(tl.int64) << 12) + (clamped.to(tl.int64) << 24)
             if ref_logprobs is not None:
-                ref = tl.load(ref_logprobs + at, real, other=0.0)
+                ref = tl.load(ref_logprobs + first + lane, real, other=0.0)
                 kl, kl_slope = kl_token(logp, ref, kl_in, kl_out, KIND, THROUGH)
                 grad += tl.where(real, share * weight * kl_coef * kl_slope, 0.0)
                 kl_total = tl.sum(kl, 0)
                 kl_sum += kl_total
                 penalty_sum += weight * kl_total
             if grad_logprobs is not None:
-                tl.store(grad_logprobs + at, grad, inside)
+                tl.store(grad_logprobs + first + lane, grad, inside)
             if entropy is not None:
-                bonus = tl.sum(tl.load(entropy + at, real, other=0.0), 0)
+                bonus = tl.sum(tl.load(entropy + first + lane, real, other=0.0), 0)
                 entropy_sum += bonus
                 bonus_sum += weight * bonus
                 if grad_entropy is not None:
-                    tl.store(grad_entropy + at, tl.where(real, -(share * weight * entropy_coef), 0.0), inside)
+                    tl.store(grad_entropy + first + lane, tl.where(real, -(share * weight * entropy_coef), 0.0), inside)
             if values is not None:
-                value = tl.load(values + at, real, other=0.0)
-                target = tl.load(returns + at, real, other=0.0)
+                value = tl.load(values + first + lane, real, other=0.0)
+                target = tl.load(returns + first + lane, real, other=0.0)
                 if old_values is not None:
-                    before = tl.load(old_values + at, real, other=0.0)
+                    before = tl.load(old_values + first + lane, real, other=0.0)
                     value_term, value_slope, value_clipped = value_token(value, before, target, value_clip)
                     event += value_clipped.to(tl.int64) << 36
                 else:
                     value_term, value_slope, _ = value_token(value, value, target, float("inf"))
                 value_sum += weight * tl.sum(value_term, 0)
                 if grad_values is not None:
-                    tl.store(grad_values + at, share * weight * value_coef * value_slope, inside)
+                    tl.store(grad_values + first + lane, share * weight * value_coef * value_slope, inside)
                 n2, c2, o2, q2 = moments_of(target, real)
                 return_n, return_c, return_o, return_q = merged(return_n, return_c, return_o, return_q, n2, c2, o2, q2)
                 n2, c2, o2, q2 = moments_of(target - value, real)

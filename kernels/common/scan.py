@@ -8,8 +8,8 @@ with any padding, in any batch, packed or not.
 import triton
 import triton.language as tl
 
-BLOCK = 1024
-"""Slots at a time; the order of the sums depends on it."""
+BLOCK, WARPS = 512, 8
+"""Slots at a time, two a thread; the order of the sums depends on both. A scan keeps four numbers of every 32 slots in registers."""
 
 
 @triton.jit
@@ -29,11 +29,20 @@ def row_of(cu_seqlens, row, tokens, length):
 
 @triton.jit
 def mask_at(mask, at, inside):
-    """Real ones among the slots `at`; all of them without a mask."""
+    """Real ones among the slots `at` that are `inside`; all of them without a mask."""
     if mask is None:
         return inside
     else:
         return tl.load(mask + at, inside, other=0) != 0
+
+
+@triton.jit
+def mask_from(mask, start, lane, inside):
+    """`mask_at` of the lanes of the block that begins at `start`."""
+    if mask is None:
+        return inside
+    else:
+        return mask_at(mask + start, lane, inside)
 
 
 @triton.jit
@@ -42,14 +51,27 @@ def last_real(mask, size, BLOCK: tl.constexpr):
     if mask is None:
         return size - 1
     else:
+        lane = tl.arange(0, BLOCK)
         last = tl.full((), -1, tl.int64)
-        i = tl.cdiv(size, BLOCK)
-        while i > 0:
-            i -= 1
-            at = i * BLOCK + tl.arange(0, BLOCK)
-            last = tl.max(tl.where(mask_at(mask, at, at < size), at, -1), 0)
-            i = tl.where(last >= 0, 0, i)
+        start = tl.cdiv(size, BLOCK) * BLOCK
+        while start > 0:
+            start -= BLOCK
+            found = tl.max(tl.where(mask_at(mask + start, lane, lane < left(size, start, BLOCK)), lane, -1), 0)
+            last = tl.where(found >= 0, start + found, last)
+            start = tl.where(found >= 0, 0, start)
         return last
+
+
+@triton.jit
+def left(size, start, BLOCK: tl.constexpr):
+    """Slots of the block that begins at `start`, as a number of lanes: offsets in a block are 32-bit, those of blocks 64-bit."""
+    return tl.minimum(size - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def lane_of(slot, start, BLOCK: tl.constexpr):
+    """Lane of a slot in the block that begins at `start`, -1 when it is in another."""
+    return tl.where((slot >= start) & (slot < start + BLOCK), slot - start, -1).to(tl.int32)
 
 
 @triton.jit

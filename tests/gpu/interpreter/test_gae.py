@@ -19,7 +19,7 @@ def call(**kwargs):
 
 
 # Empty; one token; short of a block; a block and its neighbours; three blocks.
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (5, 7), (2, 1023), (2, 1024), (2, 1025), (3, 2500)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (5, 7), (2, 511), (2, 512), (2, 513), (3, 1300)], ids=str)
 @pytest.mark.parametrize("gap", ["carry", "decay"])
 def test_parity(shape, gap):
     kwargs = reference.sample(shape)
