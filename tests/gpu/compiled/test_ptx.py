@@ -351,6 +351,30 @@ def test_an_asynchronous_copy_is_there_after_its_wait():
     assert "uninitialised shared read" in hand_written(f"{copy} ld.shared.b32 %r5, [%r4];")[0]
 
 
+@pytest.mark.parametrize("mods", ["", ".trans"])
+def test_matrices_go_to_shared_memory_and_back(mods):
+    body = """
+      mul.wide.u32 %rd2, %r2, 1; add.s64 %rd3, %rd1, %rd2;
+      and.b32 %r5, %r1, 31;
+      shl.b32 %r6, %r5, 16; add.s32 %r6, %r6, %r5; add.s32 %r6, %r6, 65536;
+      and.b32 %r7, %r5, 7; shl.b32 %r7, %r7, 4; add.s32 %r7, %r7, %r3;
+      and.b32 %r8, %r1, 32; shl.b32 %r8, %r8, 2; add.s32 %r7, %r7, %r8;
+      stmatrix.sync.aligned.m8n8.x1MODS.shared.b16 [%r7], {%r6};
+      bar.sync 0;
+      ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r7];
+      st.global.b32 [%rd3], %r5;
+    """
+    out = torch.zeros(64, dtype=torch.int32)
+    found = PTX(HAND_WRITTEN.replace("BODY", body.replace("MODS", mods))).launch((1,), (64,), [out])
+    assert found.findings == []
+    lane = torch.arange(32, dtype=torch.int32)
+    matrix = torch.stack([lane, lane + 1], 1).reshape(8, 8)  # row t // 4, columns 2 (t % 4) and the next
+    matrix = matrix.T.contiguous() if mods else matrix
+    expected = matrix.reshape(32, 2)
+    got = torch.stack([out[:32] & 0xFFFF, out[:32] >> 16], 1)
+    assert torch.equal(got, expected) and torch.equal(out[:32], out[32:])
+
+
 FENCED = """
 .version 8.7
 .target sm_90

@@ -12,6 +12,7 @@ nothing, and so does a target of AMD. TRITON_INTERPRET must not be set.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -48,9 +49,13 @@ class Compiled:
     """"ptx" and "cubin", or "amdgcn"."""
 
     def __str__(self) -> str:
-        constants = ", ".join(f"{k}={v}" for k, v in self.constants.items())
-        types = ", ".join(f"{k}: {v}" for k, v in self.signature.items())
-        return f"{self.name}[{constants}]({types}) x {self.num_warps} warps"
+        """One line: the constants that are neither False nor None, and the run-time types; x5: five of them."""
+        constants = [
+            k if v is True else f"{k}={v}" for k, v in self.constants.items() if v is not None and v is not False
+        ]
+        left_out = [f"-{k}" for k, v in self.constants.items() if v is None]
+        types = [f"{k} x{n}" if (n := len(list(run))) > 1 else k for k, run in groupby(self.signature.values())]
+        return f"{self.name}[{' '.join(constants + left_out)}]({', '.join(types)}), {self.num_warps} warps"
 
 
 class Driver(DriverBase):

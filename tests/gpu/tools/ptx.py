@@ -472,6 +472,31 @@ def _copy(batch: Batch, ins: Instruction) -> None:
         batch._copies[-1].append(batch.shared.pending(target))
 
 
+def _matrix(batch: Batch, ins: Instruction) -> None:
+    """ldmatrix and stmatrix: 8 x 8 matrices of 16 bits. Lane 8 k + r has the address of row r of matrix k; of matrix k, lane t holds
+    row t // 4, columns 2 (t % 4) and the next."""
+    store = ins.op == "stmatrix"
+    address, registers = (ins.operands[0], ins.operands[1]) if store else (ins.operands[1], ins.operands[0])
+    parts = _parts(registers)
+    if "m8n8" not in ins.mods or _space(ins) != "shared":
+        raise Unsupported(ins.text)
+    if not batch.on.reshape(-1, WARP)[batch.on.reshape(-1, WARP).any(1)].all():
+        batch.result.note(f"matrix access without some lanes of the warp: {ins.text}")
+    rows = batch.lanes.index[batch.lane[batch.lanes.index] < 8 * len(parts)]
+    access = batch.access(ins, address, 16, rows)
+    warps = -1, len(parts), 8, 8
+    if store:
+        held = [np.broadcast_to(batch.read(x, "b32"), batch.on.shape)[batch.lanes.index] for x in parts]
+        data = np.stack([np.ascontiguousarray(x).view(np.uint16).reshape(-1, 8, 8) for x in held], 1)
+        data = data.swapaxes(2, 3) if "trans" in ins.mods else data
+        batch.shared.store(access, np.ascontiguousarray(data).reshape(-1, 8).view(np.uint8))
+    else:
+        data = batch.shared.load(access).view(np.uint16).reshape(warps)
+        data = data.swapaxes(2, 3) if "trans" in ins.mods else data
+        for k, target in enumerate(parts):
+            batch.write(target, np.ascontiguousarray(data[:, k]).view(np.uint32).reshape(-1), batch.lanes.index)
+
+
 def _call(batch: Batch, ins: Instruction) -> None:
     if "__assertfail" not in ins.text:
         raise Unsupported(ins.text)
@@ -491,6 +516,8 @@ _HANDLERS: dict[str, Callable[[Batch, Instruction], None]] = {
     "membar": _fence,
     "fence": _fence,
     "cp": _copy,
+    "ldmatrix": _matrix,
+    "stmatrix": _matrix,
     "call": _call,
     "trap": lambda batch, ins: batch.result.note("trap reached"),
     "mov": ptx_ops.mov,

@@ -414,10 +414,13 @@ class SharedMemory:
         self._race(self._writer[cells], warp, access.text)
         self._race(self._reader[cells], warp, access.text)
         self._writer[cells] = warp
-        if (self._writer[cells] != warp).any():
-            self._race(self._writer[cells], warp, access.text)
         self.initialised[cells] = True
         _scatter(self._words, cells[:, 0], data[keep])
+        clash = (
+            self._writer[cells] != warp
+        )  # two warps in one instruction; compilers let several hold and store one value
+        if clash.any() and (self._words[1][cells] != data[keep])[clash].any():
+            self._race(self._writer[cells], warp, access.text)
 
     def cell(self, access: Access, i: int) -> NDArray | None:
         """The bytes of one lane's atomic access, to be changed in place."""
