@@ -1,0 +1,96 @@
+"""Every Triton cell as compiled code: executed on the CPU against the fp64 reference, with no finding, and its traffic counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu.tools.cases import Case, cases_of, triton_ops
+from gpu.tools.driver import install
+from gpu.tools.on_cpu import on_cpu
+from gpu.tools.ptx_memory import traffic
+
+import rlhf_fast
+from rlhf_fast.reference import advantages, ppo_loss, token_logprobs
+
+ARCHS = [80, 90, 100]
+CASES = cases_of(*triton_ops())
+expected: dict[str, tuple] = {}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_parity(arch, case):
+    inputs = case.inputs()
+    with install(arch) as driver:
+        got = case.kernels(inputs)
+    assert driver.launches
+    for launch in driver.launches:
+        assert launch.findings == [], f"{launch.kernel}: {launch.findings}"
+    if str(case) not in expected:
+        expected[str(case)] = case.expected(inputs)
+    case.check(got, expected[str(case)])
+
+
+@pytest.mark.parametrize("op", triton_ops())
+def test_no_launch_for_empty_input(op):
+    case = next(c for c in CASES if c.op == op)
+    whole = ("weight", "bias", "ref_weight")
+    empty = {k: v if k in whole else v[:0] for k, v in case.inputs().items()}
+    with install(90) as driver, on_cpu("triton"):
+        found = Case(op, "empty", lambda: empty, case.leaves, case.options).results(empty)
+    assert driver.launches == []
+    assert all(not x.isnan().any() for x in found.values())
+
+
+# ---- traffic
+
+
+def measured(driver, call):
+    before = len(driver.launches)
+    out = call()
+    return out, driver.launches[before:]
+
+
+def size(*tensors):
+    return sum(x.nbytes for x in tensors if x is not None)
+
+
+@pytest.mark.parametrize("vocab", [8192, 8195], ids=["aligned", "odd"])
+@pytest.mark.parametrize("ref", [False, True], ids=["", "reference"])
+def test_token_logprobs_reads_the_logits_once_and_writes_the_gradient_once(vocab, ref):
+    inputs = token_logprobs.sample((8,), vocab, dtype=torch.bfloat16, ref=ref)
+    del inputs["mask"]
+    inputs["token_ids"] = inputs["token_ids"].clamp_min(0)
+    logits = inputs["logits"].requires_grad_()
+    with install(90) as driver, on_cpu("triton"):
+        out, forward = measured(driver, lambda: rlhf_fast.token_logprobs(**inputs))
+        total = sum(x.sum() for x in out if x is not None)
+        grad, backward = measured(driver, lambda: torch.autograd.grad(total, logits)[0])
+    minimum = size(*inputs.values(), *out)
+    assert len(forward) == 1
+    assert 1.0 <= traffic(forward) / minimum <= 1.02
+    minimum = size(*inputs.values(), grad)
+    assert len(backward) == 1
+    assert 1.0 <= traffic(backward) / minimum <= 1.02
+    # Nothing is read twice past the caches either: what the lanes ask for is what there is.
+    assert sum(r.load_bytes for r in forward) <= 1.05 * size(*inputs.values()) + 8192
+
+
+def test_advantages_move_little_more_than_they_must_in_two_launches():
+    inputs = advantages.sample((16, 512), gaps=False)
+    inputs["mask"][:] = True
+    with install(90) as driver, on_cpu("triton"):
+        out, launches = measured(driver, lambda: rlhf_fast.advantages(**inputs, kl_coef=0.1))
+    assert len(launches) <= 2
+    assert 1.0 <= traffic(launches) / size(*inputs.values(), *out) <= 1.1
+
+
+def test_ppo_loss_and_its_gradients_are_one_launch():
+    inputs = ppo_loss.sample((16, 512))
+    inputs["mask"][:] = True
+    leaves = [inputs[k].requires_grad_() for k in ("logprobs", "entropy", "values")]
+    with install(90) as driver, on_cpu("triton"):
+        out, launches = measured(driver, lambda: rlhf_fast.ppo_loss(**inputs, entropy_coef=0.1, kl_coef=0.1))
+        grads, backward = measured(driver, lambda: torch.autograd.grad(out.loss, leaves))
+    assert len(launches) == 1 and backward == []
+    assert 1.0 <= traffic(launches) / size(*inputs.values(), *grads) <= 1.1

@@ -1,0 +1,270 @@
+"""Small seeded calls of every public op: what the compiled kernels are executed on, audited for and mutated under.
+
+A case names the tensors (from the reference's own samples), the keywords, and which inputs get a gradient. Its results are every
+output and every gradient, by name, whatever the op returns.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from gpu.tools.on_cpu import on_cpu
+from parity import assert_parity, double
+from torch import Tensor
+
+import rlhf_fast
+from rlhf_fast._op import OPS
+from rlhf_fast._types import LossOutput
+from rlhf_fast.reference import (
+    advantages,
+    gae,
+    group_advantages,
+    kl_estimate,
+    linear_ppo_loss,
+    linear_token_logprobs,
+    ppo_loss,
+    reward_loss,
+    token_logprobs,
+    whiten,
+)
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    name: str
+    inputs: Callable[[], Tensors]
+    leaves: tuple[str, ...] = ()
+    """Inputs that get a gradient."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def results(self, inputs: Tensors) -> Tensors:
+        """Every output, and as "d <leaf>" the gradients of a sum of the outputs under fixed random weights."""
+        held = {k: v.detach().requires_grad_() if k in self.leaves else v for k, v in inputs.items()}
+        found = _named(getattr(rlhf_fast, self.op)(**held, **self.options))
+        g = torch.Generator().manual_seed(7)
+        total = torch.zeros((), dtype=torch.float64)
+        for x in found.values():
+            if x.requires_grad:
+                total = total + (x.double() * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum()
+        if self.leaves:
+            grads = torch.autograd.grad(total, [held[k] for k in self.leaves])
+            found |= {f"d {k}": v for k, v in zip(self.leaves, grads, strict=True)}
+        return {k: v.detach() for k, v in found.items()}
+
+    def kernels(self, inputs: Tensors) -> Tensors:
+        """The results of the Triton cells on CPU tensors. Fails when an input was changed."""
+        before = {k: v.clone() for k, v in inputs.items()}
+        with on_cpu("triton"):
+            found = self.results(inputs)
+        for k, v in inputs.items():
+            assert torch.equal(v.nan_to_num(7.0), before[k].nan_to_num(7.0)), f"{self}: {k} was changed"
+        return found
+
+    def expected(self, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        """(in fp64, in the dtype at hand) by the reference."""
+        options = double(self.options)
+        with rlhf_fast.use_backend("reference"):
+            plain = self.results(inputs)
+            truth = Case(self.op, self.name, self.inputs, self.leaves, options).results(double(inputs))
+        return truth, plain
+
+    def check(self, got: Tensors, expected: tuple[Tensors, Tensors]) -> None:
+        truth, plain = expected
+        assert got.keys() == truth.keys()
+        for name, value in got.items():
+            # What is left of a difference says nothing of the size of its terms, which is that of a nat or of a variance.
+            least = 1.0 if name in _DIFFERENCES else 0.0
+            scale = max(least, *truth[name].nan_to_num(0, 0, 0).abs().flatten().tolist(), 0.0)
+            assert_parity(value, truth[name], plain[name], f"{self}: {name}", scale)
+
+
+_DIFFERENCES = ("logprobs", "entropy", "kl", "loss", "policy_loss", "explained_variance")
+
+
+def _named(out: Any) -> Tensors:
+    if isinstance(out, Tensor):
+        return {"result": out}
+    if isinstance(out, LossOutput):
+        return {"loss": out.loss, **dict(out.stats.items())}
+    names = getattr(out, "_fields", [f"result {i}" for i in range(len(out))])
+    return {name: x for name, x in zip(names, out, strict=True) if x is not None}
+
+
+def triton_ops() -> list[str]:
+    """Public ops whose forward has a Triton cell."""
+    names = [name for name in OPS if not name.endswith("_backward")]
+    return [name for name in names if any(cell.name == "triton" for cell in OPS[name].backends)]
+
+
+@contextmanager
+def as_arch(name: str) -> Iterator[None]:
+    """Launchers that look their sizes up by architecture find those of `name` for CPU tensors."""
+    modules = [m for k, m in sys.modules.items() if k.startswith("rlhf_fast.kernels") and hasattr(m, "arch_of")]
+    before = [m.arch_of for m in modules]
+    for module in modules:
+        module.arch_of = lambda x: name  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.arch_of = value  # type: ignore[attr-defined]
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _logits(
+    shape: tuple[int, ...],
+    vocab: int,
+    dtype: torch.dtype,
+    *,
+    ref: bool = False,
+    masked: bool = True,
+    pad: int = 0,
+    **more: Tensor,
+) -> Callable[[], Tensors]:
+    """pad: elements between the rows, which hold NaN."""
+
+    def inputs() -> Tensors:
+        found = token_logprobs.sample(shape, vocab, dtype=dtype, ref=ref)
+        if not masked:
+            del found["mask"]
+            found["token_ids"] = found["token_ids"].clamp_min(0)
+        for name in ("logits", "ref_logits"):
+            if pad and name in found:
+                wide = torch.full((*shape, vocab + pad), float("nan"), dtype=dtype)
+                wide[..., :vocab] = found[name]
+                found[name] = wide[..., :vocab]
+        return {**found, **more}
+
+    return inputs
+
+
+def _shifted(shape: tuple[int, int], vocab: int, dtype: torch.dtype) -> Callable[[], Tensors]:
+    """logits[:, :-1] of (B, T, V): two levels of strides."""
+
+    def inputs() -> Tensors:
+        B, T = shape
+        found = token_logprobs.sample((B, T + 1), vocab, dtype=dtype, ref=False)
+        return {"logits": found["logits"][:, :-1], "token_ids": found["token_ids"][:, 1:].contiguous().clamp_min(0)}
+
+    return inputs
+
+
+def _packed(inputs: Callable[[], Tensors], lengths: list[int], per_row: tuple[str, ...] = ()) -> Callable[[], Tensors]:
+    """(B, T) tensors as one run of tokens; row b keeps lengths[b] of them."""
+
+    def packed() -> Tensors:
+        found = inputs()
+        T = found["mask"].shape[1]
+        inside = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
+        found = {k: v[inside] if v.dim() == 2 else v for k, v in found.items()}
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return {**found, "cu_seqlens": bounds}
+
+    return packed
+
+
+def _without(inputs: Callable[[], Tensors], *names: str) -> Callable[[], Tensors]:
+    return lambda: {k: v for k, v in inputs().items() if k not in names}
+
+
+def _token_logprobs() -> Iterator[Case]:
+    leaf = ("logits",)
+    for dtype, name in ((FP32, "fp32"), (BF16, "bf16"), (FP16, "fp16")):
+        yield Case("token_logprobs", f"{name}-aligned", _logits((3,), 2048, dtype, masked=False), leaf)
+        yield Case("token_logprobs", f"{name}-odd", _logits((3,), 1003, dtype), leaf)
+        yield Case("token_logprobs", f"{name}-reference", _logits((3,), 1003, dtype, ref=True), leaf)
+        options = {"softcap": 5.0, "temperature": 0.7}
+        yield Case("token_logprobs", f"{name}-cap", _logits((2,), 515, dtype, ref=True), leaf, options)
+    temperature = torch.tensor([0.5, 1.0, 2.0])
+    yield Case("token_logprobs", "temperatures", _logits((3,), 1024, BF16, temperature=temperature), leaf)
+    yield Case("token_logprobs", "padded", _logits((3,), 1003, BF16, ref=True, pad=21), leaf)
+    yield Case("token_logprobs", "shifted", _shifted((2, 2), 1003, BF16), leaf)
+    yield Case("token_logprobs", "one-class", _logits((3,), 1, BF16), leaf)
+    yield Case("token_logprobs", "large", _logits((2,), 20_001, BF16, masked=False), leaf)
+    yield Case("token_logprobs", "large-fp32", _logits((2,), 10_240, FP32, masked=False), leaf)
+
+
+def _linear() -> Iterator[Case]:
+    for dtype, name in ((FP32, "fp32"), (BF16, "bf16")):
+        for trained in (("hidden",), ("hidden", "weight", "bias")):
+            inputs = lambda dtype=dtype: linear_token_logprobs.sample((2, 3), 515, 32, dtype=dtype)
+            yield Case("linear_token_logprobs", f"{name}-{'-'.join(trained)}", inputs, trained, {"chunk_bytes": 8192})
+    inputs = lambda: linear_ppo_loss.sample((2, 3), 515, 32)
+    options = {"entropy_coef": 0.01, "kl_coef": 0.1, "chunk_bytes": 8192}
+    yield Case("linear_ppo_loss", "frozen", inputs, ("hidden",), options)
+    yield Case("linear_ppo_loss", "trained", inputs, ("hidden", "weight", "bias", "values"), options)
+
+
+def _per_token() -> Iterator[Case]:
+    both = ("logprobs", "ref_logprobs")
+    for kind in ("k1", "k2", "k3", "abs", "k3+"):
+        inputs = lambda: kl_estimate.sample((5, 37))
+        yield Case("kl_estimate", kind, inputs, both, {"kind": kind, "clamp": (5.0, 3.0)})
+    yield Case("kl_estimate", "bf16", lambda: kl_estimate.sample((3, 70), dtype=BF16), both, {"kind": "k3"})
+    yield Case("kl_estimate", "no-mask", _without(lambda: kl_estimate.sample((3, 70)), "mask"), both)
+
+    leaves = ("rewards", "values", "bootstrap")
+    for gap in ("carry", "decay"):
+        yield Case("gae", gap, lambda: gae.sample((5, 37)), leaves, {"gap": gap, "gamma": 0.97, "lam": 0.9})
+    yield Case("gae", "long", lambda: gae.sample((2, 1500)), leaves)
+    yield Case("gae", "bf16", lambda: gae.sample((3, 129), dtype=BF16), leaves)
+    yield Case("gae", "no-mask", _without(lambda: gae.sample((3, 64)), "mask", "bootstrap"), leaves[:2])
+    packed = _packed(lambda: gae.sample((5, 40)), [40, 0, 5, 1, 33])
+    yield Case("gae", "packed", packed, leaves, {"gamma": 0.97})
+
+    leaves = ("scores", "values", "logprobs", "ref_logprobs", "bootstrap")
+    for dialect in ("rlhf_fast", "trl", "openrlhf"):
+        options = {"kl_coef": 0.3, "kl_kind": "k3", "gamma": 0.97, "dialect": dialect}
+        yield Case("advantages", dialect, lambda: advantages.sample((6, 41)), leaves, options)
+    options = {"kl_coef": 0.2, "whiten": False}
+    yield Case("advantages", "token-scores", lambda: advantages.sample((4, 70), token_scores=True), leaves, options)
+    yield Case("advantages", "long", lambda: advantages.sample((3, 1300)), leaves, {"kl_coef": 0.2})
+    plain = _without(lambda: advantages.sample((4, 70)), "logprobs", "ref_logprobs", "bootstrap")
+    yield Case("advantages", "no-reference", plain, leaves[:2])
+    packed = _packed(lambda: advantages.sample((5, 40)), [40, 0, 5, 1, 33])
+    yield Case("advantages", "packed", packed, leaves, {"kl_coef": 0.2})
+
+    for shift in (True, False):
+        yield Case("whiten", f"shift-{shift}", lambda: whiten.sample((6, 37)), ("x",), {"shift_mean": shift})
+    yield Case("whiten", "large", _without(lambda: whiten.sample((9000,)), "mask"), ("x",), {"unbiased": False})
+
+    leaves = ("logprobs", "entropy", "values")
+    options = {"entropy_coef": 0.01, "kl_coef": 0.1, "dual_clip": 1.5}
+    for reduction in ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"):
+        yield Case("ppo_loss", reduction, lambda: ppo_loss.sample((7, 41)), leaves, {**options, "reduction": reduction})
+    core = _without(lambda: ppo_loss.sample((4, 300)), *("entropy", "ref_logprobs", "values", "old_values", "returns"))
+    yield Case("ppo_loss", "policy", core, leaves[:1])
+    packed = _packed(lambda: ppo_loss.sample((5, 60)), [60, 0, 17, 1, 60])
+    yield Case("ppo_loss", "packed", packed, leaves, {**options, "reduction": "seq-mean-token-mean"})
+    yield Case("ppo_loss", "verl", lambda: ppo_loss.sample((4, 300)), leaves, {**options, "dialect": "verl"})
+    yield Case("ppo_loss", "normalizer", lambda: ppo_loss.sample((4, 300)), leaves, {**options, "normalizer": 77.0})
+
+    for kind in ("grpo", "dr_grpo", "rloo", "reinforce++", "opo", "remax", "pass@k"):
+        inputs = _without(
+            lambda: group_advantages.sample(60),
+            *(() if kind == "opo" else ("lengths",)),
+            *(() if kind == "remax" else ("greedy_scores",)),
+        )
+        yield Case("group_advantages", kind, inputs, ("scores",), {"kind": kind})
+    options = {"center_coef": 0.1, "label_smoothing": 0.1}
+    yield Case("reward_loss", "all", lambda: reward_loss.sample(77), ("chosen_scores", "rejected_scores"), options)
+
+
+CASES = [*_token_logprobs(), *_linear(), *_per_token()]
+
+
+def cases_of(*ops: str) -> list[Case]:
+    return [case for case in CASES if case.op in ops]
