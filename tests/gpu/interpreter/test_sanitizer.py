@@ -88,7 +88,7 @@ def test_a_clean_kernel_has_the_same_bits_in_any_order(order):
 
 @triton.jit
 def copy_kernel(x_ptr, out_ptr, n, shift, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i + shift, mask=i < n, other=0.0) if MASKED else tl.load(x_ptr + i + shift)
     tl.store(out_ptr + i, x, mask=i < n)
 
@@ -208,13 +208,13 @@ def test_lanes_that_are_masked_off_are_poison_without_other(with_other):
 
 @triton.jit
 def ranges_kernel(out_ptr, step, BLOCK: tl.constexpr):
-    p = tl.program_id(0)
+    p = tl.program_id(0).to(tl.int64)
     tl.store(out_ptr + p * step + tl.arange(0, BLOCK), p * 1.0)
 
 
 @triton.jit
 def shift_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out_ptr + i, tl.load(x_ptr + i + 1, mask=i + 1 < n, other=0.0), mask=i < n)
 
 
@@ -229,7 +229,7 @@ def test_races_between_programs(order):
 
 @triton.jit
 def last_program_kernel(x_ptr, part_ptr, count_ptr, out_ptr, BLOCK: tl.constexpr, N: tl.constexpr, HOW: tl.constexpr):
-    p = tl.program_id(0)
+    p = tl.program_id(0).to(tl.int64)
     tl.store(part_ptr + p, tl.sum(tl.load(x_ptr + p * BLOCK + tl.arange(0, BLOCK)), 0))
     if HOW != "no barrier":
         tl.debug_barrier()
@@ -288,7 +288,7 @@ def test_an_atomic_is_released_by_the_same_threads_next_atomic(order, sem):
 
 @triton.jit
 def in_place_kernel(x_ptr, id_ptr, V, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * V + i, mask=i < V, other=float("-inf"))
     p = tl.exp(x - tl.max(x, 0))
@@ -362,18 +362,35 @@ def test_float_atomics():
 
 
 @triton.jit
-def offset_kernel(x_ptr, out_ptr, stride, WIDE: tl.constexpr):
-    row = tl.program_id(0) + 70_000
+def offset_kernel(x_ptr, out_ptr, row, stride, WIDE: tl.constexpr):
     if WIDE:
         row = row.to(tl.int64)
     i = tl.arange(0, 64)
     tl.store(out_ptr + i, tl.load(x_ptr + (row * stride - row * stride) + i))
 
 
+@triton.jit
+def program_kernel(x_ptr, out_ptr, stride, HOW: tl.constexpr):
+    row = tl.program_id(0)
+    if HOW == "wide":
+        row = row.to(tl.int64)
+    if HOW == "late":
+        row = (tl.expand_dims(row + tl.arange(0, 1), 0) * stride).to(tl.int64)
+    else:
+        row = tl.expand_dims(row + tl.arange(0, 1), 0) * stride
+    tl.store(out_ptr + row, tl.load(x_ptr + row))
+
+
 def test_int32_wraps():
     x, out = torch.randn(64), torch.empty(64)
-    assert kinds(lambda: offset_kernel[(1,)](x, out, 152_064, WIDE=True)) == []
-    assert kinds(lambda: offset_kernel[(1,)](x, out, 152_064, WIDE=False)) == ["int32-wrap"]
+    assert kinds(lambda: offset_kernel[(1,)](x, out, 70_000, 152_064, WIDE=True)) == []
+    assert kinds(lambda: offset_kernel[(1,)](x, out, 70_000, 152_064, WIDE=False)) == ["int32-wrap"]
+    assert kinds(lambda: offset_kernel[(1,)](x, out, 7_000, 152_064, WIDE=False)) == []
+
+
+@pytest.mark.parametrize(("how", "found"), [("wide", []), ("narrow", ["narrow-offset"]), ("late", ["narrow-offset"])])
+def test_products_of_the_programs_number_are_wide_whatever_the_grid(how, found):
+    assert kinds(lambda: program_kernel[(4,)](torch.randn(64), torch.empty(64), 16, HOW=how)) == found
 
 
 @triton.jit
@@ -393,117 +410,6 @@ def test_hints_are_verified():
     assert kinds(lambda: hint_kernel[(1,)](x, out, 16, 1)) == []
     assert kinds(lambda: hint_kernel[(1,)](x, out, 3, 1)) == ["hint"]
     assert kinds(lambda: hint_kernel[(1,)](x, out, 16, 2)) == ["hint"]
-
-
-# ---- numbers
-
-
-def test_bf16_arithmetic_comparisons_and_casts_are_exact():
-    @triton.jit
-    def arithmetic_kernel(a_ptr, b_ptr, out_ptr, less_ptr):
-        i = tl.arange(0, 64)
-        a, b = tl.load(a_ptr + i), tl.load(b_ptr + i)
-        tl.store(out_ptr + i, a * b + a)
-        tl.store(less_ptr + i, a < b)
-
-    @triton.jit
-    def cast_kernel(x_ptr, out_ptr):
-        i = tl.arange(0, 4096)
-        tl.store(out_ptr + i, tl.load(x_ptr + i).to(out_ptr.dtype.element_ty))
-
-    a, b = torch.randn(64).bfloat16(), torch.randn(64).bfloat16()
-    x = torch.cat([torch.randn(4090), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 3.4e38, torch.nan])])
-    with Sanitizer() as s:
-        out, less = torch.empty(64).bfloat16(), torch.empty(64, dtype=torch.bool)
-        arithmetic_kernel[(1,)](a, b, out, less)
-        rounded, half = torch.empty(4096).bfloat16(), torch.empty(4096).half()
-        cast_kernel[(1,)](x, rounded)
-        cast_kernel[(1,)](rounded, half)
-    s.check()
-    assert torch.equal(out, a * b + a) and torch.equal(less, a < b)
-    torch.testing.assert_close(rounded, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(half, x.bfloat16().half(), rtol=0, atol=0, equal_nan=True)
-
-
-@triton.jit
-def dot_kernel(a_ptr, b_ptr, out_ptr):
-    i = tl.arange(0, 16)
-    at = i[:, None] * 16 + i[None]
-    tl.store(out_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
-
-
-def test_dot_is_exact_in_bf16_and_rounds_fp32_to_tf32():
-    a, b = torch.randn(16, 16), torch.randn(16, 16)
-    with Sanitizer() as s:
-        narrow, tf32 = torch.empty(16, 16), torch.empty(16, 16)
-        dot_kernel[(1,)](a.bfloat16(), b.bfloat16(), narrow)
-        dot_kernel[(1,)](a, b, tf32)
-    s.check()
-    with Sanitizer(tf32=False):
-        full = torch.empty(16, 16)
-        dot_kernel[(1,)](a, b, full)
-    assert (narrow - a.bfloat16().float() @ b.bfloat16().float()).abs().max() < 1e-5
-    assert 1e-5 < (tf32 - a @ b).abs().max() < 2e-2 and (full - a @ b).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("upcast", [True, False])
-def test_bf16_reductions_are_reported(upcast):
-    @triton.jit
-    def sum_kernel(x_ptr, out_ptr, UPCAST: tl.constexpr):
-        x = tl.load(x_ptr + tl.arange(0, 64))
-        if UPCAST:
-            x = x.to(tl.float32)
-        tl.store(out_ptr, tl.sum(x, 0))
-
-    x, out = torch.randn(64).bfloat16(), torch.zeros(1)
-    assert kinds(lambda: sum_kernel[(1,)](x, out, UPCAST=upcast)) == ([] if upcast else ["bf16-reduce"])
-    assert (out - x.float().sum()).abs() < (1e-5 if upcast else 0.1)
-
-
-@triton.jit
-def affine(c1, d1, c2, d2):
-    return c1 * c2, d2 + c2 * d1
-
-
-@triton.jit
-def scan_kernel(c_ptr, d_ptr, out_ptr, T, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    rows, i = tl.arange(0, 2)[:, None], tl.arange(0, BLOCK)[None]
-    on = i < T
-    c = tl.load(c_ptr + rows * T + i, mask=on, other=1.0)
-    d = tl.load(d_ptr + rows * T + i, mask=on, other=0.0)
-    _, y = tl.associative_scan((c, d), 1, affine, reverse=REVERSE)
-    tl.store(out_ptr + rows * T + i, y, mask=on)
-
-
-@pytest.mark.parametrize("T", [1, 5, 100])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_scan_of_pairs_that_do_not_commute(T, reverse):
-    c, d = torch.rand(2, T), torch.randn(2, T)
-    with Sanitizer() as s:
-        out = torch.empty(2, T)
-        scan_kernel[(1,)](c, d, out, T, BLOCK=triton.next_power_of_2(T), REVERSE=reverse)
-    s.check()
-    state, expected = torch.zeros(2, dtype=torch.float64), torch.zeros(2, T, dtype=torch.float64)
-    for t in reversed(range(T)) if reverse else range(T):
-        state = d[:, t] + c[:, t] * state
-        expected[:, t] = state
-    assert (out - expected).abs().max() < 1e-5
-
-
-def test_a_reduction_of_pairs_that_do_not_commute():
-    @triton.jit
-    def last_kernel(c_ptr, d_ptr, out_ptr):
-        i = tl.arange(0, 32)
-        c, d = tl.reduce((tl.load(c_ptr + i), tl.load(d_ptr + i)), 0, affine)
-        tl.store(out_ptr, c)
-        tl.store(out_ptr + 1, d)
-
-    c, d, out = torch.rand(32), torch.randn(32), torch.empty(2)
-    assert kinds(lambda: last_kernel[(1,)](c, d, out)) == []
-    state = 0.0
-    for t in range(32):
-        state = d[t].item() + c[t].item() * state
-    assert abs(out[1].item() - state) < 1e-5 and abs(out[0].item() - c.double().prod().item()) < 1e-6
 
 
 # ---- the sanitizer itself

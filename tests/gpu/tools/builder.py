@@ -23,8 +23,11 @@ Handle = interpreter.TensorHandle
 ORIGIN = "origin"
 """Attribute of a handle of pointers: number of the argument they were made from."""
 
-# Operations whose result points where their operands point: name, positions of the operands.
-_POINTER_OPS = {
+NARROW = "narrow"
+"""Attribute of a handle of 32-bit integers that grow with the program's number."""
+
+# Operations whose result points where their operands point, or grows as they do: name, positions of the operands.
+_CARRYING = {
     "create_broadcast": (0,),
     "create_expand_dims": (0,),
     "create_splat": (1,),
@@ -45,7 +48,7 @@ def patches(memory: Memory, report: Callable[[str, str], None], round_tf32: bool
     """(class or module, attribute, replacement) for one sanitizer."""
     arithmetic, access = _Arithmetic(memory, report, round_tf32), _Access(memory, report)
     found: list[tuple[Any, str, Any]] = [
-        (Builder, name, _keeps_origin(getattr(Builder, name), at)) for name, at in _POINTER_OPS.items()
+        (Builder, name, _carries(getattr(Builder, name), at)) for name, at in _CARRYING.items()
     ]
     for owner in (arithmetic, access):
         found += [(Builder, name, getattr(owner, name)) for name in dir(owner) if not name.startswith("_")]
@@ -67,12 +70,13 @@ def patches(memory: Memory, report: Callable[[str, str], None], round_tf32: bool
     return found
 
 
-def _keeps_origin(stock: Callable[..., Any], operands: tuple[int, ...]) -> Callable[..., Any]:
+def _carries(stock: Callable[..., Any], operands: tuple[int, ...]) -> Callable[..., Any]:
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = stock(self, *args, **kwargs)
-        origins = {args[i].attr[ORIGIN] for i in operands if i < len(args) and ORIGIN in getattr(args[i], "attr", {})}
-        if len(origins) == 1:
-            out.attr[ORIGIN] = origins.pop()
+        for name in (ORIGIN, NARROW):
+            found = {args[i].attr[name] for i in operands if i < len(args) and name in getattr(args[i], "attr", {})}
+            if len(found) == 1:
+                out.attr[name] = found.pop()
         return out
 
     return replacement
@@ -97,7 +101,15 @@ class _Arithmetic:
     def __init__(self, memory: Memory, report: Callable[[str, str], None], round_tf32: bool) -> None:
         self._memory, self._report, self._round_tf32 = memory, report, round_tf32
         self._stock = interpreter.interpreter_builder
-        names = ("binary_op", "unary_op", "cast_impl", "create_fma", "create_dot", "create_fp_to_fp")
+        names = (
+            "binary_op",
+            "unary_op",
+            "cast_impl",
+            "create_fma",
+            "create_dot",
+            "create_fp_to_fp",
+            "create_get_program_id",
+        )
         self._methods = {name: getattr(Builder, name) for name in names}
 
     def _count(self, name: str, elements: int) -> None:
@@ -113,12 +125,26 @@ class _Arithmetic:
             with np.errstate(all="ignore"):
                 out = op(_f32(left), _f32(right))
             return Handle(out, tl.bfloat16) if out.dtype == np.bool_ else _bf16(out)
+        out = self._as_before("binary_op", left, right, op)
         if op in (np.add, np.multiply, np.subtract) and left.data.dtype == right.data.dtype == np.int32:
+            self._watch_width(left, right, op, out)
             exact = op(left.data.astype(np.int64), right.data.astype(np.int64))
             if exact.size and (exact.max() >= 2**31 or exact.min() < -(2**31)):
                 worst = int(exact.reshape(-1)[np.abs(exact).argmax()])
                 self._report("int32-wrap", f"{op.__name__} gives {worst}")
-        return self._as_before("binary_op", left, right, op)
+        return out
+
+    def _watch_width(self, left: Any, right: Any, op: Any, out: Any) -> None:
+        """A small grid does not wrap, but the same kernel on a large one may."""
+        if NARROW in left.attr or NARROW in right.attr:
+            out.attr[NARROW] = True
+            if op is np.multiply:
+                self._report("narrow-offset", "a product of the program's number in 32 bits: .to(tl.int64) first")
+
+    def create_get_program_id(self, axis: int) -> Any:
+        out = self._as_before("create_get_program_id", axis)
+        out.attr[NARROW] = True
+        return out
 
     def unary_op(self, x: Any, op: Any) -> Any:
         self._count(op.__name__, x.data.size)

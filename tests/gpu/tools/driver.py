@@ -11,6 +11,7 @@ nothing, and so does a target of AMD. TRITON_INTERPRET must not be set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -65,6 +66,8 @@ class Driver(DriverBase):
         self.launches: list[Result] = []
         self.compiled: dict[str, Compiled] = {}
         """By Triton's hash, in the order of first launch."""
+        self.damage: Callable[[Compiled, str], str] | None = None
+        """What to change in the PTX of a kernel before it is executed."""
         shared = SHARED.get(arch, 101_376) if isinstance(arch, int) else AMD_SHARED
         properties = {
             "max_shared_mem": shared,
@@ -136,11 +139,14 @@ class Driver(DriverBase):
             if not driver.execute:
                 return
             if "ptx" not in state:
-                state["ptx"] = PTX(state["compiled"].asm["ptx"])
+                state["ptx"] = PTX(str(state["compiled"].asm["ptx"]))
+            ptx = state["ptx"]
+            if driver.damage is not None:
+                ptx = PTX(driver.damage(state["compiled"], str(state["compiled"].asm["ptx"])))
             given = [_plain(arg) for arg, keep in zip(args, kept, strict=True) if keep]
             names = [name for name, keep in zip(source.fn.arg_names, kept, strict=True) if keep]
             block = (32 * metadata.num_warps,)
-            result = state["ptx"].launch((x, y, z), block, given, metadata.shared, names=names)
+            result = ptx.launch((x, y, z), block, given, metadata.shared, names=names)
             driver.launches.append(result)
 
         return launch

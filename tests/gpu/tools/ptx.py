@@ -21,19 +21,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
-from gpu.tools import ptx_ops
+from gpu.tools import ptx_access, ptx_ops
 from gpu.tools.ptx_memory import Access, GlobalMemory, Result, SharedMemory
 from gpu.tools.ptx_parse import (
     BITS,
     DTYPES,
     Address,
-    Group,
     Immediate,
     Instruction,
-    Name,
     Operand,
     Register,
     Unsupported,
+    name_of,
     parse,
 )
 from numpy.typing import NDArray
@@ -161,7 +160,7 @@ class Batch:
             name: Immediate(str(kernel.static_shared if offset is None else offset))
             for name, offset in kernel.shared.items()
         }
-        self._copies: list[list[NDArray]] = [[]]  # of each uncommitted or pending group of cp.async: its bytes
+        self.copies: list[list[NDArray]] = [[]]  # of each uncommitted or pending group of cp.async: its bytes
         self.lanes = Lanes(np.ones(count, bool))
 
     @property
@@ -198,8 +197,8 @@ class Batch:
             result.warp_instructions += counted
             result.by_op[_counted_name(ins)] += counted
             if ins.op == "bra":
-                target = self.kernel.labels[_name(ins.target)]
-                looks = target <= at and any(x.op == "atom" or _is_strong_load(x) for x in code[target:at])
+                target = self.kernel.labels[name_of(ins.target)]
+                looks = target <= at and any(x.op == "atom" or ptx_access.is_strong_load(x) for x in code[target:at])
                 _join(parked if looks else ready, target, taken)
                 _join(ready, at + 1, rest)
             elif ins.op in ("ret", "exit"):
@@ -245,7 +244,7 @@ class Batch:
         """The operand as that type: one element per lane, or one for all."""
         if isinstance(operand, Immediate):
             return operand.as_kind(kind)
-        name = _name(operand)
+        name = name_of(operand)
         if name in self._registers:
             values = self._registers[name]
             if kind == "pred":
@@ -262,7 +261,7 @@ class Batch:
 
     def write(self, operand: Operand, values: NDArray, lanes: NDArray | None = None) -> None:
         """values: per lane of the batch or one for all; with `lanes`, one for each of these."""
-        name = _name(operand)
+        name = name_of(operand)
         if name == "_":
             return
         register = self._registers[name]
@@ -312,12 +311,6 @@ def _resized(values: NDArray, dtype: np.dtype) -> NDArray:
     return values.view(dtype)
 
 
-def _name(operand: Operand) -> str:
-    if isinstance(operand, (Register, Name)):
-        return operand.name
-    raise Unsupported(str(operand))
-
-
 def _join(groups: dict[int, Lanes], at: int, lanes: Lanes | None) -> None:
     if lanes is None or not lanes.any:
         return
@@ -339,164 +332,6 @@ def _is_block_barrier(ins: Instruction, threads: int) -> bool:
     return True
 
 
-# ---- memory instructions
-
-
-def _space(ins: Instruction) -> str:
-    if ins.among("local", "const", "shared#cluster", "mbarrier", "bulk", "tensor"):
-        raise Unsupported(ins.text)
-    return "shared" if ins.among("shared", "shared#cta") else "param" if "param" in ins.mods else "global"
-
-
-def _parts(operand: Operand) -> tuple[Operand, ...]:
-    return operand.parts if isinstance(operand, Group) else (operand,)
-
-
-def _load(batch: Batch, ins: Instruction) -> None:
-    space, item = _space(ins), DTYPES[ins.kind].itemsize
-    targets = _parts(ins.target)
-    if space == "param":
-        source = ins.sources[0]
-        if not isinstance(source, Address):
-            raise Unsupported(ins.text)
-        data = batch.parameters[_name(source.base)][source.offset : source.offset + item * len(targets)]
-        for target, value in zip(targets, np.ascontiguousarray(data).view(DTYPES[ins.kind]), strict=True):
-            batch.write(target, np.array([value]))
-        return
-    access = batch.access(ins, ins.sources[0], item * len(targets))
-    if space == "shared":
-        data = batch.shared.load(access)
-    elif _is_strong_load(ins):
-        data = np.zeros((access.lane.size, access.size), np.uint8)
-        for i in range(access.lane.size):
-            cell = batch.memory.cell(access, i, "acquire" in ins.mods, releases=False, updates=False)
-            data[i] = 0xFF if cell is None else cell
-    else:
-        data = batch.memory.load(access)
-    columns = data.view(DTYPES[ins.kind])
-    for k, target in enumerate(targets):
-        batch.write(target, columns[:, k], access.lane)
-
-
-def _is_strong_load(ins: Instruction) -> bool:
-    """Of what another block may be changing: an atomic that changes nothing."""
-    return ins.op == "ld" and bool(ins.among("acquire", "relaxed", "volatile"))
-
-
-def _store(batch: Batch, ins: Instruction) -> None:
-    space, dtype = _space(ins), DTYPES[ins.kind]
-    if space == "param":  # of a call
-        return
-    if space == "global" and ins.among("release", "relaxed", "volatile"):
-        raise Unsupported(ins.text)
-    sources = _parts(ins.sources[0])
-    access = batch.access(ins, ins.target, dtype.itemsize * len(sources))
-    columns = [np.broadcast_to(batch.read(o, ins.kind), batch.on.shape)[access.lane] for o in sources]
-    data = np.ascontiguousarray(np.stack(columns, 1)).view(np.uint8)
-    if space == "shared":
-        batch.shared.store(access, data)
-    else:
-        batch.memory.store(access, data)
-
-
-_UPDATE: dict[str, Callable[..., NDArray]] = {
-    "add": lambda old, a: old + a,
-    "min": lambda old, a: np.minimum(old, a),
-    "max": lambda old, a: np.maximum(old, a),
-    "and": lambda old, a: old & a,
-    "or": lambda old, a: old | a,
-    "xor": lambda old, a: old ^ a,
-    "exch": lambda old, a: a,
-    "cas": lambda old, a, b: b if old == a else old,
-    "inc": lambda old, a: old.dtype.type(0) if old >= a else old + old.dtype.type(1),
-    "dec": lambda old, a: a if old == 0 or old > a else old - old.dtype.type(1),
-}
-
-
-def _atomic(batch: Batch, ins: Instruction) -> None:
-    space, dtype, returns = _space(ins), DTYPES[ins.kind], ins.op == "atom"
-    name = ins.among(*_UPDATE)
-    if name is None or ins.kind in ("bf16", *ptx_ops._PAIRS):
-        raise Unsupported(ins.text)
-    address, *operands = ins.sources if returns else ins.operands
-    access = batch.access(ins, address, dtype.itemsize)
-    values = [np.broadcast_to(batch.read(o, ins.kind), batch.on.shape)[access.lane] for o in operands]
-    old = np.zeros(access.lane.size, dtype)
-    acquires, releases = bool(ins.among("acquire", "acq_rel")), bool(ins.among("release", "acq_rel"))
-    for i in range(access.lane.size):
-        if space == "shared":
-            cell = batch.shared.cell(access, i)
-        else:
-            cell = batch.memory.cell(access, i, acquires, releases)
-        if cell is not None:
-            number = cell.view(dtype)
-            old[i] = number[0]
-            number[0] = _UPDATE[name](number[0], *(v[i] for v in values))
-    if returns:
-        batch.write(ins.target, old, access.lane)
-
-
-def _fence(batch: Batch, ins: Instruction) -> None:
-    if not ins.among("cta"):
-        for lane in batch.lanes.index.tolist():
-            batch.memory.order.fence(int(batch.block[lane]), int(batch.thread[lane]))
-
-
-def _copy(batch: Batch, ins: Instruction) -> None:
-    """cp.async"""
-    if "async" not in ins.mods or ins.among("bulk", "mbarrier", "reduce"):
-        raise Unsupported(ins.text)
-    if "commit_group" in ins.mods:
-        batch._copies.append([])
-    elif ins.among("wait_group", "wait_all"):
-        keep = (
-            int(ins.operands[0].as_kind("u32")[0])
-            if isinstance(ins.operands[0] if ins.operands else None, Immediate)
-            else 0
-        )
-        while len(batch._copies) - 1 > keep:
-            for cells in batch._copies.pop(0):
-                batch.shared.initialised[cells] = True
-    else:
-        size = int(ins.operands[2].as_kind("u32")[0])  # type: ignore[union-attr]
-        given = ins.operands[3] if len(ins.operands) > 3 else Immediate(str(size))
-        wanted = np.broadcast_to(batch.read(given, "u32"), batch.on.shape)[batch.lanes.index]
-        source = batch.access(ins, ins.operands[1], size)
-        some = np.flatnonzero(wanted > 0)
-        data = np.zeros((source.lane.size, size), np.uint8)
-        if some.size:
-            data[some] = batch.memory.load(source.only(some))
-        data[np.arange(size) >= wanted[:, None]] = 0
-        target = batch.access(ins, ins.operands[0], size)
-        batch.shared.store(target, data)
-        batch._copies[-1].append(batch.shared.pending(target))
-
-
-def _matrix(batch: Batch, ins: Instruction) -> None:
-    """ldmatrix and stmatrix: 8 x 8 matrices of 16 bits. Lane 8 k + r has the address of row r of matrix k; of matrix k, lane t holds
-    row t // 4, columns 2 (t % 4) and the next."""
-    store = ins.op == "stmatrix"
-    address, registers = (ins.operands[0], ins.operands[1]) if store else (ins.operands[1], ins.operands[0])
-    parts = _parts(registers)
-    if "m8n8" not in ins.mods or _space(ins) != "shared":
-        raise Unsupported(ins.text)
-    if not batch.on.reshape(-1, WARP)[batch.on.reshape(-1, WARP).any(1)].all():
-        batch.result.note(f"matrix access without some lanes of the warp: {ins.text}")
-    rows = batch.lanes.index[batch.lane[batch.lanes.index] < 8 * len(parts)]
-    access = batch.access(ins, address, 16, rows)
-    warps = -1, len(parts), 8, 8
-    if store:
-        held = [np.broadcast_to(batch.read(x, "b32"), batch.on.shape)[batch.lanes.index] for x in parts]
-        data = np.stack([np.ascontiguousarray(x).view(np.uint16).reshape(-1, 8, 8) for x in held], 1)
-        data = data.swapaxes(2, 3) if "trans" in ins.mods else data
-        batch.shared.store(access, np.ascontiguousarray(data).reshape(-1, 8).view(np.uint8))
-    else:
-        data = batch.shared.load(access).view(np.uint16).reshape(warps)
-        data = data.swapaxes(2, 3) if "trans" in ins.mods else data
-        for k, target in enumerate(parts):
-            batch.write(target, np.ascontiguousarray(data[:, k]).view(np.uint32).reshape(-1), batch.lanes.index)
-
-
 def _call(batch: Batch, ins: Instruction) -> None:
     if "__assertfail" not in ins.text:
         raise Unsupported(ins.text)
@@ -508,16 +343,16 @@ def _nothing(batch: Batch, ins: Instruction) -> None:
 
 
 _HANDLERS: dict[str, Callable[[Batch, Instruction], None]] = {
-    "ld": _load,
-    "ldu": _load,
-    "st": _store,
-    "atom": _atomic,
-    "red": _atomic,
-    "membar": _fence,
-    "fence": _fence,
-    "cp": _copy,
-    "ldmatrix": _matrix,
-    "stmatrix": _matrix,
+    "ld": ptx_access.load,
+    "ldu": ptx_access.load,
+    "st": ptx_access.store,
+    "atom": ptx_access.atomic,
+    "red": ptx_access.atomic,
+    "membar": ptx_access.fence,
+    "fence": ptx_access.fence,
+    "cp": ptx_access.copy,
+    "ldmatrix": ptx_access.matrix,
+    "stmatrix": ptx_access.matrix,
     "call": _call,
     "trap": lambda batch, ins: batch.result.note("trap reached"),
     "mov": ptx_ops.mov,

@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from gpu.tools.ptx import Batch
 
 FLOATS = {"f16", "f32", "f64", "bf16", "f16x2", "bf16x2", "f32x2"}
-_PAIRS = {"f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32"}
+PAIRS = {"f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32"}
 
 
 def _decoded(kind: str, raw: NDArray) -> NDArray:
     """Register contents as numbers; pairs get a last dimension of 2."""
-    if kind in _PAIRS:
-        half = _PAIRS[kind]
+    if kind in PAIRS:
+        half = PAIRS[kind]
         parts = np.ascontiguousarray(raw).view(DTYPES[half]).reshape(-1, 2)
         return bf16_to_f32(parts) if half == "bf16" else parts
     return bf16_to_f32(raw) if kind == "bf16" else raw
 
 
 def _encoded(kind: str, values: NDArray) -> NDArray:
-    single = _PAIRS.get(kind, kind)
+    single = PAIRS.get(kind, kind)
     raw = f32_to_bf16(values) if single == "bf16" else values.astype(DTYPES[single])
-    return np.ascontiguousarray(raw).view(DTYPES[kind]).reshape(-1) if kind in _PAIRS else raw
+    return np.ascontiguousarray(raw).view(DTYPES[kind]).reshape(-1) if kind in PAIRS else raw
 
 
 # ---- floating point: of (instruction, operands)
@@ -312,10 +312,10 @@ def cvt(batch: Batch, ins: Instruction) -> None:
     to, source = ins.kinds[0], ins.kinds[1]
     values = [_decoded(source, batch.read(o, source)) for o in ins.sources]
     from_float = source in FLOATS
-    if ins.among("rz", "rm", "rp", "relu", "satfinite") or (source in _PAIRS):
+    if ins.among("rz", "rm", "rp", "relu", "satfinite") or (source in PAIRS):
         raise Unsupported(ins.text)
     rounding = ins.among(*_ROUND)
-    if to in _PAIRS:  # the first operand is the upper half
+    if to in PAIRS:  # the first operand is the upper half
         both = np.stack(np.broadcast_arrays(values[1], values[0]), -1)
         batch.write(ins.target, _encoded(to, both))
     elif to in FLOATS:

@@ -94,6 +94,14 @@ class Group:
 
 Operand = Register | Immediate | Name | Address | Group
 
+
+def name_of(operand: Operand) -> str:
+    """Of a register, a symbol or a label."""
+    if isinstance(operand, (Register, Name)):
+        return operand.name
+    raise Unsupported(str(operand))
+
+
 _NUMBER = re.compile(
     r"^(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|-?(?:0x[0-9a-fA-F]+|\d+)U?|-?\d+\.\d*(?:[eE][+-]?\d+)?)$"
 )

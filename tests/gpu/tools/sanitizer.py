@@ -17,6 +17,7 @@ TRITON_INTERPRET=1 must be set before Triton is first imported. Kinds of finding
     float-atomic           a floating sum by atomics
     bf16-reduce            a reduction that accumulates in bf16
     int32-wrap             32-bit arithmetic that wraps
+    narrow-offset          the program's number is multiplied in 32 bits, which wraps on a large grid
     hint                   a wrong tl.multiple_of or tl.max_contiguous
 
 Masked-off lanes of a load without `other=` hold NaN or another poison, and so do refused lanes. Limits: shadow memory takes about
