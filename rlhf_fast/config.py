@@ -183,6 +183,9 @@ class SFTConfig:
     """Sequences per forward pass; gradients add up to the one-shot gradient."""
     response_only: bool = True
     """Chats: learn the assistant's turns only. Plain texts always count whole."""
+    packing: bool = False
+    """The sequences of a micro-batch in one row, without padding: for flash-attn on CUDA. Elsewhere attention costs the square of
+    all tokens of the row, and padding is cheaper."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps."""
 

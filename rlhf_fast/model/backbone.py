@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_fast.model.linear import is_linear, weight_of
+from rlhf_fast.model.packing import Packing, attending, implementation_of
 
 
 class _LastHidden(BaseModelOutputWithPast):
@@ -70,6 +71,7 @@ class Backbone:
         self.shared_layers = shared_layers
         self._takes_positions = "position_ids" in signature(type(self.decoder).forward).parameters
         self._layer_extras: int | None = None  # further entries of a layer's output tuple; None: it returns a tensor
+        self._packs: set[str] = set()  # attention implementations whose packed passes are proven
 
     def _find_layers(self) -> tuple[nn.ModuleList, str]:
         config = self.base.config.get_text_config()
@@ -112,13 +114,13 @@ class Backbone:
     def hidden(
         self,
         input_ids: Tensor,
-        mask: Tensor,
+        mask: Tensor | Packing,
         trunk: Tensor | None = None,
         wrap: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     ) -> Tensor:
         """Final-norm output (B, T, H); with `trunk` (B, T, H) the shared layers are skipped.
 
-        wrap: what to make of the forward of every layer that runs.
+        mask: (B, T) bool, or how each of the B rows is packed. wrap: what to make of the forward of every layer that runs.
         """
         replaced: dict[nn.Module, Callable[..., Any]] = {}
         if wrap is not None:
@@ -130,7 +132,7 @@ class Backbone:
             return self._decode(input_ids, mask)
 
     @torch.no_grad()
-    def trunk(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def trunk(self, input_ids: Tensor, mask: Tensor | Packing) -> Tensor:
         """Output (B, T, H) of the shared layers; the later layers do not run."""
         seen: list[Any] = []
         last = self.layers[self.shared_layers - 1]
@@ -142,12 +144,67 @@ class Backbone:
             handle.remove()
         return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
 
-    def _decode(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def _decode(self, input_ids: Tensor, mask: Tensor | Packing) -> Tensor:
+        if isinstance(mask, Packing):
+            return self._decode_packed(input_ids, mask)
         extra = {}
         if self._takes_positions:
             extra["position_ids"] = (mask.cumsum(1) - 1).clamp_(min=0)
         out = self.decoder(input_ids=input_ids, attention_mask=mask.long(), use_cache=False, return_dict=True, **extra)
         return out.last_hidden_state
+
+    def _decode_packed(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        told = packing.arguments(input_ids.shape[0], self.base.config._attn_implementation)
+        out = self.decoder(input_ids=input_ids, attention_mask=None, use_cache=False, return_dict=True, **told)
+        return out.last_hidden_state
+
+    @contextmanager
+    def packed(self) -> Iterator[str]:
+        """Packed passes run inside the context, by the best attention there is; yields its name in transformers.
+
+        Raises ValueError for an architecture whose packed sequences would see each other.
+        """
+        implementation, _ = implementation_of(self.base)
+        with attending(self.base, implementation):
+            if implementation not in self._packs:
+                self._check_packing()
+                self._packs.add(implementation)
+            yield implementation
+
+    def _check_packing(self) -> None:
+        """Prove on five tokens that a sequence packed behind another one depends on itself alone and is what it is alone.
+
+        Its gradient towards the other's embeddings is exactly 0 in every dtype where attention ends at the border.
+        """
+        ids = torch.arange(5, device=self.device).unsqueeze(0)
+        bounds = torch.tensor([0, 2, 5], device=self.device)
+        positions = torch.tensor([[0, 1, 0, 1, 2]], device=self.device)
+        seen: list[Tensor] = []
+
+        def leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            seen.append(output.detach().requires_grad_())
+            return seen[-1]
+
+        handle = self.base.get_input_embeddings().register_forward_hook(leaf)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                second = self._decode_packed(ids, Packing(bounds, positions, 3))[:, 2:]
+                (reach,) = torch.autograd.grad(second.float().square().sum(), seen[:1])
+                alone = self._decode_packed(ids[:, 2:], Packing(bounds[1:] - 2, positions[:, 2:], 3))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(self._cannot_pack()) from error
+        finally:
+            handle.remove()
+        tolerance = 1e-3 if second.dtype in (torch.float32, torch.float64) else 5e-2
+        close = torch.allclose(second.float(), alone.float(), rtol=tolerance, atol=tolerance)
+        if reach[:, :2].any() or not reach[:, 2:].any() or not close:
+            raise ValueError(self._cannot_pack())
+
+    def _cannot_pack(self) -> str:
+        return (
+            f"SharedModel: argument 'cu_seqlens' got boundaries, expected None: packed sequences of"
+            f" {type(self.base).__name__} would see each other with {self.base.config._attn_implementation} attention"
+        )
 
     def _returning(self, hidden: Tensor | None) -> Callable[..., Any]:
         """A layer forward that returns `hidden`, or its own input when that is None."""
@@ -189,7 +246,9 @@ class Backbone:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, H) -> (B, T, V) by the model's own forward, with the decoder standing in for `hidden`."""
+        """(..., T, H) -> (..., T, V) by the model's own forward, with the decoder standing in for `hidden`."""
+        if hidden.dim() == 2:
+            return self.logits(hidden.unsqueeze(0)).squeeze(0)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with _forwards({self.decoder: lambda *args, **kwargs: _LastHidden(last_hidden_state=hidden)}):
             return self.base(input_ids=ids, use_cache=False).logits

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rlhf_fast.model.heads import at_last_real
+from rlhf_fast.model.packing import Packing
 
 if TYPE_CHECKING:
     from rlhf_fast.model.shared import SharedModel
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class RoleOutput:
-    """What one role says about a batch; logits, values and scores are computed when first asked for."""
+    """What one role says about a batch; logits, values and scores are computed when first asked for.
+
+    Shapes are those of a padded batch; for packed tokens (N,) stands in the place of (B, T).
+    """
 
     role: str
     hidden: Tensor  # (B, T, H), output of the final norm: what the LM head reads
-    _mask: Tensor
+    _mask: Tensor | Packing
     _model: SharedModel
 
     @cached_property
@@ -40,7 +44,9 @@ class RoleOutput:
 
     @cached_property
     def scores(self) -> Tensor:
-        """(B,) fp32: the reward head at the last real token of each row. Only for the role "reward"."""
+        """(B,) fp32: the reward head at the last real token of each sequence. Only for the role "reward"."""
+        if isinstance(self._mask, Packing):
+            return self.token_scores[self._mask.last]
         return at_last_real(self.token_scores, self._mask)
 
     def _head(self, role: str) -> Tensor:

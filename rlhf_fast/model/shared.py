@@ -17,6 +17,7 @@ from rlhf_fast import _check
 from rlhf_fast.model.adapters import AdapterFile, concatenate, read_adapter, write_adapter
 from rlhf_fast.model.backbone import Backbone
 from rlhf_fast.model.heads import ScalarHead
+from rlhf_fast.model.inputs import packed, padded
 from rlhf_fast.model.linear import (
     RowPlan,
     adapt,
@@ -30,6 +31,7 @@ from rlhf_fast.model.linear import (
 )
 from rlhf_fast.model.lora import LoraConfig, LoraPair, LowRank
 from rlhf_fast.model.outputs import RoleOutput, SharedOutput
+from rlhf_fast.model.packing import Packing, attending, implementation_of
 
 ROLES = ("policy", "reference", "value", "reward")
 _HEAD_INIT = {"value": "zero", "reward": "normal"}
@@ -155,18 +157,34 @@ class SharedModel(nn.Module):
         attention_mask: Tensor | None = None,
         roles: Sequence[str] | None = None,
         trunk: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> SharedOutput:
         """Outputs of the roles asked for (all of them by default) on one batch.
 
         input_ids: (B, T) integer; attention_mask: (B, T) bool or integer, True = real token (None: all real).
         Padding on either side, or both, changes no real token: positions count real tokens, pads are fed as
         id 0. trunk: (B, T, H) from `trunk()` on the same batch; skips the shared layers.
-        Raises ValueError for ids outside the vocabulary, a row without a real token, or wrong shapes.
+        cu_seqlens: (S + 1,) boundaries of S sequences packed into input_ids (N,), none empty; outputs are then (N, ...), a
+        trunk is (N, H). The same results as padded: flash-attn's kernels on CUDA (`packed_attention` tells), elsewhere
+        attention under a mask of (N, N) blocks, whose cost grows with the square of all tokens.
+        Raises ValueError for ids outside the vocabulary, a row without a real token, wrong shapes, or an architecture whose
+        packed sequences would see each other.
         """
         roles = self.roles if roles is None else _checked_roles(roles, self.roles, "the roles of this model")
-        input_ids, mask = self._checked_batch("SharedModel", input_ids, attention_mask)
+        input_ids, mask = self._checked_batch("SharedModel", input_ids, attention_mask, cu_seqlens)
+        if isinstance(mask, Packing):
+            with self.backbone.packed():
+                return self._outputs(input_ids, mask, roles, trunk)
+        return self._outputs(input_ids, mask, roles, trunk)
+
+    def _outputs(
+        self, input_ids: Tensor, mask: Tensor | Packing, roles: Sequence[str], trunk: Tensor | None
+    ) -> SharedOutput:
+        flat = isinstance(mask, Packing)
         if trunk is not None:
-            self._check_trunk(trunk, input_ids)
+            self._check_trunk(trunk, input_ids[0] if flat else input_ids)
+            trunk = trunk.unsqueeze(0) if flat else trunk
         elif self.shared_layers:
             trunk = self.backbone.trunk(input_ids, mask)
         trained = [role for role in roles if torch.is_grad_enabled() and self._trains(role)]
@@ -174,16 +192,29 @@ class SharedModel(nn.Module):
         with torch.no_grad():
             hidden = self._pass(input_ids, mask, frozen, trunk)
         hidden |= self._pass(input_ids, mask, trained, trunk)
+        if flat:
+            hidden = {role: x.squeeze(0) for role, x in hidden.items()}
         return SharedOutput({role: RoleOutput(role, hidden[role], mask, self) for role in roles})
 
-    def trunk(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Output (B, T, H) of the shared layers, without gradient: pass it as `trunk=` with the same batch.
+    def trunk(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Output (B, T, H) of the shared layers, or (N, H) packed, without gradient: pass it as `trunk=` with the same batch.
 
         Raises ValueError if shared_layers is 0.
         """
         if not self.shared_layers:
             raise ValueError("SharedModel.trunk: the model has shared_layers=0, expected at least 1")
-        return self.backbone.trunk(*self._checked_batch("SharedModel.trunk", input_ids, attention_mask))
+        input_ids, mask = self._checked_batch("SharedModel.trunk", input_ids, attention_mask, cu_seqlens)
+        if isinstance(mask, Packing):
+            with self.backbone.packed():
+                return self.backbone.trunk(input_ids, mask).squeeze(0)
+        return self.backbone.trunk(input_ids, mask)
+
+    @property
+    def packed_attention(self) -> tuple[str, str | None]:
+        """Attention of a packed pass by its name in transformers, and why it is not flash-attn's (None: it is)."""
+        return implementation_of(self.base)
 
     @contextmanager
     def as_role(self, role: str) -> Iterator[SharedModel]:
@@ -293,7 +324,9 @@ class SharedModel(nn.Module):
         self._check_fits(file, role)
         self._install(role, file)
 
-    def _pass(self, input_ids: Tensor, mask: Tensor, roles: Sequence[str], trunk: Tensor | None) -> dict[str, Tensor]:
+    def _pass(
+        self, input_ids: Tensor, mask: Tensor | Packing, roles: Sequence[str], trunk: Tensor | None
+    ) -> dict[str, Tensor]:
         """Hidden states (B, T, H) by role: one stacked pass, or one each where experts pick the rows."""
         if not roles:
             return {}
@@ -303,38 +336,27 @@ class SharedModel(nn.Module):
         with self._plan.use(roles):
             stacked = None if trunk is None else trunk.repeat(n, 1, 1)
             wrap = self._recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else None
-            hidden = self.backbone.hidden(input_ids.repeat(n, 1), mask.repeat(n, 1), stacked, wrap)
+            rows = mask if isinstance(mask, Packing) else mask.repeat(n, 1)
+            hidden = self.backbone.hidden(input_ids.repeat(n, 1), rows, stacked, wrap)
         return dict(zip(roles, hidden.chunk(n), strict=True))
 
     def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A layer's forward that keeps its input alone and runs again in the backward, as the same roles."""
-        roles = self._plan.roles
+        """A layer's forward that keeps its input alone and runs again in the backward, as the same roles and by the same attention."""
+        roles, attention = self._plan.roles, self.base.config._attn_implementation
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self._plan.use(roles):
+            with self._plan.use(roles), attending(self.base, attention):
                 return forward(*args, **kwargs)
 
         return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)
 
-    def _checked_batch(self, op: str, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Ids (B, T) int64 with 0 at pads, and the mask (B, T) bool."""
-        _check.integer(op, "input_ids", input_ids)
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise _check.error(ValueError, op, "input_ids", f"shape {tuple(input_ids.shape)}", "(B, T), no 0")
-        mask = _check.mask_like(op, attention_mask, input_ids, "input_ids", "attention_mask")
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-        empty = ~mask.any(dim=1)
-        if empty.any():
-            got = f"no real token in row {int(empty.nonzero()[0])}"
-            raise _check.error(ValueError, op, "attention_mask", got, "at least one")
-        input_ids = input_ids.long().masked_fill(~mask, 0)
+    def _checked_batch(
+        self, op: str, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | Packing]:
         vocabulary = weight_of(self.base.get_input_embeddings()).shape[0]
-        wrong = (input_ids < 0) | (input_ids >= vocabulary)
-        if wrong.any():
-            row, column = wrong.nonzero()[0].tolist()
-            got = f"{int(input_ids[row, column])} at row {row}, position {column}"
-            raise _check.error(ValueError, op, "input_ids", got, f"ids in [0, {vocabulary})")
-        return input_ids, mask
+        if cu_seqlens is None:
+            return padded(op, input_ids, attention_mask, vocabulary)
+        return packed(op, input_ids, attention_mask, cu_seqlens, vocabulary)
 
     def _check_trunk(self, trunk: Tensor, input_ids: Tensor) -> None:
         if not self.shared_layers:

@@ -9,17 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.batch import Batch, Shuffle, collate
+from rlhf_fast.batch import Batch, Shuffle, collate, pack
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.loop import Run, load_data, load_model, load_tokenizer
-from rlhf_fast.train.scoring import next_token_logprobs
+from rlhf_fast.train.scoring import head_logprobs, next_token_logprobs
 
 
-def sft_loss(model: SharedModel, batch: Batch, denominator: int) -> Tensor:
-    """Sum of -log p over the batch's targets, divided by the targets of the whole step: micro-batches add up exactly."""
-    hidden = model(batch.input_ids, batch.attention_mask, roles=("policy",)).policy.hidden
-    stats = next_token_logprobs(model, hidden, batch.input_ids, batch.target_mask)
+def sft_loss(model: SharedModel, batch: Batch, denominator: int, packing: bool = False) -> Tensor:
+    """Sum of -log p over the batch's targets, divided by the targets of the whole step: micro-batches add up exactly.
+
+    packing: the sequences go through the model end to end, without padding.
+    """
+    if packing:
+        ids, bounds = pack(batch.input_ids, batch.attention_mask)
+        targets = batch.target_mask[batch.attention_mask]
+        hidden = model(ids, roles=("policy",), cu_seqlens=bounds).policy.hidden
+        # The first token of a sequence is no target, so no state predicts a token of the next one.
+        stats = head_logprobs(model, hidden[:-1], ids[1:], targets[1:])
+    else:
+        hidden = model(batch.input_ids, batch.attention_mask, roles=("policy",)).policy.hidden
+        stats = next_token_logprobs(model, hidden, batch.input_ids, batch.target_mask)
     return -stats.logprobs.sum() / max(denominator, 1)
 
 
@@ -46,7 +56,7 @@ def train_sft(config: SFTConfig) -> Path:
             targets = int(batch.target_mask[:, 1:].sum())
             loss = 0.0
             for i in range(0, len(batch), config.micro_batch_size):
-                part = sft_loss(model, batch[i : i + config.micro_batch_size], targets)
+                part = sft_loss(model, batch[i : i + config.micro_batch_size], targets, config.packing)
                 part.backward()
                 loss += float(part.detach())
             norm = run.update()

@@ -78,6 +78,38 @@ def test_sft_loss_is_the_mean_negative_logprob_and_adds_up_over_micro_batches(fo
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_sft_has_the_loss_and_the_gradients_of_the_padded_batch(folder, checkpointing):
+    tokenizer = letter_tokenizer()
+    rows = [tokenizer(t, add_special_tokens=False).input_ids for t in (*TEXTS, "a")]  # one without a target
+    learn = [[t % 3 != 1 for t in range(len(r))] for r in rows]
+    batch = collate(rows, learn)
+    found = []
+    for packing in (False, True):
+        model = SharedModel.from_pretrained(
+            folder / "model", roles=("policy",), lora=LoraConfig(r=4), gradient_checkpointing=checkpointing
+        )
+        with torch.no_grad():
+            for p in model.parameters_of("policy").values():
+                p.add_(0.05)  # a B of zero would hide the gradients of A
+        loss = sft_loss(model, batch, 17, packing)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters_of("policy").values()]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    for got, expected in zip(found[1][1], found[0][1], strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_sft_learns_as_the_padded_run_does(folder):
+    padded = metrics(train_sft(sft_config(folder, epochs=2)))
+    run = RunConfig(str(folder / "packed"), sample_every=0)
+    packed = metrics(train_sft(sft_config(folder, epochs=2, packing=True, run=run)))
+    assert [m["tokens"] for m in packed] == [m["tokens"] for m in padded]
+    assert [m["loss"] for m in packed] == pytest.approx([m["loss"] for m in padded], rel=1e-3)
+    assert packed[-1]["loss"] < packed[0]["loss"]
+
+
 def test_item_1_pad_is_not_eos_and_a_final_eos_is_learned(folder):
     from rlhf_fast.train.loop import load_data
 
