@@ -1,6 +1,7 @@
 """Who asks what of a device, at sizes of a GPU: `rlhf-fast bench --traffic`.
 
-From logits, an op of ours is one operator, which is what its kernel does. From hidden states it is a composition, counted operator
+From logits and on vectors of tokens, an op of ours is one launch, and two where LAUNCHES says so; tests/gpu counts the bytes and the
+launches of the kernels themselves. From hidden states it is a composition, counted operator
 by operator as it runs on the CPU: matrix products in chunks of rows, and one kernel per chunk that turns logits into results or
 into their gradient.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 import rlhf_fast
-from rlhf_fast.bench import inductor, peers
+from rlhf_fast._op import OPS, Backend, Op
+from rlhf_fast.bench import inductor, peers, roofline
+from rlhf_fast.bench.cases import advantages, gae, ppo_loss
 from rlhf_fast.bench.cases import linear_token_logprobs as heads
 from rlhf_fast.bench.cases import token_logprobs as tokens
 from rlhf_fast.bench.cases.common import backward, leaf
@@ -38,20 +41,25 @@ def from_logits(rows: int = 8192, vocab: int = 151936, dtype: torch.dtype = torc
     upstream = torch.empty(rows, device="meta")
     size, small = logits.numel() * dtype.itemsize, rows * (8 + 2 * 4)
     shape = f"[{rows}, {vocab}] {str(dtype).removeprefix('torch.')}"
-    formulations: dict[str, tokens.Formulation | str] = {
+    formulations: dict[str, tokens.Formulation] = {
         "rlhf_fast": tokens.ours,
         "eager": tokens.log_softmax,
         "eager, logsumexp": tokens.logsumexp,
         COMPILED: tokens.upcast(tokens.log_softmax),
         f"{COMPILED}, logsumexp": tokens.upcast(tokens.logsumexp),
     }
+    around: dict[str, Around] = {"rlhf_fast": direct}
     for name, load, make in (
-        # On a GPU TRL has a fused kernel of its own; what is counted is its path in PyTorch, as on every other device.
         ("TRL, PyTorch path", peers.trl_utils, tokens.of_trl),
         ("verl, PyTorch path", peers.verl_functional, tokens.of_verl),
     ):
         module = peers.attempt(load)
-        formulations[name] = module if isinstance(module, str) else make(module)
+        if not isinstance(module, str):
+            formulations[name] = make(module)
+    module = peers.attempt(peers.trl_kernels)
+    if not isinstance(module, str):
+        formulations["TRL, its Triton kernels"] = module.selective_log_softmax_and_entropy
+        around["TRL, its Triton kernels"] = partial(whole_rows, module)
 
     def both(formulation: tokens.Formulation) -> Tensor | None:
         x = leaf(logits)
@@ -68,13 +76,38 @@ def from_logits(rows: int = 8192, vocab: int = 151936, dtype: torch.dtype = torc
         (f"{shape}, forward + backward", both, (0,), 3 * size + 2 * small),
     ):
         for name, formulation in formulations.items():
-            if isinstance(formulation, str):
-                continue
             if name.startswith(COMPILED):
                 counts.append(inductor.count(name, label, formulation, (logits, ids), minimum, trained))
             else:
-                counts.append(count(name, label, partial(run, formulation), minimum))
+                stands = around.get(name, contextlib.nullcontext)
+                counts.append(count(name, label, partial(run, formulation), minimum, stands))
     return counts
+
+
+class Launched:
+    """Stands for a Triton kernel of a peer: a launch counts the tensors it is given, those in `written` as results."""
+
+    def __init__(self, traffic: Traffic, written: slice) -> None:
+        self._traffic, self._written = traffic, written
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **_: Any) -> None:
+        given = tensors(args)
+        written = given[self._written]
+        read = {id(x): x for x in given if not any(x is w for w in written)}
+        self._traffic.kernel(list(read.values()), written)
+
+
+@contextlib.contextmanager
+def whole_rows(module: Any, traffic: Traffic) -> Iterator[None]:
+    """TRL's log-prob and entropy as they run on a GPU: one kernel forward, one backward, in the order of their arguments."""
+    kernels = patch.multiple(
+        module, _forward_kernel=Launched(traffic, slice(3, 7)), _backward_kernel=Launched(traffic, slice(7, 8))
+    )
+    with kernels:
+        yield
 
 
 def from_hidden(
@@ -170,7 +203,112 @@ def fused_tiles(module: Any, traffic: Traffic) -> Iterator[None]:
         yield
 
 
-def tables() -> str:
-    """Both, as Markdown."""
-    logits = table("log-prob + entropy, from logits", from_logits())
-    return f"{logits}\n{table('log-prob, from hidden states, forward + backward', from_hidden())}"
+def from_tokens(rows: int = 512, length: int = 2048) -> list[Count]:
+    """Advantages of rollouts (rows, length) in fp32, and the PPO loss of policy and value with its gradients."""
+    return [*_advantages(rows, length), *_ppo_loss(rows, length)]
+
+
+def _advantages(rows: int, length: int) -> Iterator[Count]:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = {name: empty(rows, length) for name in advantages.TENSORS}
+    x |= {"scores": empty(rows), "mask": empty(rows, length, dtype=torch.bool)}
+    label = f"advantages [{rows}, {length}] float32"
+    results = 4 * x["values"].nbytes  # advantages, returns, rewards, KL; others leave out some
+    minimum = sum(x[name].nbytes for name in advantages.TENSORS) + results
+    scans: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+        ("rlhf_fast", advantages.ours),
+        ("eager, step by step", advantages.of_tensors(partial(advantages.stages, gae.loop))),
+        ("eager, chunked scan", advantages.of_tensors(advantages.chunked)),
+    ]
+    algos = peers.attempt(peers.verl)
+    if not isinstance(algos, str):
+        scans.append(("verl", advantages.of_verl(algos)))
+    for name, call in scans:
+        around = direct if name == "rlhf_fast" else contextlib.nullcontext
+        yield count(name, label, partial(call, x), minimum, around)
+    tensors_in_order = [x[name] for name in advantages.TENSORS]
+    yield inductor.count(f"{COMPILED}, chunked scan", label, advantages.chunked, tensors_in_order, minimum)
+
+
+def _ppo_loss(rows: int, length: int) -> Iterator[Count]:
+    names = ("logprobs", "values", "old_logprobs", "advantages", "mask", "old_values", "returns")
+    x = {n: torch.empty(rows, length, dtype=torch.bool if n == "mask" else torch.float32, device="meta") for n in names}
+    label = f"ppo_loss [{rows}, {length}] float32, forward + backward"
+    minimum = sum(t.nbytes for t in x.values()) + x["logprobs"].nbytes + x["values"].nbytes
+    losses: list[tuple[str, Callable[[dict[str, Any]], Any], Around]] = [
+        ("rlhf_fast", ppo_loss.with_gradients(ppo_loss.ours), direct),
+        ("eager, with statistics", ppo_loss.with_gradients(ppo_loss.ours), in_pytorch),
+        ("eager, loss alone", ppo_loss.with_gradients(ppo_loss.fed(ppo_loss.bare)), contextlib.nullcontext),
+    ]
+    call = peers.attempt(lambda: ppo_loss.of_verl(peers.verl()))
+    if not isinstance(call, str):
+        losses.append(("verl", call, contextlib.nullcontext))
+    for name, run, around in losses:
+        yield count(name, label, partial(run, x), minimum, around)
+    yield inductor.count(f"{COMPILED}, loss alone", label, ppo_loss.bare, [x[n] for n in names], minimum, (0, 1))
+
+
+def _whitened(traffic: Traffic, args: Sequence[Any], out: Sequence[Tensor]) -> None:
+    """No advantage is known before all are: a second launch reads them and the mask, and writes them again."""
+    whiten, mask = args[17], args[2]
+    if whiten:
+        traffic.kernel((out[0], mask), (out[0],))
+
+
+LAUNCHES: dict[str, Callable[[Traffic, Sequence[Any], Sequence[Tensor]], None]] = {"advantages": _whitened}
+"""What follows the first launch of an op of ours, given its arguments and results."""
+
+
+@contextlib.contextmanager
+def direct(traffic: Traffic) -> Iterator[None]:
+    """Ops of ours as a call on plain tensors runs them, past the dispatcher."""
+
+    def usable(op: Op, device: str) -> tuple[Backend, ...]:
+        def kernel(*args: Any) -> Any:
+            out = op._fake(*args)
+            traffic.kernel(tensors(args), tensors(out))
+            if op.name in LAUNCHES:
+                LAUNCHES[op.name](traffic, args, out)
+            return out
+
+        return (Backend("counted", device, kernel),)
+
+    with patch.object(Op, "_usable", usable), patch("rlhf_fast._op.plain", lambda x: True):
+        yield
+
+
+@contextlib.contextmanager
+def in_pytorch(traffic: Traffic) -> Iterator[None]:
+    """Ops of ours count as the operators of their references."""
+    traffic.inside = {f"rlhf_fast::{name}": op.reference for name, op in OPS.items()}
+    yield
+
+
+SHAPES = ((8192, 151936), (4096, 128256))
+"""(tokens, vocabulary) of Qwen 2.5 and of Llama 3."""
+
+
+def sections() -> list[tuple[str, list[Count]]]:
+    """(title, counts) of everything."""
+    return [
+        ("log-prob + entropy, from logits", [c for rows, vocab in SHAPES for c in from_logits(rows, vocab)]),
+        ("scans and losses on tokens", from_tokens()),
+        ("log-prob, from hidden states, forward + backward", from_hidden()),
+    ]
+
+
+def tables(found: Sequence[tuple[str, Sequence[Count]]]) -> str:
+    """Markdown: what was counted, then what follows from it."""
+    counted = "\n".join(table(title, counts) for title, counts in found)
+    return f"{counted}\n{roofline.table([c for _, counts in found for c in counts])}"
+
+
+def summary(found: Sequence[tuple[str, Sequence[Count]]]) -> str:
+    """Markdown for a README: without the later shapes of the logits, and the least times of ours and of compiled programs alone."""
+    left_out = tuple(f"[{rows}, {vocab}]" for rows, vocab in SHAPES[1:])
+    short = [(title, [c for c in counts if not c.shape.startswith(left_out)]) for title, counts in found]
+    counted = "\n".join(table(title, counts) for title, counts in short)
+    kept = [c for _, counts in short for c in counts if c.name.startswith(("rlhf_fast", COMPILED))]
+    return f"{counted}\n{roofline.table(kept)}"

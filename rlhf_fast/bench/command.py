@@ -5,21 +5,24 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import json
+import math
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
 
-from rlhf_fast.bench import audit, machine, peers, render, scale, scale_render
+from rlhf_fast._op import OPS
+from rlhf_fast.bench import audit, device, device_cases, machine, peers, render, scale, scale_render
 from rlhf_fast.bench import cases as rows
-from rlhf_fast.bench.engine import Case, GateError, Row, run
+from rlhf_fast.bench.engine import Case, GateError, Rates, Row, Timer, run
 
-NATIVE = ("eager", "torch.compile", "bare", "materialised", "chunked", "gae alone")
+NATIVE = ("eager", "torch.compile", "bare", "materialised", "chunked", "in two steps", "gae alone")
 """Beginnings of the names of contenders that need no other library."""
 
 
@@ -29,8 +32,10 @@ class BenchConfig:
 
     ops: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Ops, or patterns of "op case" (all when none is given)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to time: "cuda" takes shapes of a GPU, events with a flushed cache, and writes one result file."""
     peers: bool = False
-    """Also time the libraries that are installed: TRL, Liger-Kernel, verl, OpenRLHF, rlox."""
+    """Also time the libraries that are installed: TRL, Liger-Kernel, verl, OpenRLHF, rlox, flash-attn."""
     traffic: bool = False
     """Count bytes, kernels and memory on shapes too large to run instead of timing."""
     scale: bool = False
@@ -115,6 +120,22 @@ def curves(config: BenchConfig) -> int:
     return 0
 
 
+def counts(config: BenchConfig) -> int:
+    """`--traffic`: count, print, write."""
+    found = audit.sections()
+    text = audit.tables(found)
+    print(text)
+    if config.json:
+        document = {"peers": peers.versions(), "torch": str(torch.__version__)}
+        rows = {title: [asdict(c) for c in each] for title, each in found}
+        Path(config.json).write_text(json.dumps({**document, "counts": rows}, indent=1), encoding="utf-8")
+    if config.markdown:
+        Path(config.markdown).write_text(text, encoding="utf-8")
+    if config.readme:
+        render.into_readme(Path(config.readme), audit.summary(found), "traffic")
+    return 0
+
+
 def make_room(config: BenchConfig, mark: str) -> None:
     """Folders of what will be written, before minutes of measuring. Raises ValueError for a README without its marks."""
     for path in (config.json, config.markdown, config.plot):
@@ -124,52 +145,113 @@ def make_room(config: BenchConfig, mark: str) -> None:
         render.into_readme(Path(config.readme), None, mark)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Entry point of `rlhf-fast bench`. 1 when a correctness gate fails; a missed speed is printed, not an error."""
-    config = tyro.cli(BenchConfig, prog="rlhf-fast bench", args=list(arguments))
-    if config.traffic:
-        print(audit.tables())
-        return 0
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    make_room(config, "scale" if config.scale else "bench")
-    if config.scale:
-        return curves(config)
+@dataclass(frozen=True)
+class Place:
+    """Where rows are timed, and how."""
+
+    cases: list[Case]
+    limits: machine.Machine
+    probe: Rates
+    timer: Timer
+    lines: list[str]
+
+
+def on_cpu(config: BenchConfig) -> Place:
+    """This machine's processor."""
     todo = chosen(config.ops, list(all_cases()))
     probe = machine.Probe()
     limits = machine.measure(probe)
-    print("\n".join(limits.lines()), flush=True)
+    return Place(todo, limits, probe, Timer(), limits.lines())
+
+
+def on_device(config: BenchConfig) -> Place:
+    """The current CUDA device. Raises ValueError without one."""
+    where = device.require()
+    todo = chosen(config.ops, list(device_cases.cases(where)))
+    events = device.Events(where)
+    probe = device.CopyProbe(events, where)
+    limits = device.measure(probe)
+    return Place(todo, limits, probe, events, device.lines(limits))
+
+
+def write(config: BenchConfig, place: Place, done: Sequence[Row], failed: Sequence[str]) -> None:
+    """What was asked for; a run on a device always leaves a file of its numbers."""
+    cuda = config.device == "cuda"
+    table = render.device_markdown(place.lines, done) if cuda else render.markdown(place.limits, done)
+    target = config.json or (f"bench-{slug(place.limits.name)}.json" if cuda else None)
+    if target:
+        limits: dict[str, Any] = asdict(place.limits)
+        document = {
+            "machine": {k: None if v == math.inf else v for k, v in limits.items()},
+            "peers": peers.versions() if config.peers else {},
+            "rows": [asdict(row) for row in done],
+            "failed": list(failed),
+        }
+        Path(target).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        if cuda:
+            print(f"\nwritten: {target}")
+    if config.markdown:
+        Path(config.markdown).write_text(table, encoding="utf-8")
+    if config.readme:
+        render.into_readme(Path(config.readme), table, mark_of(config))
+    if config.plot:
+        render.roofline(place.limits, done, Path(config.plot))
+
+
+def slug(name: str) -> str:
+    """A device's name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def mark_of(config: BenchConfig) -> str:
+    """Between whose marks of a README the table belongs."""
+    if config.traffic:
+        return "traffic"
+    if config.scale:
+        return "scale"
+    return "bench" if config.device == "cpu" else "bench-cuda"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of `rlhf-fast bench`. 1 when a correctness gate fails; a missed speed is printed, not an error."""
+    config = tyro.cli(BenchConfig, prog="rlhf-fast bench", args=list(arguments))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.device == "cuda" and (config.scale or config.traffic):
+        option = "--scale" if config.scale else "--traffic"
+        raise ValueError(f"bench: {option} got --device cuda, expected no device: it runs on the processor")
+    make_room(config, mark_of(config))
+    if config.traffic:
+        return counts(config)
+    if config.scale:
+        return curves(config)
+    place = on_device(config) if config.device == "cuda" else on_cpu(config)
+    print("\n".join(place.lines), flush=True)
     if config.peers:
         print(
             "peers: " + (", ".join(f"{n} {v}" for n, v in peers.versions().items()) or "none is installed"), flush=True
         )
     done: list[Row] = []
     failed: list[str] = []
-    for case in todo:
+    for case in place.cases:
         if config.seconds is not None:
             case = replace(case, seconds=config.seconds)
         try:
-            row = run(case, limits, only=lambda name: config.peers or is_native(name), probe=probe)
+            row = run(
+                case,
+                place.limits,
+                only=lambda name: config.peers or is_native(name),
+                probe=place.probe,
+                timer=place.timer,
+            )
         except GateError as error:
             failed.append(str(error))
             print(f"WRONG  {error}", file=sys.stderr, flush=True)
             continue
+        row.backend = OPS[row.op].select("cuda").name if config.device == "cuda" else ""
         done.append(row)
         print(render.text_row(row), flush=True)
-    if config.json:
-        document = {
-            "machine": asdict(limits),
-            "peers": peers.versions() if config.peers else {},
-            "rows": [asdict(row) for row in done],
-            "failed": failed,
-        }
-        Path(config.json).write_text(json.dumps(document, indent=1), encoding="utf-8")
-    if config.markdown:
-        Path(config.markdown).write_text(render.markdown(limits, done), encoding="utf-8")
-    if config.readme:
-        render.into_readme(Path(config.readme), render.markdown(limits, done))
-    if config.plot:
-        render.roofline(limits, done, Path(config.plot))
+    write(config, place, done, failed)
     missed = [f"{row.op} {row.name}: {line}" for row in done for line in row.shortfalls]
     print(f"\n{len(done)} rows, {len(failed)} wrong, {len(missed)} aims missed" + "".join(f"\n  {m}" for m in missed))
     return 1 if failed else 0

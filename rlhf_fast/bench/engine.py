@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import truediv
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf_fast import _buffers
-from rlhf_fast.bench.machine import Machine, Probe
+from rlhf_fast.bench.machine import Machine
 
 Results = tuple[Tensor | None, ...]
 Call = Callable[[dict[str, Any]], Results]
@@ -26,8 +26,20 @@ SAMPLE_SECONDS = 2e-2
 """A timing covers at least this much: shorter calls are repeated."""
 PAIRS = 9
 """Fewest timings of ours, each beside the machine's limits, behind a share of them."""
+MET, MISSED = ": met", ": missed"
 DIFFERENT = 0.02
 """A contender whose results are further off than this share of the largest one computes something else, and is marked."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call in two parts, of which a timer may time the second alone."""
+
+    before: Callable[[dict[str, Any]], Any]
+    after: Callable[[Any], Results]
+
+    def __call__(self, inputs: dict[str, Any]) -> Results:
+        return self.after(self.before(inputs))
 
 
 class GateError(Exception):
@@ -59,6 +71,10 @@ class Case:
     """Time to spend on the row, roughly."""
     relative: float | None = None
     """Gate and errors are relative to every single value, and this is what ours may be off."""
+    aims_ms: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds to stay below on the card named: "device" between events, "call" with what the host does."""
+    card: str = ""
+    """Part of the name of the device that the aims in milliseconds are for."""
 
 
 @dataclass
@@ -82,15 +98,49 @@ class Row:
     """Of the machine beside this row, medians likewise."""
     rounds: int = 0
     shortfalls: list[str] = field(default_factory=list)
+    call_ms: dict[str, float] = field(default_factory=dict)
+    """Of calls in a row, with what the host does; on a device alone."""
+    backend: str = ""
+    """That served our op."""
+    verdicts: list[str] = field(default_factory=list)
+    """One line for each aim in milliseconds or bytes: met, missed, or not judged on this device."""
+
+
+class Rates(Protocol):
+    """Takes the machine's limits again, as fields of Machine."""
+
+    def rates(self) -> dict[str, float]: ...
+
+
+class Timer:
+    """How a call is timed and its memory counted: here by the clock and the resident set of this process."""
+
+    def seconds(self, call: Call, inputs: dict[str, Any], repeats: int) -> float:
+        """Mean of so many calls."""
+        return seconds_of(call, inputs, repeats)
+
+    def whole(self, call: Call, inputs: dict[str, Any]) -> float | None:
+        """Seconds with what the host does, where that is another number."""
+        return None
+
+    def peak(self, call: Callable[[], object]) -> int:
+        """Extra bytes during one call; -1 where the system does not tell."""
+        return peak_extra_bytes(call)
 
 
 def run(
-    case: Case, machine: Machine, *, only: Callable[[str], bool] = lambda _: True, probe: Probe | None = None
+    case: Case,
+    machine: Machine,
+    *,
+    only: Callable[[str], bool] = lambda _: True,
+    probe: Rates | None = None,
+    timer: Timer | None = None,
 ) -> Row:
     """Gate, then time. Raises GateError when our result is wrong.
 
     probe: takes the machine's limits in every round; None: those of `machine`.
     """
+    timer = Timer() if timer is None else timer
     torch.compiler.reset()  # it compiles a function a few times only, and then runs it eagerly without a word
     inputs = case.make()
     calls: dict[str, Call] = {}
@@ -135,11 +185,11 @@ def run(
             for name, rate in found.items():
                 rates.setdefault(name, []).append(rate)
 
-    times, rounds = interleave(calls, inputs, case.seconds, beside=beside)
+    times, rounds = interleave(calls, inputs, case.seconds, beside=beside, seconds=timer.seconds)
     own = list(times[OURS])
     while limits and len(limits) < PAIRS:  # where rounds are few: those of slow contenders
         beside()
-        own.append(seconds_of(calls[OURS], inputs, max(1, int(SAMPLE_SECONDS / own[0]))))
+        own.append(timer.seconds(calls[OURS], inputs, max(1, int(SAMPLE_SECONDS / own[0]))))
     ratios = {
         name: statistics.median(theirs / ours for theirs, ours in zip(seconds, times[OURS], strict=True))
         for name, seconds in times.items()
@@ -159,8 +209,12 @@ def run(
         rounds=rounds,
     )
     if case.memory:
-        row.peak_bytes = {name: peak_extra_bytes(partial(call, inputs)) for name, call in calls.items()}
+        row.peak_bytes = {name: timer.peak(partial(call, inputs)) for name, call in calls.items()}
+    whole = {name: timer.whole(call, inputs) for name, call in calls.items()}
+    row.call_ms = {name: 1e3 * seconds for name, seconds in whole.items() if seconds is not None}
     row.shortfalls = shortfalls(case, row)
+    row.verdicts = verdicts(case, row, machine.name)
+    row.shortfalls += [line.removesuffix(MISSED) for line in row.verdicts if line.endswith(MISSED)]
     return row
 
 
@@ -203,10 +257,12 @@ def interleave(
     budget: float,
     fewest: int = 3,
     beside: Callable[[], None] = lambda: None,
+    seconds: Callable[[Call, dict[str, Any], int], float] | None = None,
 ) -> tuple[dict[str, list[float]], int]:
     """{name: seconds per call, one per round}: every round times every contender once, so that drift meets all alike, and calls
     `beside` once."""
-    first = {name: seconds_of(call, inputs, 1) for name, call in calls.items()}
+    seconds = seconds_of if seconds is None else seconds
+    first = {name: seconds(call, inputs, 1) for name, call in calls.items()}
     repeats = {name: max(1, int(SAMPLE_SECONDS / max(t, 1e-7))) for name, t in first.items()}
     once = sum(first[name] * repeats[name] for name in calls)
     rounds = max(fewest, min(21, int(budget / max(once, 1e-6))))
@@ -217,7 +273,7 @@ def interleave(
     for _ in range(rounds - long):
         beside()
         for name, call in calls.items():
-            times[name].append(seconds_of(call, inputs, repeats[name]))
+            times[name].append(seconds(call, inputs, repeats[name]))
     return times, rounds
 
 
@@ -251,6 +307,23 @@ def _status_bytes(status: Path, name: str) -> int:
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"{name} is not in {status}")
+
+
+def verdicts(case: Case, row: Row, name: str) -> list[str]:
+    """Whether each aim in milliseconds was met on the device of that name."""
+    found = []
+    for kind, aim in case.aims_ms.items():
+        took = (row.milliseconds if kind == "device" else row.call_ms).get(OURS)
+        if took is None:
+            continue
+        line = f"{took:.3g} ms {'on the device' if kind == 'device' else 'a whole call'}, aim {aim:g} on {case.card}"
+        if case.card not in name:
+            found.append(f"{line}: not judged on {name}")
+        else:
+            found.append(line + (MET if took <= aim else MISSED))
+    if case.aims_ms and case.memory_bar is not None and 0 <= row.peak_bytes.get(OURS, -1) <= case.memory_bar:
+        found.append(f"{row.peak_bytes[OURS] / 2**20:.0f} MiB of extra memory, aim {case.memory_bar / 2**20:.0f}{MET}")
+    return found
 
 
 def shortfalls(case: Case, row: Row) -> list[str]:

@@ -16,18 +16,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-DISTRIBUTIONS = ("trl", "liger-kernel", "verl", "openrlhf", "rlox")
+DISTRIBUTIONS = ("trl", "liger-kernel", "verl", "openrlhf", "rlox", "flash-attn")
 
 
 def versions() -> dict[str, str]:
     """{distribution: installed version}."""
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: found for name in DISTRIBUTIONS if (found := version(name)) is not None}
+
+
+def version(name: str) -> str | None:
+    """Of an installed distribution."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def attempt(load: Callable[[], Any]) -> Any:
@@ -45,6 +47,12 @@ def trl_utils() -> ModuleType:
 
 
 @functools.cache
+def trl_kernels() -> ModuleType:
+    """selective_log_softmax_and_entropy in Triton, forward and backward."""
+    return importlib.import_module("trl.kernels.logprob_entropy")
+
+
+@functools.cache
 def trl_chunked_head() -> Any:
     """autograd.Function of the fused language-model head."""
     return importlib.import_module("trl.kernels").ChunkedLogProbFunction
@@ -54,6 +62,18 @@ def trl_chunked_head() -> Any:
 def liger() -> ModuleType:
     """The chunked losses, plain PyTorch inside."""
     return importlib.import_module("liger_kernel.chunked_loss")
+
+
+@functools.cache
+def liger_grpo() -> ModuleType:
+    """Its Triton kernels on logits."""
+    return importlib.import_module("liger_kernel.ops.grpo_loss")
+
+
+@functools.cache
+def flash_cross_entropy() -> ModuleType:
+    """The Triton cross-entropy that comes with flash-attn."""
+    return importlib.import_module("flash_attn.ops.triton.cross_entropy")
 
 
 @functools.cache

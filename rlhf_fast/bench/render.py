@@ -26,6 +26,9 @@ def text_row(row: Row) -> str:
     share = "" if row.share_of_limit is None else f", {100 * row.share_of_limit:.0f} % of the machine's limit"
     if row.rates:
         share += f" ({_beside(row)})"
+    if OURS in row.call_ms:
+        share += f"; {milliseconds(row.call_ms[OURS])} ms a whole call"
+    share += f"; backend {row.backend}" if row.backend else ""
     error = row.errors[OURS]
     lines.append(
         f"  {milliseconds(row.milliseconds[OURS])} ms{share}; worst error {error:.1e} of fp64 ({row.rounds} rounds)"
@@ -40,6 +43,7 @@ def text_row(row: Row) -> str:
             f"error {row.errors[name]:.1e}{mark})"
         )
     lines += [f"            {name}: not here ({reason})" for name, reason in row.missing.items()]
+    lines += [f"  {line}" for line in row.verdicts]
     lines += [f"  MISSED: {line}" for line in row.shortfalls]
     return "\n".join(lines)
 
@@ -57,6 +61,25 @@ def markdown(machine: Machine, rows: Sequence[Row]) -> str:
         out.append(
             f"| `{row.op}` {row.name} | {milliseconds(row.milliseconds[OURS])} | {share} | {', '.join(times(row))} | "
             f"{_memory(row)} | {row.errors[OURS]:.0e} | {'; '.join(row.shortfalls)} |"
+        )
+    return "\n".join(out) + "\n"
+
+
+def device_markdown(head: Sequence[str], rows: Sequence[Row]) -> str:
+    """The table of a run on a device, under the lines that describe it."""
+    out = [*head, ""]
+    out.append(
+        "| op, shape | backend | device ms | whole call ms | of the copy rate | slower by, on the device "
+        "| peak extra MiB, ours / least other | error | aims |"
+    )
+    out.append("| --- " * 9 + "|")
+    for row in rows:
+        share = "" if row.share_of_limit is None else f"{100 * row.share_of_limit:.0f} %"
+        call = milliseconds(row.call_ms[OURS]) if OURS in row.call_ms else ""
+        others = [line for line in row.shortfalls if not any(v.startswith(line) for v in row.verdicts)]
+        out.append(
+            f"| `{row.op}` {row.name} | {row.backend} | {milliseconds(row.milliseconds[OURS])} | {call} | {share} | "
+            f"{', '.join(times(row))} | {_memory(row)} | {row.errors[OURS]:.0e} | {'; '.join([*row.verdicts, *others])} |"
         )
     return "\n".join(out) + "\n"
 

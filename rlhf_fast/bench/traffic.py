@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -57,7 +58,7 @@ class Traffic(TorchDispatchMode):
         if name in FRESH and args[0].untyped_storage()._cdata == self._filled:
             func = getattr(torch.ops.aten, f"{name}_").default
             known, name = _operator(func), f"{name}_"
-        if name in ("_local_scalar_dense", "is_nonzero") and args[0].is_meta:
+        if name in ("_local_scalar_dense", "is_nonzero") and (args[0].is_meta or isinstance(args[0], FakeTensor)):
             return False
         if name == "nonzero" and args[0].is_meta:
             out = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
@@ -177,6 +178,11 @@ class Count:
     flops: int = 0
     """Of matrix products."""
 
+    @property
+    def ratio(self) -> float:
+        """Bytes over the least."""
+        return self.moved / self.minimum
+
 
 def count(
     name: str,
@@ -193,14 +199,19 @@ def count(
     return Count(name, shape, moved, traffic.launches, traffic.peak, minimum, traffic.flops)
 
 
+def amount(x: float) -> str:
+    """Two decimals, or two digits of a small number that they would not show."""
+    return f"{x:.2g}" if 0.005 <= x < 0.1 else f"{x:,.2f}"
+
+
 def table(title: str, counts: Sequence[Count]) -> str:
-    """Markdown, one block per shape in the order given, least traffic first; products only where there are some."""
-    products = any(c.flops for c in counts)
+    """Markdown, one block per shape in the order given, least traffic first; products where all have some."""
+    products = all(c.flops for c in counts)
     head = [title, "", "GB moved", "of the least", "kernels", "peak GiB", *(["TFLOP of products"] if products else [])]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     shapes = list(dict.fromkeys(c.shape for c in counts))
     for c in sorted(counts, key=lambda c: (shapes.index(c.shape), c.moved)):
-        cells = [c.shape, c.name, f"{c.moved / 1e9:,.2f}", f"{c.moved / c.minimum:,.1f} x", f"{c.launches:,}"]
-        cells += [f"{c.peak / 2**30:.2f}", *([f"{c.flops / 1e12:.1f}"] if products else [])]
+        cells = [c.shape, c.name, amount(c.moved / 1e9), f"{c.ratio:,.2f} x", f"{c.launches:,}"]
+        cells += [amount(c.peak / 2**30), *([f"{c.flops / 1e12:.1f}"] if products else [])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

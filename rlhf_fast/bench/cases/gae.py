@@ -63,7 +63,7 @@ def chunked(x: dict[str, Any], size: int = 128) -> Results:
     delta = rewards + GAMMA * following - values
     pad = -length % size
     delta = torch.nn.functional.pad(delta, (0, pad)).view(rows, -1, size)
-    steps = torch.arange(size)
+    steps = torch.arange(size, device=delta.device)
     gap = steps[:, None] - steps[None]  # from the earlier column to the later row
     decay = torch.where(gap >= 0, (GAMMA * LAM) ** gap.clamp(min=0), 0.0)
     local = delta @ decay  # (rows, chunks, size): sums of the later deltas of the chunk

@@ -61,16 +61,16 @@ def two_steps(coef: float, hidden: Tensor, weight: Tensor, x: dict[str, Any]) ->
     return rlhf_fast.ppo_loss(found.logprobs, *rest, entropy=entropy, entropy_coef=coef).loss
 
 
-def eager_loss(logprobs: Tensor, entropy: Tensor | None, coef: float, x: dict[str, Any]) -> Tensor:
-    """The loss alone, without statistics."""
+def eager_loss(logprobs: Tensor, entropy: Tensor | None, coef: float, x: dict[str, Any], total: int = ROWS) -> Tensor:
+    """The loss alone, without statistics, as a mean over `total` tokens."""
     rows = slice(0, len(logprobs))
     ratio, advantages = (logprobs - x["old_logprobs"][rows]).exp(), x["advantages"][rows]
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).sum() / ROWS
-    return loss if entropy is None else loss - coef * entropy.sum() / ROWS
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)).sum() / total
+    return loss if entropy is None else loss - coef * entropy.sum() / total
 
 
-def with_eager_loss(formulation: Formulation, coef: float) -> Loss:
-    return lambda hidden, weight, x: eager_loss(*formulation(hidden, weight, x["ids"]), coef, x)
+def with_eager_loss(formulation: Formulation, coef: float, total: int = ROWS) -> Loss:
+    return lambda hidden, weight, x: eager_loss(*formulation(hidden, weight, x["ids"]), coef, x, total)
 
 
 def materialised(coef: float, hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -82,14 +82,14 @@ def materialised(coef: float, hidden: Tensor, weight: Tensor, ids: Tensor) -> tu
     return logprobs, logsumexp - (logits.softmax(-1) * logits).sum(-1) if coef else None
 
 
-def of_trl(coef: float, trained: bool, function: Any) -> Call:
+def of_trl(coef: float, trained: bool, function: Any, rows: int = ROWS) -> Call:
     """With its trainer's tile width."""
     outputs = ("entropy",) if coef else ()
 
     def formulation(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         return function.apply(hidden, weight, None, ids, 1.0, 8192, None, 1.0, outputs)[:2]
 
-    return both_of(with_eager_loss(formulation, coef), trained)
+    return both_of(with_eager_loss(formulation, coef, rows), trained)
 
 
 def of_liger(trained: bool, module: Any) -> Call:
