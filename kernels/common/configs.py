@@ -3,6 +3,7 @@
 A row is chosen by op, architecture, dtype and vocabulary, never by the number of rows: the order of a sum follows from it, and
 a row of logits must have the same bits in any batch. The sizes come from the audit of the machine code (no spills, 128-bit
 loads, instructions per logit) and a model of the latency that the loads in flight cover; none has been timed on a GPU yet.
+`rlhf-fast bench --device cuda --tune` times them on one and writes its rows to tuned.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from rlhf_fast.kernels.common.tuned import TUNED
 
 
 class Config(NamedTuple):
@@ -38,7 +40,10 @@ _DEFAULT: dict[tuple[str, str, str], Config] = {
 _WAVE_64 = {key: Config(lanes, max(1, warps // 2)) for key, (lanes, warps) in _DEFAULT.items()}
 """AMD's data-centre GPUs: a wave has 64 threads, so half as many make the same program."""
 
-_BY_ARCH: dict[str, dict[tuple[str, str, str], Config]] = {"gfx90a": _WAVE_64, "gfx942": _WAVE_64, "gfx950": _WAVE_64}
+_BY_ARCH: dict[str, dict[tuple[str, str, str], Config]] = {
+    **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _WAVE_64),
+    **{arch: {key: Config(*sizes) for key, sizes in rows.items()} for arch, rows in TUNED.items()},
+}
 
 
 def config(op: str, arch: str, dtype: torch.dtype, vocab: int) -> Config:

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from rlhf_fast._op import OPS
-from rlhf_fast.bench import audit, device, device_cases, machine, peers, render, scale, scale_render
+from rlhf_fast.bench import audit, device, device_cases, machine, peers, render, scale, scale_render, tune
 from rlhf_fast.bench import cases as rows
 from rlhf_fast.bench.engine import Case, GateError, Rates, Row, Timer, run
 
@@ -36,6 +36,8 @@ class BenchConfig:
     """Where to time: "cuda" takes shapes of a GPU, events with a flushed cache, and writes one result file."""
     peers: bool = False
     """Also time the libraries that are installed: TRL, Liger-Kernel, verl, OpenRLHF, rlox, flash-attn."""
+    tune: bool = False
+    """With --device cuda: time the launch sizes of the Triton kernels there, and write them to kernels/common/tuned.py."""
     traffic: bool = False
     """Count bytes, kernels and memory on shapes too large to run instead of timing."""
     scale: bool = False
@@ -174,6 +176,17 @@ def on_device(config: BenchConfig) -> Place:
     return Place(todo, limits, probe, events, device.lines(limits))
 
 
+def tuned() -> int:
+    """`--tune`: 1 when the sizes that are in use give a wrong result."""
+    where = device.require()
+    try:
+        tune.run(device.Events(where), where)
+    except GateError as error:
+        print(f"WRONG  {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def write(config: BenchConfig, place: Place, done: Sequence[Row], failed: Sequence[str]) -> None:
     """What was asked for; a run on a device always leaves a file of its numbers."""
     cuda = config.device == "cuda"
@@ -220,7 +233,11 @@ def main(arguments: Sequence[str]) -> int:
     if config.device == "cuda" and (config.scale or config.traffic):
         option = "--scale" if config.scale else "--traffic"
         raise ValueError(f"bench: {option} got --device cuda, expected no device: it runs on the processor")
+    if config.tune and config.device == "cpu":
+        raise ValueError("bench: --tune got --device cpu, expected --device cuda")
     make_room(config, mark_of(config))
+    if config.tune:
+        return tuned()
     if config.traffic:
         return counts(config)
     if config.scale:
