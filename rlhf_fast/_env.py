@@ -7,6 +7,7 @@ import os
 VARIABLES = {
     "BACKEND": "force one backend for every op (cpp, triton, cuda, reference)",
     "CPU_ISA": "force one instruction set of the C++ kernels (scalar, avx2, avx512, avx512bf16)",
+    "CUDA_LIB": "use the CUDA kernels of one CUDA major (12, 13) or of a file, whatever this torch is built for",
     "FAULT": "kill the process at a named point, for tests of crash safety",
 }
 

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
-import os
-import struct
-import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -15,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rlhf_fast import _env
+from rlhf_fast import _env, _extension
 
 ABI = 3
 """Version of the argument structs in csrc/cpu/ops.h; the module carries the one it was built with."""
@@ -31,20 +26,12 @@ class IsaError(RuntimeError):
 @functools.cache
 def load() -> tuple[ModuleType | None, str | None]:
     """(module, None) or (None, reason). Raises IsaError when a forced instruction set cannot be had."""
-    torn = _torn()
-    if torn is not None:
-        return _fall_back(torn)
     try:
-        module = importlib.import_module("rlhf_fast._cpu")
-    except ModuleNotFoundError as error:
-        if error.name != "rlhf_fast._cpu":
-            raise
+        module = _extension.load("_cpu", ABI)
+    except _extension.Damaged as error:
+        return _fall_back(str(error))
+    if module is None:
         return None, "rlhf_fast._cpu was not built (no C++ compiler at install time?)"
-    except ImportError as error:
-        return _fall_back(f"rlhf_fast._cpu does not load: {error}")
-    found = getattr(module, "ABI", None)
-    if found != ABI:
-        return _fall_back(f"rlhf_fast._cpu has ABI version {found}, this package needs {ABI}: reinstall rlhf_fast")
     forced = _env.get("CPU_ISA")
     if forced is not None:
         try:
@@ -52,23 +39,6 @@ def load() -> tuple[ModuleType | None, str | None]:
         except ValueError as error:
             raise IsaError(f"RLHF_FAST_CPU_ISA={forced}: {error}") from None
     return module, None
-
-
-def _torn() -> str | None:
-    """Reason not to load a cut-off library: the system's loader would map past its end and kill the process (SIGBUS)."""
-    spec = importlib.util.find_spec("rlhf_fast._cpu")
-    if spec is None or spec.origin is None or not spec.origin.endswith(".so"):
-        return None
-    with open(spec.origin, "rb") as file:
-        header = file.read(64)
-    if len(header) == 64 and header[:6] == b"\x7fELF\x02\x01":  # 64-bit, little-endian; the section table stands last
-        (table,) = struct.unpack_from("<Q", header, 40)
-        entry, count = struct.unpack_from("<HH", header, 58)
-        if os.path.getsize(spec.origin) >= table + entry * count:
-            return None
-    elif header[:4] != b"\x7fELF":
-        return f"rlhf_fast._cpu does not load: {spec.origin} is no library" if sys.platform == "linux" else None
-    return f"rlhf_fast._cpu does not load: {spec.origin} is cut off"
 
 
 def _fall_back(reason: str) -> tuple[None, str]:

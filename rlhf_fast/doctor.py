@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlhf_fast import __version__, _env, _native, backends
+from rlhf_fast import __version__, _env, _native, backends, cuda
 
 PACKAGES = (
     "transformers",
@@ -37,6 +37,7 @@ def report() -> str:
     ]
     lines += _gpus()
     lines += ["", "C++ kernels", *_native_lines()]
+    lines += ["", "CUDA kernels", *(f"  {line}" for line in cuda.report())]
     settings = [f"RLHF_FAST_{name}={value}" for name in _env.VARIABLES if (value := _env.get(name)) is not None]
     lines += ["", "environment", *(f"  {s}" for s in settings or ["no RLHF_FAST_ variable is set"])]
     lines += ["", "ops (the first available backend runs)", *grid()]
