@@ -1,13 +1,13 @@
-# make demo | test | lint | bench | clean. Everything lives in .venv and .cache inside the checkout.
+# make demo | test | lint | bench | wheels | wheels-check | clean. Everything lives in .venv and .cache inside the checkout.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench wheels wheels-check clean
 
 # torch first and pinned: a free choice would bring gigabytes of GPU libraries to a machine that may have no GPU.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard building/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -24,13 +24,13 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
 	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp')
 
 # Peers without their dependencies: they would bring other versions of torch and transformers.
 $(VENV)/.peers: $(VENV)/.ready bench/peers.txt
@@ -43,5 +43,12 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/memory.py
 
+# The source archive, dist/cpu and dist/cuda; the CUDA compilers come into .cache (400 MB).
+wheels: setup
+	$(BIN)/python -m building.wheels $(ARGS)
+
+wheels-check: wheels
+	RLHF_FAST_DIST=dist $(BIN)/python -m pytest tests/wheels $(ARGS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info rlhf_fast/_cpu*.so
+	rm -rf $(VENV) build dist *.egg-info rlhf_fast/_cpu*.so rlhf_fast/_cuda*.so

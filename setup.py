@@ -1,13 +1,18 @@
-"""Builds the CPU kernels with a C++ compiler alone: no torch and no CUDA toolkit at build time.
+"""Builds the kernels with a C++ compiler and, where there is one, a CUDA compiler: no torch at build time.
 
 Each csrc/cpu/<op>.cpp is compiled once per instruction set with flags of its own and once for the baseline, and one pybind11
-module holds them all. Without a compiler the package installs as pure Python, with a notice.
+module holds them all. The CUDA kernels make one more module per CUDA major (building/cuda.py), which needs no CUDA library: it
+launches through the driver. Without a compiler the package installs as pure Python, with a notice.
 
-Environment: CXX, CXXFLAGS, MAX_JOBS, RLHF_FAST_NO_NATIVE=1 (pure Python), RLHF_FAST_REQUIRE_NATIVE=1 (a failed build is an error).
+Environment: CXX, CXXFLAGS, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST (torch's syntax), SOURCE_DATE_EPOCH;
+RLHF_FAST_NO_NATIVE=1 (pure Python), RLHF_FAST_REQUIRE_NATIVE=1 (a failed build is an error),
+RLHF_FAST_CUDA=auto (with the nvcc of CUDA_HOME or PATH, if any) | 0 | versions such as 13.0,12.9 (of which each must build),
+RLHF_FAST_LOCAL_VERSION=cpu (version 0.1.0+cpu, of wheels alone).
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,11 +22,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from building import cuda, sbom  # noqa: E402
+
 CPU = ROOT / "csrc" / "cpu"
+CUDA = ROOT / "csrc" / "cuda"
 BASELINE = ("dispatch", "parallel")
 ISAS = {
     "scalar": [],
@@ -52,37 +63,6 @@ def compiler():
 
 
 class BuildKernels(build_ext):
-    def build_extension(self, ext):
-        import pybind11
-
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        objects = Path(self.build_temp).resolve() / "cpu"
-        objects.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        base = [
-            *compiler(), "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
-            "-fstack-protector-strong", f"-I{ROOT / 'csrc'}", *shlex.split(os.environ.get("CXXFLAGS", "")),
-        ]  # fmt: skip
-        python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-        gcc = "clang" not in compiler()[0]
-        jobs = [(ROOT / "csrc" / "bindings.cpp", objects / "bindings.o", python)]
-        for source in sorted(CPU.glob("*.cpp")):
-            if source.stem in BASELINE:
-                jobs.append((source, objects / f"{source.stem}.o", ["-fopenmp"]))
-                continue
-            for isa, flags in ISAS.items():
-                # Contraction off: a fused multiply-add in one place and not in another would make the variants drift apart.
-                # Trapping off: nobody reads the floating-point flags, and their order would keep loops from vectorising.
-                # Jump threading off (gcc): it splits the paths through choices, and the loop comes out as masks instead of selects.
-                strict = ["-ffp-contract=off", "-fno-trapping-math", *(["-fno-thread-jumps"] if gcc else [])]
-                extra = [f"-DRLHF_FAST_ISA={isa}", f"-DRLHF_FAST_ISA_{isa.upper()}", *strict, *flags]
-                jobs.append((source, objects / f"{source.stem}.{isa}.o", extra))
-        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-            list(pool.map(lambda job: run([*base, *job[2], "-c", str(job[0]), "-o", str(job[1])]), jobs))
-        link = ["-shared", "-fopenmp", "-Wl,-z,relro,-z,now", "-s"] if sys.platform == "linux" else ["-shared"]
-        run([*base, *(str(job[1]) for job in jobs), *link, "-o", str(target)])
-
     def run(self):
         try:
             super().run()
@@ -91,6 +71,84 @@ class BuildKernels(build_ext):
                 raise
             notice(f"the C++ kernels did not build:\n{error}")
             self.extensions = []
+
+    def build_extensions(self):
+        # Before the linked modules are looked for: one that did not build is none.
+        self.extensions = [ext for ext in self.extensions if self.built(ext)]
+
+    def built(self, ext):
+        try:
+            self.build_extension(ext)
+        except CompileError as error:
+            if ext.name == "rlhf_fast._cpu" or explicit_cuda():
+                raise
+            print(f"\n*** rlhf_fast: the CUDA kernels did not build, and are left out:\n{error}\n", file=sys.stderr)
+            return False
+        return True
+
+    def build_extension(self, ext):
+        self.module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        self.module.parent.mkdir(parents=True, exist_ok=True)
+        self.objects = Path(self.build_temp).resolve() / ext.name.rpartition("._")[2]
+        self.objects.mkdir(parents=True, exist_ok=True)
+        self.cpu() if ext.name == "rlhf_fast._cpu" else self.cuda(ext.target)
+
+    def cpu(self):
+        gcc = "clang" not in compiler()[0]
+        jobs = [(ROOT / "csrc" / "bindings.cpp", self.objects / "bindings.o", python_headers())]
+        for source in sorted(CPU.glob("*.cpp")):
+            if source.stem in BASELINE:
+                jobs.append((source, self.objects / f"{source.stem}.o", ["-fopenmp"]))
+                continue
+            for isa, flags in ISAS.items():
+                # Contraction off: a fused multiply-add in one place and not in another would make the variants drift apart.
+                # Trapping off: nobody reads the floating-point flags, and their order would keep loops from vectorising.
+                # Jump threading off (gcc): it splits the paths through choices, and the loop comes out as masks instead of selects.
+                strict = ["-ffp-contract=off", "-fno-trapping-math", *(["-fno-thread-jumps"] if gcc else [])]
+                extra = [f"-DRLHF_FAST_ISA={isa}", f"-DRLHF_FAST_ISA_{isa.upper()}", *strict, *flags]
+                jobs.append((source, self.objects / f"{source.stem}.{isa}.o", extra))
+        self.compile_and_link(jobs, ["-fopenmp"])
+
+    def cuda(self, target):
+        try:
+            images = cuda.build(target, self.objects, in_parallel)
+        except RuntimeError as error:
+            raise CompileError(str(error)) from None
+        module = [f"-DRLHF_FAST_CUDA_MODULE={target.module}", *python_headers()]
+        jobs = [(ROOT / "csrc" / "bindings_cuda.cpp", self.objects / "bindings.o", module)]
+        jobs += [(source, self.objects / f"{source.stem}.o", []) for source in (*sorted(CUDA.glob("*.cpp")), images)]
+        self.compile_and_link(jobs, ["-Wl,--as-needed", "-ldl"])
+
+    def compile_and_link(self, jobs, flags):
+        """jobs: (source, object, flags of its own)."""
+        base = [
+            *compiler(), "-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
+            "-fstack-protector-strong", f"-I{ROOT / 'csrc'}", *shlex.split(os.environ.get("CXXFLAGS", "")),
+        ]  # fmt: skip
+        in_parallel(
+            [lambda job=job: run([*base, *job[2], "-c", str(job[0]), "-o", str(job[1])]) for job in jobs],
+        )
+        link = ["-shared", "-Wl,-z,relro,-z,now", "-s"] if sys.platform == "linux" else ["-shared"]
+        run([*base, *(str(job[1]) for job in jobs), *link, *flags, "-o", str(self.module)])
+
+
+class Wheel(bdist_wheel):
+    def write_wheelfile(self, folder, *args, **kwargs):
+        super().write_wheelfile(folder, *args, **kwargs)
+        extensions = self.distribution.ext_modules or []
+        targets = [ext.target for ext in extensions if hasattr(ext, "target")]
+        sbom.write(Path(folder), self.distribution.get_version(), compiler() if extensions else None, targets)
+
+
+def python_headers():
+    import pybind11
+
+    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+
+def in_parallel(jobs):
+    with ThreadPoolExecutor(max_workers=max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))) as pool:
+        list(pool.map(lambda job: job(), jobs))
 
 
 def run(command):
@@ -112,23 +170,57 @@ def notice(why):
     )
 
 
+def explicit_cuda():
+    return os.environ.get("RLHF_FAST_CUDA", "auto").strip().lower() not in ("", "auto", *cuda.OFF)
+
+
 def extensions():
-    """The native module, or nothing, so that a wheel without it is tagged as pure Python."""
+    """The native modules, or nothing, so that a wheel without them is tagged as pure Python."""
     if flag("NO_NATIVE"):
         if flag("REQUIRE_NATIVE"):
             raise SystemExit("RLHF_FAST_NO_NATIVE and RLHF_FAST_REQUIRE_NATIVE contradict each other")
         return []
     if compiler() is None:
+        lacking = "no C++ compiler was found (CXX, g++, clang++, c++)"
         if flag("REQUIRE_NATIVE"):
-            raise SystemExit("RLHF_FAST_REQUIRE_NATIVE=1, and no C++ compiler was found (CXX, g++, clang++, c++)")
-        notice("no C++ compiler was found (CXX, g++, clang++, c++).")
+            raise SystemExit(f"RLHF_FAST_REQUIRE_NATIVE=1, and {lacking}")
+        if explicit_cuda():
+            raise SystemExit(f"RLHF_FAST_CUDA={os.environ['RLHF_FAST_CUDA']}, and {lacking}")
+        notice(f"{lacking}.")
         return []
-    return [Extension("rlhf_fast._cpu", sources=[])]
+    return [Extension("rlhf_fast._cpu", sources=[]), *cuda_extensions()]
+
+
+def cuda_extensions():
+    try:
+        targets = cuda.targets(os.environ.get("RLHF_FAST_CUDA"), os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    except (cuda.Impossible, RuntimeError) as error:
+        if explicit_cuda():
+            raise SystemExit(f"RLHF_FAST_CUDA={os.environ['RLHF_FAST_CUDA']}: {error}") from None
+        print(f"\n*** rlhf_fast: no CUDA kernels: {error}\n", file=sys.stderr)
+        return []
+    made = []
+    for target in targets:
+        extension = Extension(f"rlhf_fast.{target.module}", sources=[])
+        extension.target = target
+        made.append(extension)
+    return made
+
+
+def version():
+    """That of the package; a local part says which wheel it is, and a source archive is none."""
+    number = re.search(r'__version__ = "(.+)"', (ROOT / "rlhf_fast" / "_version.py").read_text(encoding="utf-8"))[1]
+    local = os.environ.get("RLHF_FAST_LOCAL_VERSION")
+    return f"{number}+{local}" if local and "sdist" not in sys.argv else number
 
 
 setup(
-    packages=[*find_packages(include=["rlhf_fast", "rlhf_fast.*"]), "rlhf_fast.kernels"],
+    version=version(),
+    packages=[
+        *find_packages(include=["rlhf_fast", "rlhf_fast.*"]),
+        *("rlhf_fast." + name for name in find_packages(include=["kernels", "kernels.*"])),
+    ],
     package_dir={"rlhf_fast.kernels": "kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )
