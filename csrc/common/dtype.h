@@ -1,13 +1,7 @@
 // Storage formats of tensors, and their conversion on any host or device.
 #pragma once
 
-#include <stdint.h>
-
-#if defined(__CUDACC__)
-#define RLHF_FAST_HD __host__ __device__
-#else
-#define RLHF_FAST_HD
-#endif
+#include "common/portable.h"
 
 namespace rlhf_fast {
 
@@ -25,15 +19,23 @@ struct Float16 {
 };
 
 RLHF_FAST_HD inline uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
   uint32_t b;
   __builtin_memcpy(&b, &x, 4);
   return b;
+#endif
 }
 
 RLHF_FAST_HD inline float float_of(uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(b);
+#else
   float x;
   __builtin_memcpy(&x, &b, 4);
   return x;
+#endif
 }
 
 RLHF_FAST_HD inline float widen(float x) { return x; }
@@ -41,10 +43,16 @@ RLHF_FAST_HD inline double widen(double x) { return x; }
 RLHF_FAST_HD inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
 RLHF_FAST_HD inline float widen(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t sign = (x.bits & 0x8000u) << 16, exponent = (x.bits >> 10) & 31, mantissa = x.bits & 0x3ffu;
   if (exponent == 0) return float_of(sign | bits_of(static_cast<float>(mantissa) * 0x1p-24f));
   if (exponent == 31) return float_of(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0));
   return float_of(sign | ((exponent + 112) << 23) | (mantissa << 13));
+#endif
 }
 
 // Round to nearest, ties to even; a NaN stays a NaN.

@@ -3,15 +3,7 @@
 // same bits.
 #pragma once
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__CUDACC__)
-#define RLHF_FAST_INLINE_HD __host__ __device__ __forceinline__
-#else
-#define RLHF_FAST_INLINE_HD inline __attribute__((always_inline))
-#endif
+#include "common/portable.h"
 
 namespace rlhf_fast {
 namespace {

@@ -5,9 +5,7 @@
 // with d keeps every digit that shifting all logits by a constant would cost.
 #pragma once
 
-#include <math.h>
-
-#include "dtype.h"
+#include "common/dtype.h"
 
 namespace rlhf_fast {
 namespace {
