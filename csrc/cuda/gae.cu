@@ -1,0 +1,6 @@
+#include "cuda/gae.cuh"
+
+using namespace rlhf_fast::cuda;
+
+SIMT_KERNEL(gae, kThreads, 4, GaeArgs) { gae_row(a); }
+SIMT_KERNEL(gae_backward, kThreads, 4, GaeBackwardArgs) { gae_backward_row(a); }

@@ -1,0 +1,348 @@
+// Log-probability of a token, entropy, log-sum-exp and exact KL of its distribution, in one read of the logits.
+//
+// A block sums a row, or a slice of one. Each thread takes 16 logits at a time relative to a point of reference of its
+// own, the largest of its first 16, which moves only when a sum says that it is far too low: one exp2 and five other
+// instructions a logit. Threads are joined in double. Which logits a thread takes depends on V alone, not on the
+// address of the row nor on the number of blocks, so a row has the same bits in any batch.
+#pragma once
+
+#include "cuda/block.cuh"
+#include "cuda/logits.cuh"
+
+namespace rlhf_fast::cuda {
+
+namespace {
+
+constexpr int kBatch = 16, kRefBatch = 8;  // logits of a thread at a time
+constexpr float kLargestSum = 8192;        // of a batch: e^9
+
+// Sums over logits relative to `base`, which is one of them: with u = y - base and e = 2^(scale u), sum e and sum e u.
+struct Sums {
+  float base = -INFINITY, sum = 0, weighted = 0;
+  float lost = 0;  // what roundings took off the sum
+
+  // What to subtract from a logit: 0 while only -inf was seen (-inf - -inf would be NaN).
+  __device__ __forceinline__ float origin() const { return base == -INFINITY ? 0 : base; }
+  // Moves the point of reference up to `to`; returns by how much (<= 0) every u has changed.
+  __device__ __forceinline__ float raise(float to, const Exponent& exp) {
+    if (!(to > base)) return 0;
+    const float shift = base == -INFINITY ? 0 : base - to;
+    base = to;
+    if (shift == 0) return 0;
+    const float factor = exp.exactly_or_0(shift);
+    weighted = factor * fmaf(shift, sum, weighted);
+    sum *= factor;
+    lost *= factor;
+    return shift;
+  }
+  __device__ __forceinline__ void add(float x) { sum += x; }
+  // The same with the rounding kept (Knuth's two-sum): KL is a small difference of the logarithms of two sums.
+  __device__ __forceinline__ void add_exactly(float x) {
+    const float s = sum + x, part = s - sum;
+    lost += (sum - (s - part)) + (x - part);
+    sum = s;
+  }
+  __device__ __forceinline__ void add_exactly(const Sums& batch) {
+    add_exactly(batch.sum);
+    lost += batch.lost;
+  }
+  // For terms that are rarely the larger ones (Dekker's fast two-sum).
+  __device__ __forceinline__ void add_term(float x) {
+    const float s = sum + x;
+    lost += x - (s - sum);
+    sum = s;
+  }
+};
+
+template <bool kRef>
+struct RowSums {
+  Sums policy, reference;
+  float gap = 0;  // sum e (u - v) with v the reference's u
+
+  __device__ __forceinline__ void raise(float to, float ref_to, const Exponent& exp) {
+    const float shift = policy.raise(to, exp);
+    if constexpr (kRef) {
+      const float gap_shift = shift - reference.raise(ref_to, exp);  // 0 when the two are equal
+      if (shift != 0) {
+        const float factor = exp.exactly_or_0(shift);
+        gap = factor == 0 ? 0 : factor * gap;  // an infinite gap of weight 0 is gone
+      }
+      if (gap_shift != 0) gap = fmaf(gap_shift, policy.sum, gap);
+    }
+  }
+  __device__ __forceinline__ void join(RowSums other, const Exponent& exp) {
+    const float to = fmaxf(policy.base, other.policy.base), ref_to = fmaxf(reference.base, other.reference.base);
+    raise(to, ref_to, exp);
+    other.raise(to, ref_to, exp);
+    policy.weighted += other.policy.weighted;
+    if constexpr (kRef) {
+      policy.add_exactly(other.policy);
+      reference.add_exactly(other.reference);
+      gap += other.gap;
+    } else {
+      policy.add(other.policy.sum);
+    }
+  }
+  // Fields in the scratch memory lie a block's threads apart.
+  __device__ __forceinline__ void save(float* to) const {
+    const float values[] = {policy.base, policy.sum,     policy.weighted, policy.lost,
+                            gap,         reference.base, reference.sum,   reference.lost};
+#pragma unroll
+    for (int k = 0; k < (kRef ? kRefSliceFloats : kSliceFloats); ++k) to[k * kThreads] = values[k];
+  }
+  __device__ __forceinline__ void load(const float* from) {
+    policy.base = from[0];
+    policy.sum = from[kThreads];
+    policy.weighted = from[2 * kThreads];
+    if constexpr (kRef) {
+      policy.lost = from[3 * kThreads];
+      gap = from[4 * kThreads];
+      reference.base = from[5 * kThreads];
+      reference.sum = from[6 * kThreads];
+      reference.lost = from[7 * kThreads];
+    }
+  }
+};
+
+// Adds a batch: one exp2 a logit, nothing else to look at. False, having added nothing, where the terms are too large
+// or not numbers (-inf - -inf, 0 * -inf): add_carefully takes those.
+__device__ __forceinline__ bool add_batch(const float (&y)[kBatch], const Exponent& exp, Sums* row) {
+  float sum = 0, weighted = 0;
+#pragma unroll
+  for (int k = 0; k < kBatch; ++k) {
+    const float u = y[k] - row->base, e = exp.of(u);
+    sum += e;
+    weighted = fmaf(e, u, weighted);
+  }
+  if (!(fmaf(weighted, 0.0f, sum) < kLargestSum)) return false;
+  row->add(sum);
+  row->weighted += weighted;
+  return true;
+}
+
+__device__ __forceinline__ bool add_batch(const float (&y)[kRefBatch], const float (&yr)[kRefBatch],
+                                          const Exponent& exp, RowSums<true>* row) {
+  Sums sums, ref_sums;
+  float weighted = 0, gap = 0;
+#pragma unroll
+  for (int k = 0; k < kRefBatch; ++k) {
+    const float u = y[k] - row->policy.base, v = yr[k] - row->reference.base, e = exp.exactly(u);
+    sums.add_term(e);
+    ref_sums.add_term(exp.exactly(v));
+    weighted = fmaf(e, u, weighted);
+    gap = fmaf(e, u - v, gap);
+  }
+  if (!(fmaf(weighted + gap, 0.0f, sums.sum + ref_sums.sum) < kLargestSum)) return false;
+  row->policy.add_exactly(sums);
+  row->reference.add_exactly(ref_sums);
+  row->policy.weighted += weighted;
+  row->gap += gap;
+  return true;
+}
+
+template <int kCount>
+__device__ __forceinline__ float largest_of(const float (&y)[kCount]) {
+  float m = y[0];
+#pragma unroll
+  for (int k = 1; k < kCount; ++k) m = fmaxf(m, y[k]);
+  return m;
+}
+
+__device__ __forceinline__ void add_carefully(const float (&y)[kBatch], const Exponent& exp, Sums* row) {
+  row->raise(largest_of(y), exp);
+  const float origin = row->origin();
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kBatch; ++k) {
+    const float u = y[k] - origin, e = exp.of(u);
+    sum += e;
+    if (e != 0) row->weighted = fmaf(e, u, row->weighted);
+  }
+  row->add(sum);
+}
+
+__device__ __forceinline__ void add_carefully(const float (&y)[kRefBatch], const float (&yr)[kRefBatch],
+                                              const Exponent& exp, RowSums<true>* row) {
+  row->raise(largest_of(y), largest_of(yr), exp);
+  const float origin = row->policy.origin(), ref_origin = row->reference.origin();
+  Sums sums, ref_sums;
+#pragma unroll
+  for (int k = 0; k < kRefBatch; ++k) {
+    const float u = y[k] - origin, v = yr[k] - ref_origin, e = exp.exactly_or_0(u);
+    sums.add_term(e);
+    ref_sums.add_term(exp.exactly_or_0(v));
+    if (e == 0) continue;
+    row->policy.weighted = fmaf(e, u, row->policy.weighted);
+    row->gap = fmaf(e, u - v, row->gap);
+  }
+  row->policy.add_exactly(sums);
+  row->reference.add_exactly(ref_sums);
+}
+
+// A slice [begin, begin + n) of a row, and the batches of it that vectors may read: those whose first logit is
+// j in [first, last].
+template <class T, int kShift, int kSize>
+struct Slice {
+  static constexpr int kVectors = kSize / kLanes<T>, kStride = kThreads * kLanes<T>;
+  int64_t begin;
+  int n, first, last;
+
+  __device__ __forceinline__ Slice(const T* row, int64_t begin, int n, int64_t vocab) : begin(begin), n(n) {
+    const int before = kShift == kAligned ? 0 : phase_of(row + begin);  // read before the logits at hand
+    const int after = kShift == kAligned ? 0 : kLanes<T> - before;
+    first = begin < before ? before - static_cast<int>(begin) : 0;
+    const int64_t left = vocab - begin - n;  // of the row, past the slice
+    const int short_of = left < after ? after - static_cast<int>(left) : 0;
+    last = n - short_of - kLanes<T> - (kVectors - 1) * kStride;
+  }
+  // Those outside of the slice count as -inf.
+  template <bool kCap>
+  __device__ __forceinline__ void load(const Logits<T, kCap>& z, int j, bool inside, float (&y)[kSize]) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = begin + j + v * kStride;
+      float* to = y + v * kLanes<T>;
+      if (inside) {
+        load_vector<kShift>(z.row + at, to);
+#pragma unroll
+        for (int k = 0; k < kLanes<T>; ++k) to[k] = z.capped(to[k]);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kLanes<T>; ++k) to[k] = j + v * kStride + k < n ? z.one(at + k) : -INFINITY;
+      }
+    }
+  }
+};
+
+template <int kShift, class T, bool kCap>
+__device__ __forceinline__ void add_slice(const Logits<T, kCap>& z, int64_t begin, int n, int64_t vocab,
+                                          const Exponent& exp, RowSums<false>* row) {
+  const Slice<T, kShift, kBatch> slice(z.row, begin, n, vocab);
+  Sums sums;
+  for (int j = static_cast<int>(threadIdx.x) * kLanes<T>; j < n; j += kThreads * kBatch) {
+    float y[kBatch];
+    slice.load(z, j, j >= slice.first && j <= slice.last, y);
+    if (!add_batch(y, exp, &sums)) add_carefully(y, exp, &sums);
+  }
+  row->policy = sums;
+}
+
+template <int kShift, class T, bool kCap>
+__device__ __forceinline__ void add_slice(const Logits<T, kCap>& z, const Logits<T, kCap>& zr, int64_t begin, int n,
+                                          int64_t vocab, const Exponent& exp, RowSums<true>* row) {
+  const Slice<T, kShift, kRefBatch> slice(z.row, begin, n, vocab), ref(zr.row, begin, n, vocab);
+  const int first = slice.first > ref.first ? slice.first : ref.first;
+  const int last = slice.last < ref.last ? slice.last : ref.last;
+  for (int j = static_cast<int>(threadIdx.x) * kLanes<T>; j < n; j += kThreads * kRefBatch) {
+    float y[kRefBatch], yr[kRefBatch];
+    const bool inside = j >= first && j <= last;
+    slice.load(z, j, inside, y);
+    ref.load(zr, j, inside, yr);
+    if (!add_batch(y, yr, exp, row)) add_carefully(y, yr, exp, row);
+  }
+}
+
+// The sums of one thread over a slice.
+template <class T, bool kCap, bool kRef>
+__device__ __forceinline__ RowSums<kRef> sum_slice(const Logits<T, kCap>& z, const Logits<T, kCap>& zr, int64_t begin,
+                                                   int n, int64_t vocab, const Exponent& exp) {
+  RowSums<kRef> row;
+  const unsigned offset = reinterpret_cast<uintptr_t>(z.row + begin) & 15;
+  if constexpr (kRef) {
+    if (offset == 0 && (reinterpret_cast<uintptr_t>(zr.row + begin) & 15) == 0)
+      add_slice<kAligned>(z, zr, begin, n, vocab, exp, &row);
+    else
+      add_slice<kAnyShift>(z, zr, begin, n, vocab, exp, &row);
+  } else if (offset == 0) {
+    add_slice<kAligned>(z, begin, n, vocab, exp, &row);
+  } else if (offset < 4) {
+    add_slice<0>(z, begin, n, vocab, exp, &row);
+  } else if (offset < 8) {
+    add_slice<1>(z, begin, n, vocab, exp, &row);
+  } else if (offset < 12) {
+    add_slice<2>(z, begin, n, vocab, exp, &row);
+  } else {
+    add_slice<3>(z, begin, n, vocab, exp, &row);
+  }
+  return row;
+}
+
+__device__ __forceinline__ void write_row(const TokenLogprobsArgs& a, int64_t i, const float (&x)[4],
+                                          const float (&state)[6]) {
+  const bool ref = a.ref_logits != nullptr;
+  a.logprobs[i] = x[0];
+  a.entropy[i] = x[1];
+  a.logsumexp[i] = x[2];
+  if (ref) a.kl[i] = x[3];
+  if (!a.state) return;
+  float* to = a.state + i * (ref ? 6 : 3);
+#pragma unroll
+  for (int k = 0; k < 6; ++k)
+    if (k < 3 || ref) to[k] = state[k];
+}
+
+// Joins the threads of the block; the first one writes the results.
+template <class T, bool kCap, bool kRef>
+__device__ __forceinline__ void finish_row(const TokenLogprobsArgs& a, int64_t i, const Logits<T, kCap>& z,
+                                           RowSums<kRef> row, double scale, const Exponent& exp) {
+  const float max = block_max(row.policy.base), ref_max = kRef ? block_max(row.reference.base) : 0;
+  row.raise(max, ref_max, exp);
+  double x[kRef ? 4 : 2] = {static_cast<double>(row.policy.sum), static_cast<double>(row.policy.weighted)};
+  if constexpr (kRef) {
+    x[0] += static_cast<double>(row.policy.lost);
+    x[2] = static_cast<double>(row.reference.sum) + static_cast<double>(row.reference.lost);
+    x[3] = static_cast<double>(row.gap);
+  }
+  block_sum(x);
+  if (threadIdx.x != 0) return;
+  SoftmaxSums<double> p, q;
+  p.max = static_cast<double>(max);
+  p.sum = x[0];
+  p.weighted = scale * x[1];
+  float kl = 0;
+  const float nan = static_cast<float>(NAN);
+  if constexpr (kRef) {
+    q.max = static_cast<double>(ref_max);
+    q.sum = x[2];
+    const GapSum<double> gap = {scale * x[3]};
+    kl = static_cast<float>(gap.kl(p, q));
+  }
+  const double y = static_cast<double>(z.one(id_of(a, i)));
+  const float entropy = static_cast<float>(p.entropy());
+  write_row(a, i, {static_cast<float>(p.log_p(y, scale)), entropy, static_cast<float>(p.logsumexp(scale)), kl},
+            {max, isfinite(max) ? static_cast<float>(p.sum) : nan, entropy, ref_max,
+             isfinite(ref_max) ? static_cast<float>(q.sum) : nan, kl});
+}
+
+template <class T, bool kCap, bool kRef>
+__device__ __forceinline__ void token_logprobs_row(const TokenLogprobsTask& a) {
+  const int64_t parts = a.stage == kPart ? a.slices : 1, i = blockIdx.x / parts;
+  const int64_t from = blockIdx.x % parts, to = a.stage == kPart ? from + 1 : a.slices;
+  const bool real = !a.mask || a.mask[i];
+  const double scale = real ? scale_of(a, i) : 0;
+  if (!real || isnan(scale)) {
+    const float x = real ? static_cast<float>(NAN) : 0;
+    if (threadIdx.x == 0 && a.stage != kPart) write_row(a, i, {x, x, x, x}, {x, x, x, x, x, x});
+    return;
+  }
+  const Exponent exp(scale);
+  const auto z = logits_of<kCap, T>(a, a.logits, a.outer_stride, a.inner_stride, i);
+  const auto zr = kRef ? logits_of<kCap, T>(a, a.ref_logits, a.ref_outer_stride, a.ref_inner_stride, i) : z;
+  RowSums<kRef> row;
+  for (int64_t s = from; s < to; ++s) {
+    float* kept = a.scratch + (i * a.slices + s) * (kRef ? kRefSliceFloats : kSliceFloats) * kThreads + threadIdx.x;
+    const int64_t begin = s * a.slice_length, left = a.vocab - begin;
+    const int n = static_cast<int>(left < a.slice_length ? left : a.slice_length);
+    RowSums<kRef> part;
+    if (a.stage == kJoin)
+      part.load(kept);
+    else
+      part = sum_slice<T, kCap, kRef>(z, zr, begin, n, a.vocab, exp);
+    if (a.stage == kPart) return part.save(kept);
+    row.join(part, exp);
+  }
+  finish_row<T, kCap, kRef>(a, i, z, row, scale, exp);
+}
+
+}  // namespace
+}  // namespace rlhf_fast::cuda
