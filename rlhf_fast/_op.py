@@ -48,6 +48,11 @@ def cpp(fn: Callable[..., Any]) -> Backend:
     return Backend("cpp", "cpu", fn, _native.missing)
 
 
+def cuda(module: str, function: str = "forward", declines: Callable[..., str | None] | None = None) -> Backend:
+    """The cell of a CUDA kernel: a function of rlhf_fast.cuda.<module>, imported at its first call."""
+    return Backend("cuda", "cuda", _late(f"rlhf_fast.cuda.{module}", function), _cuda_missing, declines)
+
+
 def triton(module: str, function: str = "forward", declines: Callable[..., str | None] | None = None) -> Backend:
     """The cell of a Triton kernel: a function of rlhf_fast.kernels.<module>, imported with Triton at its first call."""
     return Backend("triton", "cuda", _late(f"rlhf_fast.kernels.{module}", function), _triton_missing, declines)
@@ -66,6 +71,10 @@ def _late(module: str, function: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), function)
 
     return lambda *args: found()(*args)
+
+
+def _cuda_missing() -> str | None:
+    return importlib.import_module("rlhf_fast.cuda").missing()
 
 
 @functools.cache
