@@ -25,7 +25,7 @@ ORDERS = ("forward", "reverse", "shuffle")
 
 def through_triton(call, order="shuffle"):
     """call() with the Triton cells in place of the C++ kernels."""
-    with Sanitizer(order=order, seed=1, track_empty=False) as s, on_cpu("triton"):
+    with Sanitizer(order=order, seed=1) as s, on_cpu("triton"):
         found = call()
     s.check()
     assert s.launches
@@ -421,12 +421,13 @@ def test_kl_of_equal_distributions_is_zero_and_of_close_ones_not_negative():
         assert (kl(z + scale * torch.randn(4, 3000)) >= 0).all()
 
 
-def test_registered_op_and_compiled_graph_reach_the_kernels():
+def test_every_way_to_the_kernels_gives_the_same_bits():
+    """Plain eager calls, the registered op below the dispatcher (where a dispatch mode sends them), and a compiled graph."""
     k = reference.sample((2, 3), 64)
-    direct = through_triton(lambda: stats(k))
+    below = through_triton(lambda: stats(k))
     args = (k["logits"], k["token_ids"], k["mask"], None, k["ref_logits"], 1.0, 0.0, False)
     found = through_triton(lambda: torch.ops.rlhf_fast.token_logprobs(*args))
-    assert all(torch.equal(a, b) for a, b in zip(direct[:4], found[:4], strict=True)) and found[4].numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(below[:4], found[:4], strict=True)) and found[4].numel() == 0
 
     def call(z):
         out = rlhf_fast.token_logprobs(z, k["token_ids"], mask=k["mask"], ref_logits=k["ref_logits"])
@@ -434,8 +435,9 @@ def test_registered_op_and_compiled_graph_reach_the_kernels():
 
     z = k["logits"].clone().requires_grad_()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    eager, graph = (through_triton(lambda f=f: torch.autograd.grad(f(z), z)[0]) for f in (call, compiled))
-    assert torch.equal(eager, graph)
+    with on_cpu("triton"):  # fp32: the interpreter's own arithmetic is right without the checker
+        assert all(torch.equal(a, b) for a, b in zip(below, stats(k), strict=True))
+        assert torch.equal(*(torch.autograd.grad(f(z), z)[0] for f in (call, compiled)))
 
 
 def test_doubles_are_declined_with_the_reason():
