@@ -103,6 +103,29 @@ def test_the_peak_is_what_a_call_adds(clock, events):
     assert events.peak(call) == 300 and events.peak(lambda: None) == 0
 
 
+def test_a_row_that_runs_out_of_memory_is_told_and_the_others_go_on(monkeypatch, capsys):
+    place = command.Place([toy(), toy()], limits("x"), SimpleNamespace(rates=dict), Steady(1.0, 1.0), ["head"])
+    place.timer.settle = iter([torch.OutOfMemoryError("CUDA out of\nmemory"), None]).__next__
+    monkeypatch.setattr(command, "on_cpu", lambda config: place)
+
+    def run(case, *_, timer, **__):
+        if (error := timer.settle()) is not None:
+            raise error
+        return engine.run(case, limits("x"), timer=Steady(1.0, 1.0))
+
+    monkeypatch.setattr(command, "run", run)
+    assert command.main([]) == 1
+    out = capsys.readouterr()
+    assert "FAILED  reward_loss toy: CUDA out of memory" in out.err and "1 rows, 1 wrong" in out.out
+
+
+def test_before_a_row_the_allocator_gives_back_its_blocks(clock, events):
+    clock.empty_cache = lambda: clock.log.append("empty")
+    calls = {OURS: lambda x: clock.work(1.0) or (2 * x["x"],)}
+    run(toy(contenders=calls, aims_ms={}, limit=None, memory=False), limits("x"), timer=events)
+    assert clock.log[0] == "empty" and clock.log.count("empty") == 1
+
+
 def test_the_flush_covers_the_second_level_cache(clock):
     clock.get_device_properties = lambda where: SimpleNamespace(L2_cache_size=5000)
     assert device.Events(CPU, clock)._flush.numel() == 10000

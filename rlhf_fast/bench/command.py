@@ -265,6 +265,10 @@ def main(arguments: Sequence[str]) -> int:
             failed.append(str(error))
             print(f"WRONG  {error}", file=sys.stderr, flush=True)
             continue
+        except torch.OutOfMemoryError as error:
+            failed.append(f"{case.op} {case.name}: {' '.join(str(error).split())[:120]}")
+            print(f"FAILED  {failed[-1]}", file=sys.stderr, flush=True)
+            continue
         row.backend = OPS[row.op].select("cuda").name if config.device == "cuda" else ""
         done.append(row)
         print(render.text_row(row), flush=True)

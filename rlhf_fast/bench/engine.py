@@ -127,6 +127,9 @@ class Timer:
         """Extra bytes during one call; -1 where the system does not tell."""
         return peak_extra_bytes(call)
 
+    def settle(self) -> None:
+        """Before a row: give back what earlier ones hold."""
+
 
 def run(
     case: Case,
@@ -141,6 +144,7 @@ def run(
     probe: takes the machine's limits in every round; None: those of `machine`.
     """
     timer = Timer() if timer is None else timer
+    timer.settle()
     torch.compiler.reset()  # it compiles a function a few times only, and then runs it eagerly without a word
     inputs = case.make()
     calls: dict[str, Call] = {}
