@@ -12,9 +12,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from rlhf_fast._native import contiguous
 from rlhf_fast.kernels.common.configs import config
 from rlhf_fast.kernels.common.launch import EXACT, arch_of, on_device, vector_of
 from rlhf_fast.kernels.common.softmax import (
@@ -38,6 +35,9 @@ from rlhf_fast.kernels.common.softmax import (
     total,
     widened,
 )
+from torch import Tensor
+
+from rlhf_fast._native import contiguous
 from rlhf_fast.ops.token_logprobs import _ids, _layout, state_shape
 
 _FLOAT_MAX = torch.finfo(torch.float32).max

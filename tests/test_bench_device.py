@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.bench import command, device, device_cases, engine, machine, render
+from rlhf_fast.bench import audit, command, device, device_cases, engine, machine, render, roofline, traffic
 from rlhf_fast.bench.engine import OURS, Case, GateError, Prepared, run
 from rlhf_fast.cli import main as cli
 
@@ -221,6 +221,16 @@ def test_every_op_has_rows_with_peers_and_the_aims_of_the_card():
     (head,) = [c for c in found if c.op == "linear_token_logprobs" and c.aims_ms]
     assert head.aims_ms == {"device": 55.0} and head.memory_bar == 2**30 and "[8192, 131072]" in head.name
     assert not any(c.aims_ms for c in device_cases.cases(torch.device("meta"), SMALL))
+
+
+def test_the_head_that_is_timed_can_meet_its_aims():
+    """By its counted memory, and by the least time of its bytes and products."""
+    meta = torch.device("meta")
+    (case,) = [c for c in device_cases.cases(meta) if c.op == "linear_token_logprobs" and c.aims_ms]
+    x = case.make()
+    found = traffic.count("ours", "", lambda: case.contenders[OURS](x), 1, audit.composition)
+    card = next(c for c in roofline.CARDS if c.name.startswith(case.card))
+    assert found.peak < device_cases.HEAD_BYTES and 1e3 * card.seconds(found) < case.aims_ms["device"] / 2
 
 
 @pytest.mark.parametrize("op", sorted(rlhf_fast.backends()))

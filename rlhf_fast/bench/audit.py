@@ -1,9 +1,8 @@
 """Who asks what of a device, at sizes of a GPU: `rlhf-fast bench --traffic`.
 
 From logits and on vectors of tokens, an op of ours is one launch, and two where LAUNCHES says so; tests/gpu counts the bytes and the
-launches of the kernels themselves. From hidden states it is a composition, counted operator
-by operator as it runs on the CPU: matrix products in chunks of rows, and one kernel per chunk that turns logits into results or
-into their gradient.
+launches of the kernels themselves. From hidden states it is a composition, counted operator by operator as it runs on a GPU: matrix
+products in chunks of rows, and one kernel per chunk that turns logits into results or into their gradient.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def _heads(trained: bool) -> Iterator[tuple[str, heads.Call, Around]]:
 
 @contextlib.contextmanager
 def composition(traffic: Traffic) -> Iterator[None]:
-    """linear_token_logprobs as its chunks run, where its products and its kernels of rows are operators or count as one each."""
+    """linear_token_logprobs as its chunks run on a GPU, where its products and its kernels of rows count as one each."""
     linear = importlib.import_module("rlhf_fast.ops.linear_token_logprobs")
     buffers = SimpleNamespace(empty=lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
@@ -171,10 +170,12 @@ def composition(traffic: Traffic) -> Iterator[None]:
         return run
 
     name = "rlhf_fast::linear_token_logprobs"
-    traffic.inside = {name: on_meta(linear._forward), f"{name}_backward": on_meta(linear._backward_chunked)}
-    rows = patch.multiple(linear, tokens_forward=torch.ops.rlhf_fast.token_logprobs, backward_into=gradient)
-    head = patch.multiple(_lm_head, _buffers=buffers, matmul=product, native=lambda dtype: dtype is torch.float32)
-    with rows, head:
+    rows = _lm_head.Rows(torch.ops.rlhf_fast.token_logprobs, gradient)
+    traffic.inside = {
+        name: on_meta(partial(linear._forward_by, rows, False)),
+        f"{name}_backward": on_meta(partial(linear._backward_by, gradient, False)),
+    }
+    with patch.multiple(_lm_head, _buffers=buffers, matmul=product, native=lambda dtype: dtype is torch.float32):
         yield
 
 

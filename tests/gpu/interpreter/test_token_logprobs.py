@@ -10,10 +10,10 @@ import torch
 from gpu.tools.on_cpu import on_cpu
 from gpu.tools.sanitizer import Sanitizer
 from parity import assert_parity, double
+from rlhf_fast.kernels import token_logprobs as kernels
 from token_parity import NAMES, stats
 
 import rlhf_fast
-from rlhf_fast.kernels import token_logprobs as kernels
 from rlhf_fast.ops.token_logprobs import forward as cpp_forward
 from rlhf_fast.ops.token_logprobs import state_shape
 from rlhf_fast.reference import token_logprobs as reference
