@@ -281,6 +281,8 @@ def test_the_command_runs_a_device_and_leaves_one_file(clock, events, monkeypatc
     events._flush = torch.zeros(8)
     rows = [c for c in device_cases.cases(CPU, SMALL) if c.op in ("advantages", "token_logprobs")]
     monkeypatch.setattr(device, "require", lambda: CPU)
+    asked: list[set[str]] = []
+    monkeypatch.setattr(device, "parity", lambda ops: asked.append(ops))
     monkeypatch.setattr(device, "Events", lambda where: Steady(1.0, 1.0))
     monkeypatch.setattr(device, "CopyProbe", lambda events, where: SimpleNamespace(rates=lambda: {"read": 50.0}))
     monkeypatch.setattr(device, "measure", lambda probe: limits("NVIDIA H100 80GB HBM3"))
@@ -288,11 +290,40 @@ def test_the_command_runs_a_device_and_leaves_one_file(clock, events, monkeypatc
     monkeypatch.setattr(command, "is_native", lambda name: name == "eager")
     assert command.main(["--device", "cuda", "token*", "--seconds", "0", "--markdown", "table.md"]) == 0
     out = capsys.readouterr().out
+    assert asked == [{"token_logprobs"}]
     assert "2 rows, 0 wrong" in out and "written: bench-nvidia-h100-80gb-hbm3.json" in out
     document = json.loads((tmp_path / "bench-nvidia-h100-80gb-hbm3.json").read_text(), parse_constant=pytest.fail)
     assert document["machine"]["exp"] is None and document["failed"] == []
     assert [row["backend"] for row in document["rows"]] == [rlhf_fast._op.OPS["token_logprobs"].select("cuda").name] * 2
     assert "| `token_logprobs` [40, 301] bf16, forward with entropy |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_suite_that_fails_stops_the_run(monkeypatch, capsys, tmp_path):
+    suite = tmp_path / "tests" / "gpu" / "device"
+    assert device.parity({"gae"}, suite) is None and "not in this installation" in capsys.readouterr().out
+    suite.mkdir(parents=True)
+    (suite / "test_it.py").write_text("def test_gae():\n    pass\n\ndef test_whiten():\n    assert False\n")
+    assert device.parity({"gae"}, suite) is None
+    assert device.parity({"gae", "whiten"}, suite) == "the parity suite failed (status 1); nothing is timed"
+    monkeypatch.setattr(device, "require", lambda: CPU)
+    monkeypatch.setattr(device, "parity", lambda ops: "the parity suite failed")
+    monkeypatch.setattr(device_cases, "cases", lambda where: iter([toy()]))
+    monkeypatch.setattr(device, "measure", lambda probe: pytest.fail("measured"))
+    assert command.main(["--device", "cuda"]) == 1
+    assert "WRONG  the parity suite failed" in capsys.readouterr().err
+
+
+def test_the_suite_of_this_checkout_is_found_and_can_be_chosen_by_op():
+    assert device.SUITE.is_dir()
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", str(device.SUITE), "-k", "gae or token_logprobs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "[gae-" in listed and "[linear_token_logprobs-" in listed and "poisoned_gaps" in listed
+    assert "[whiten-" not in listed
 
 
 def sanitize(*arguments: str, path: str, **environment: str):

@@ -167,9 +167,11 @@ def on_cpu(config: BenchConfig) -> Place:
 
 
 def on_device(config: BenchConfig) -> Place:
-    """The current CUDA device. Raises ValueError without one."""
+    """The current CUDA device, after the parity suite. Raises ValueError without one, GateError when the suite fails."""
     where = device.require()
     todo = chosen(config.ops, list(device_cases.cases(where)))
+    if (failure := device.parity({case.op for case in todo})) is not None:
+        raise GateError(failure)
     events = device.Events(where)
     probe = device.CopyProbe(events, where)
     limits = device.measure(probe)
@@ -242,7 +244,11 @@ def main(arguments: Sequence[str]) -> int:
         return counts(config)
     if config.scale:
         return curves(config)
-    place = on_device(config) if config.device == "cuda" else on_cpu(config)
+    try:
+        place = on_device(config) if config.device == "cuda" else on_cpu(config)
+    except GateError as error:
+        print(f"WRONG  {error}", file=sys.stderr)
+        return 1
     print("\n".join(place.lines), flush=True)
     if config.peers:
         print(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
 import platform
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,8 @@ FLUSHED = 256 * 2**20
 """Bytes written before a call, or twice the second-level cache where that is more."""
 COPIED = 2**30
 """Bytes of the array that is copied: far beyond every cache."""
+SUITE = Path(__file__).resolve().parents[2] / "tests" / "gpu" / "device"
+"""The tests of a checkout that run on a device."""
 CALLS = 50
 """In a row, behind a time that includes the host."""
 
@@ -36,6 +42,21 @@ def require() -> torch.device:
             f"{where}PyTorch {torch.__version__} finds no CUDA device; `rlhf-fast doctor` says what it sees"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def parity(ops: Collection[str], suite: Path = SUITE) -> str | None:
+    """Run the tests of the device suite for these ops in a process of its own. What came of it, or None when they passed.
+
+    Without a checkout or pytest there is no suite: that is said, and the gate of every row remains.
+    """
+    if not suite.is_dir() or importlib.util.find_spec("pytest") is None:
+        print("parity suite: not in this installation; every row still passes its own gate", flush=True)
+        return None
+    print(f"parity suite: {suite}", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(suite), "-k", " or ".join(sorted(ops))]
+    status = subprocess.run(command, cwd=suite.parents[2], check=False).returncode
+    nothing_chosen = 5  # pytest's: this device has no kernels of these ops
+    return None if status in (0, nothing_chosen) else f"the parity suite failed (status {status}); nothing is timed"
 
 
 class Events(Timer):

@@ -79,7 +79,7 @@ def test_a_backend_gives_what_the_reference_gives(op, backend):
 
 @pytest.mark.parametrize("vocab", [1, 2, 127, 1000, 50257, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_every_length_between_poisoned_gaps(vocab, dtype):
+def test_token_logprobs_of_rows_of_every_length_between_poisoned_gaps(vocab, dtype):
     """Logits whose rows begin at odd addresses and end before NaN: nothing beyond a row is read or written."""
     generator = torch.Generator().manual_seed(vocab)
     wide = torch.full((3, vocab + 5), torch.nan, dtype=dtype)
@@ -97,6 +97,6 @@ def test_rows_of_every_length_between_poisoned_gaps(vocab, dtype):
         assert_parity(got, truth, truth.to(got.dtype), scale=max(truth.abs().max().item(), 10.0))
 
 
-def test_empty_input_launches_nothing():
+def test_token_logprobs_of_nothing():
     out = rlhf_fast.token_logprobs(torch.empty(0, 7, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE))
     assert out.logprobs.shape == (0,) and out.logprobs.device.type == DEVICE.type
