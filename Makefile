@@ -7,9 +7,11 @@ ARGS ?=
 .PHONY: setup demo test lint format bench wheels wheels-check clean
 
 # torch first and pinned: a free choice would bring gigabytes of GPU libraries to a machine that may have no GPU.
+# Where there is nvcc, the CUDA kernels are built for one architecture: the wheels have them all.
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard building/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0+PTX}" \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
