@@ -21,7 +21,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -218,7 +218,7 @@ setup(
     version=version(),
     packages=[
         *find_packages(include=["rlhf_fast", "rlhf_fast.*"]),
-        *("rlhf_fast." + name for name in find_packages(include=["kernels", "kernels.*"])),
+        *("rlhf_fast." + name for name in find_namespace_packages(include=["kernels*"], exclude=["*.__pycache__"])),
     ],
     package_dir={"rlhf_fast.kernels": "kernels"},
     ext_modules=extensions(),

@@ -36,8 +36,11 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so_once(source, tm
     (built,) = tmp_path.glob("*.whl")
     assert built.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(built).namelist()
-    assert "rlhf_fast/kernels/__init__.py" in names and "rlhf_fast/py.typed" in names
-    assert not any(n.endswith(".so") or n.startswith(("kernels/", "tests/")) for n in names)
+    python = {f"rlhf_fast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    python |= {str(p.relative_to(ROOT)) for p in (ROOT / "rlhf_fast").rglob("*.py")}
+    assert python | {"rlhf_fast/py.typed"} <= set(names)
+    assert len([n for n in names if n.endswith(".dist-info/sboms/rlhf-fast.cdx.json")]) == 1
+    assert not any(n.endswith(".so") or n.startswith(("kernels/", "tests/", "building/")) for n in names)
     assert (done.stdout + done.stderr).count("no C++ compiler was found") >= 1
 
 
@@ -61,5 +64,6 @@ def test_the_source_archive_holds_all_that_the_build_reads(source, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {n.partition("/")[2] for n in opened.getnames()}
-    needed = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cpp")}
+    needed = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")}
+    needed |= {f"building/{name}" for name in ("__init__.py", "cuda.py", "sbom.py")}
     assert needed | {"kernels/__init__.py", "LICENSE", "pyproject.toml", "rlhf_fast/_op.py"} <= names
