@@ -25,7 +25,7 @@ struct CudaKernel {
 void define(py::module_& m) {
   m.doc() = "CUDA kernels of rlhf_fast";
   m.attr("ABI") = cuda::kAbi;
-  m.attr("TOOLKIT") = cuda::kToolkit;
+  m.attr("TOOLKIT") = py::str(cuda::kToolkit);
   m.attr("ARCHES") = py::str(cuda::kArchList).attr("split")();
   m.def(
       "check",
