@@ -25,7 +25,8 @@ __device__ __forceinline__ float block_max(float x) {
   return x;
 }
 
-// The sums of x[0..kCount) over the block, in every thread: pairs of lanes first, then the warps one by one.
+// The sums of x[0..kCount) over the block, in every thread: pairs of lanes first, then the warps one by one. Between
+// two calls with the same kCount there has to be a barrier.
 template <int kCount>
 __device__ __forceinline__ void block_sum(double (&x)[kCount]) {
   SIMT_SHARED(double, sums, [kCount * kWarps]);
@@ -41,7 +42,6 @@ __device__ __forceinline__ void block_sum(double (&x)[kCount]) {
     x[k] = sums[k * kWarps];
     for (int i = 1; i < kWarps; ++i) x[k] += sums[k * kWarps + i];
   }
-  __syncthreads();
 }
 
 }  // namespace

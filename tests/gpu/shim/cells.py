@@ -1,0 +1,67 @@
+"""The CUDA cells on CPU tensors: the real Python cells, host launchers and kernels, over the shim."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+from gpu.shim.build import Shim, shim
+
+import rlhf_fast
+from rlhf_fast._op import OPS, Backend, no_doubles
+
+FILES = (
+    "token_logprobs",
+    "kl_estimate",
+    "gae",
+    "advantages",
+    "whiten",
+    "ppo_loss",
+    "reward_loss",
+    "group_advantages",
+)
+
+
+def _backend(op: str) -> Backend:
+    file, function = op.removesuffix("_backward"), "backward" if op.endswith("_backward") else "forward"
+    return Backend(
+        "cuda", "cpu", getattr(importlib.import_module(f"rlhf_fast.cuda.{file}"), function), declines=no_doubles
+    )
+
+
+def _poisoned(function):
+    """`function`, whose result holds NaN (77 for integers): what a kernel leaves unwritten shows."""
+
+    def call(*args, **kwargs):
+        x = function(*args, **kwargs)
+        return x.fill_(float("nan") if x.is_floating_point() else 77) if x.numel() else x
+
+    return call
+
+
+@contextmanager
+def cuda_cells(seed: int = 1, multiprocessors: int = 4) -> Iterator[Shim]:
+    """Inside, the CUDA cells come first for CPU tensors; fp64 goes on to the next, and use_backend works as ever.
+
+    seed: of the order of warps and blocks. multiprocessors: of the device that the launchers see.
+    """
+    library = shim()
+    library.configure(seed, multiprocessors)
+    common = importlib.import_module("rlhf_fast.cuda.common")
+    ops = [op for name, op in OPS.items() if name.removesuffix("_backward") in FILES]
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(common.cuda, "kernel", library.kernel, create=True))
+        stack.enter_context(patch.object(common, "stream_of", lambda x: 0))
+        stack.enter_context(patch.object(torch, "empty_like", _poisoned(torch.empty_like)))
+        stack.enter_context(patch.object(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty)))
+        stack.enter_context(rlhf_fast.use_backend(None))  # forgets what was chosen, on entry and on exit
+        for op in ops:
+            others = tuple(cell for cell in op.backends if cell.name != "cuda")
+            stack.enter_context(patch.object(op, "backends", (_backend(op.name), *others)))
+            op._chosen.clear()
+        before = library.configure(seed, multiprocessors)
+        yield library
+        assert library.configure() > before, "no CUDA kernel was launched"

@@ -1,0 +1,97 @@
+"""The kernels and launchers under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: clean as they are, and
+found out when something is taken away."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from gpu.shim.build import CSRC, HERE, LAUNCHERS, compile_program, compiler
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs g++ to build the CUDA kernels for the CPU")
+
+MEMORY = ["-fsanitize=address,alignment,bounds,signed-integer-overflow,null", "-fno-sanitize-recover=all"]
+THREADS = ["-fsanitize=thread"]
+OPS = [path.stem for path in LAUNCHERS]
+
+
+def kernels_of(op, csrc):
+    """All variants of token_logprobs would take the sanitizers minutes to compile."""
+    return HERE / "some_variants.cu" if op == "token_logprobs" else csrc / "cuda" / f"{op}.cu"
+
+
+def run(tmp_path, ops, flags, csrc=CSRC):
+    needed = {*ops, "whiten"} if "advantages" in ops else set(ops)
+    sources = [kernels_of(op, csrc) for op in needed] + [csrc / "cuda" / f"{op}.cpp" for op in needed]
+    cases = [f"-DCASE_{op}" for op in ops]
+    program = compile_program(tmp_path, [*sources, HERE / "sanitize.cpp"], ["-O1", "-g1", *flags, *cases], csrc)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flags", [MEMORY, THREADS], ids=["memory", "threads"])
+def test_every_launcher_is_clean(tmp_path, flags):
+    status, output = run(tmp_path, OPS, flags)
+    assert status == 0 and output.strip() == "done", output[:4000]
+
+
+BARRIER = "  __syncthreads();\n"
+RACE = "data race"
+OUTSIDE = "AddressSanitizer|runtime error"
+MUTANTS = {
+    # (op, file, what is taken away, what stays, sanitizer, how it is found)
+    "first barrier of block_max": ("ppo_loss", "block.cuh", BARRIER, "", 0, THREADS, RACE),
+    "last barrier of block_max": ("ppo_loss", "block.cuh", BARRIER, "", 1, THREADS, RACE),
+    "first barrier of block_sum": ("whiten", "block.cuh", BARRIER, "", 2, THREADS, RACE),
+    "first barrier of the scan": ("gae", "scan.cuh", BARRIER, "", 0, THREADS, RACE),
+    "last barrier of the scan": ("gae", "scan.cuh", BARRIER, "", 1, THREADS, RACE),
+    "barrier before the centre is read": ("whiten", "moments.cuh", BARRIER, "", 0, THREADS, RACE),
+    "barrier behind the last block": ("reward_loss", "finish.cuh", BARRIER, "", 0, THREADS, RACE),
+    "barrier of count_rows": ("ppo_loss", "counts.cuh", BARRIER, "", 1, THREADS, RACE),
+    "barrier of count_slots": ("ppo_loss", "counts.cuh", BARRIER, "", 0, THREADS, RACE),
+    "barrier of the terms": ("token_logprobs", "token_logprobs_backward.cuh", BARRIER, "", 0, THREADS, RACE),
+    "barrier before the members": ("group_advantages", "group_advantages.cuh", "    __syncthreads();\n", "", 0, THREADS, RACE),
+    "barrier behind the members": ("group_advantages", "group_advantages.cuh", "    __syncthreads();\n", "", 1, THREADS, RACE),
+    "first vector of a row": ("token_logprobs", "token_logprobs.cuh", "j >= slice.first && ", "", 0, MEMORY, OUTSIDE),
+    "last vector of a row": ("token_logprobs", "token_logprobs.cuh", " && j <= slice.last", "", 0, MEMORY, OUTSIDE),
+    "what realignment reads": ("token_logprobs", "token_logprobs.cuh", "n - short_of - ", "n - ", 0, MEMORY, OUTSIDE),
+    "guard of single logits": (
+        "token_logprobs", "token_logprobs.cuh", "j + v * kStride + k < n ? z.one(at + k) : -INFINITY", "z.one(at + k)", 0,
+        MEMORY, OUTSIDE,
+    ),
+    "alignment of the row": ("token_logprobs", "token_logprobs.cuh", "offset == 0) {", "true) {", 0, MEMORY, OUTSIDE),
+    "peel of the gradient": (
+        "token_logprobs", "token_logprobs_backward.cuh", "off ? kLanes<T> - off : 0", "0", 0, MEMORY, OUTSIDE,
+    ),
+    "alignment of the logits": (
+        "token_logprobs", "token_logprobs_backward.cuh", "phase_of(row + begin + head) == 0", "row != nullptr", 0, MEMORY, OUTSIDE,
+    ),
+    "end of the gradient": (
+        "token_logprobs", "token_logprobs_backward.cuh", "j + kLanes<T> <= n", "j < n", 0, MEMORY, OUTSIDE,
+    ),
+    "alignment of a group": ("kl_estimate", "rows.cuh", " && reinterpret_cast<uintptr_t>(at) % bytes == 0", "", 0, MEMORY, None),
+    "end of a group": ("kl_estimate", "rows.cuh", "k < count ? from[first + k] : 0", "from[first + k]", 0, MEMORY, OUTSIDE),
+    "end of a stored group": ("kl_estimate", "rows.cuh", "        if (k < count) to", "        to", 0, MEMORY, OUTSIDE),
+    "end of the samples": ("group_advantages", "group_advantages.cuh", "if (inside) a.out[i]", "a.out[i]", 0, MEMORY, OUTSIDE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, mutant in MUTANTS.items() if mutant[-1]])
+def test_what_is_taken_away_from_a_kernel_is_missed(tmp_path, name):
+    op, file, old, new, place, flags, found = MUTANTS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC / "common", csrc / "common")
+    shutil.copytree(CSRC / "cuda", csrc / "cuda")
+    source = csrc / "cuda" / file
+    parts = source.read_text(encoding="utf-8").split(old)
+    assert len(parts) > place + 1, f"{file} has no {old!r} number {place}"
+    source.write_text(
+        old.join(parts[: place + 1]) + new + old.join(parts[place + 1 :]),
+        encoding="utf-8",
+    )
+    status, output = run(tmp_path, [op], flags, csrc)
+    assert status != 0, f"{name}: nothing was reported"
+    import re
+
+    assert re.search(found, output), output[:2000]
