@@ -80,6 +80,11 @@ namespace simt {
 
 constexpr size_t kStack = 128 << 10;
 constexpr int kShared = 64;  // shared arrays of a kernel
+#if defined(__SANITIZE_THREAD__)
+constexpr int kCrews = 4;  // sets of fibers that take turns: a block must not look like the one before it
+#else
+constexpr int kCrews = 1;
+#endif
 
 enum class State : uint8_t { kReady, kAtBarrier, kAtWarp, kDone };
 enum class Operation : uint8_t { kSync, kShuffle, kVote };
@@ -110,7 +115,7 @@ struct Block {
   uint3 index{};
   SharedArray shared[kShared];
   int shared_count = 0;
-  std::function<void()> body;
+  const std::function<void()>* body = nullptr;
   void* main_stack_pointer = nullptr;
   void* main_tsan = nullptr;
   const void* main_stack = nullptr;
@@ -173,10 +178,10 @@ SIMT_UNWATCHED inline void fiber() {
   for (;;) {
 #if defined(__SANITIZE_THREAD__)
     __tsan_acquire(&launched);  // what the host wrote before the launch, and nothing else
-    block->body();
+    (*block->body)();
     __tsan_release(&finished);
 #else
-    block->body();
+    (*block->body)();
 #endif
     block->current->state = State::kDone;
     to_scheduler(*block->current);
@@ -310,24 +315,12 @@ SIMT_UNWATCHED inline void run_block() {
   }
 }
 
-// body() for every thread of every block.
-SIMT_UNWATCHED inline void launch(dim3 grid, dim3 size, std::function<void()> body) {
-  static std::map<unsigned, std::unique_ptr<Block>> pool;  // fibers are kept for the next launch
-  const unsigned count = size.x * size.y * size.z;
-  std::unique_ptr<Block>& slot = pool[count];
-  if (!slot) {
-    slot = std::make_unique<Block>();
-    slot->threads.resize(count);
-  }
-  block = slot.get();
-  block->grid = grid;
-  block->size = size;
-  block->body = std::move(body);
-#if defined(__SANITIZE_THREAD__)
-  block->main_tsan = __tsan_get_current_fiber();
-#endif
-  for (unsigned i = 0; i < count; ++i) {
-    Thread& t = block->threads[i];
+// The fibers for the threads of a block.
+SIMT_UNWATCHED inline void prepare(Block* crew, dim3 size) {
+  crew->size = size;
+  crew->threads.resize(size.x * size.y * size.z);
+  for (unsigned i = 0; i < crew->threads.size(); ++i) {
+    Thread& t = crew->threads[i];
     t.lane = static_cast<int>(i % 32);
     t.warp = static_cast<int>(i / 32);
     t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
@@ -342,19 +335,33 @@ SIMT_UNWATCHED inline void launch(dim3 grid, dim3 size, std::function<void()> bo
     t.tsan = __tsan_create_fiber(0);
 #endif
   }
+}
+
+// body() for every thread of every block.
+SIMT_UNWATCHED inline void launch(dim3 grid, dim3 size, const std::function<void()>& body) {
+  using Crews = std::vector<std::unique_ptr<Block>>;
+  static std::map<unsigned, Crews> pool;  // fibers are kept for the next launch
+  Crews& crews = pool[size.x * size.y * size.z];
   std::vector<void*> kept;  // freed when all blocks are done: reuse would look like a race
   std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
   for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
   std::shuffle(blocks.begin(), blocks.end(), order);
-  for (const uint64_t b : blocks) {
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const uint64_t b = blocks[i];
+    if (crews.size() <= i % kCrews) crews.push_back(std::make_unique<Block>());
+    block = crews[i % kCrews].get();
+    prepare(block, size);
+    block->grid = grid;
+    block->body = &body;
     block->index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)};
     block->sync_objects = static_cast<char*>(malloc(3 * kShared * 8));
 #if defined(__SANITIZE_THREAD__)
+    block->main_tsan = __tsan_get_current_fiber();
     for (Thread& t : block->threads) t.syncs = 0;
     __tsan_release(&launched);
 #endif
     run_block();
-    for (int i = 0; i < block->shared_count; ++i) kept.push_back(block->shared[i].memory);
+    for (int k = 0; k < block->shared_count; ++k) kept.push_back(block->shared[k].memory);
     kept.push_back(block->sync_objects);
     block->shared_count = 0;
 #if !defined(__SANITIZE_THREAD__)

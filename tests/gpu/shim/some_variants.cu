@@ -12,5 +12,7 @@ using namespace rlhf_fast::cuda;
   }
 
 VARIANT(bf16, BFloat16, false, false)
+#if !defined(ONE_VARIANT)
 VARIANT(f32_cap, float, true, false)
 VARIANT(f16_ref, Float16, false, true)
+#endif
