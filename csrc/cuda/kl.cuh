@@ -7,31 +7,28 @@
 namespace rlhf_fast::cuda {
 namespace {
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 struct KlRules {
   int kind;               // KlKind
   bool straight_through;  // gradient of k2
   float clamp_in, clamp_out;
 };
 
+template <int kKind>
+__device__ __forceinline__ ValueSlope<float> kl_as(float logp, float ref, const KlRules& rules) {
+  return rules.straight_through ? kl_token<kKind, true>(logp, ref, rules.clamp_in, rules.clamp_out)
+                                : kl_token<kKind, false>(logp, ref, rules.clamp_in, rules.clamp_out);
+}
+
 __device__ __forceinline__ ValueSlope<float> kl_of(float logp, float ref, const KlRules& rules) {
-  const auto with = [&](auto kind) {
-    return rules.straight_through ? kl_token<decltype(kind)::value, true>(logp, ref, rules.clamp_in, rules.clamp_out)
-                                  : kl_token<decltype(kind)::value, false>(logp, ref, rules.clamp_in, rules.clamp_out);
-  };
   switch (rules.kind) {
     case kK1:
-      return with(Constant<kK1>());
+      return kl_as<kK1>(logp, ref, rules);
     case kK2:
-      return with(Constant<kK2>());
+      return kl_as<kK2>(logp, ref, rules);
     case kK3:
-      return with(Constant<kK3>());
+      return kl_as<kK3>(logp, ref, rules);
     default:
-      return with(Constant<kAbs>());
+      return kl_as<kAbs>(logp, ref, rules);
   }
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp, no_doubles, reference_backward, triton
+from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast._types import Advantages
 from rlhf_fast.dialects import dialect as dialect_of
 from rlhf_fast.ops.kl_estimate import ALL_KINDS, KINDS
@@ -228,7 +228,11 @@ _advantages_backward = Op(
     fake=lambda _a, _r, _w, _k, scores, values, mask, logprobs, ref_logprobs, bootstrap, *_: tuple(
         _like(x, values) for x in (scores, values, logprobs, ref_logprobs, bootstrap)
     ),
-    backends=[triton("advantages", "backward", no_doubles), cpp(_backward_cpp)],
+    backends=[
+        cuda("advantages", "backward", no_doubles),
+        triton("advantages", "backward", no_doubles),
+        cpp(_backward_cpp),
+    ],
 )
 
 
@@ -250,7 +254,7 @@ _advantages = Op(
     f"Tensor? cu_seqlens, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=lambda scores, values, *_: tuple(_like(values, values) for _ in range(4)),
-    backends=[triton("advantages", "forward", no_doubles), cpp(_forward)],
+    backends=[cuda("advantages", "forward", no_doubles), triton("advantages", "forward", no_doubles), cpp(_forward)],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0, 1, 3, 4, 5),

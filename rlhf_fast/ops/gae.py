@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp, no_doubles, reference_backward, triton
+from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast.reference.gae import gae as reference
 
 
@@ -149,7 +149,7 @@ _gae_backward = Op(
     "bool decay_gaps) -> (Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_fake_backward,
-    backends=[triton("gae", "backward", no_doubles), cpp(_backward_cpp)],
+    backends=[cuda("gae", "backward", no_doubles), triton("gae", "backward", no_doubles), cpp(_backward_cpp)],
 )
 
 
@@ -175,7 +175,7 @@ _gae = Op(
         torch.empty_like(rewards, memory_format=torch.contiguous_format),
         torch.empty_like(rewards, memory_format=torch.contiguous_format),
     ),
-    backends=[triton("gae", "forward", no_doubles), cpp(_forward)],
+    backends=[cuda("gae", "forward", no_doubles), triton("gae", "forward", no_doubles), cpp(_forward)],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0, 1, 3),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp, no_doubles, reference_backward, triton
+from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast.reference.group_advantages import KINDS
 from rlhf_fast.reference.group_advantages import group_advantages as reference
 
@@ -130,7 +130,11 @@ _group_advantages_backward = Op(
     "-> Tensor",
     reference=_backward_reference,
     fake=lambda grad, scores, *_: torch.empty_like(scores, memory_format=torch.contiguous_format),
-    backends=[triton("group_advantages", "backward", no_doubles), cpp(_backward_cpp)],
+    backends=[
+        cuda("group_advantages", "backward", no_doubles),
+        triton("group_advantages", "backward", no_doubles),
+        cpp(_backward_cpp),
+    ],
 )
 
 
@@ -149,7 +153,11 @@ _group_advantages = Op(
     "float eps) -> Tensor",
     reference=reference,
     fake=lambda scores, *_: torch.empty_like(scores, memory_format=torch.contiguous_format),
-    backends=[triton("group_advantages", "forward", no_doubles), cpp(_forward)],
+    backends=[
+        cuda("group_advantages", "forward", no_doubles),
+        triton("group_advantages", "forward", no_doubles),
+        cpp(_forward),
+    ],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0,),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp, no_doubles, reference_backward, triton
+from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast.reference.kl_estimate import KINDS
 from rlhf_fast.reference.kl_estimate import kl_estimate as reference
 
@@ -115,7 +115,11 @@ _kl_estimate_backward = Op(
     "(Tensor grad, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, str kind, float clamp_in, float clamp_out) -> Tensor",
     reference=_backward_reference,
     fake=lambda grad, *_: torch.empty_like(grad, memory_format=torch.contiguous_format),
-    backends=[triton("kl_estimate", "backward", no_doubles), cpp(_backward_cpp)],
+    backends=[
+        cuda("kl_estimate", "backward", no_doubles),
+        triton("kl_estimate", "backward", no_doubles),
+        cpp(_backward_cpp),
+    ],
 )
 
 
@@ -135,7 +139,7 @@ _kl_estimate = Op(
     "(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, str kind, float clamp_in, float clamp_out) -> Tensor",
     reference=reference,
     fake=lambda logprobs, *_: torch.empty_like(logprobs, memory_format=torch.contiguous_format),
-    backends=[triton("kl_estimate", "forward", no_doubles), cpp(_forward)],
+    backends=[cuda("kl_estimate", "forward", no_doubles), triton("kl_estimate", "forward", no_doubles), cpp(_forward)],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0, 1),

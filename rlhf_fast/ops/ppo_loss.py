@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp, no_doubles, triton
+from rlhf_fast._op import Op, cpp, cuda, no_doubles, triton
 from rlhf_fast._types import LossOutput, Stats
 from rlhf_fast.dialects import dialect as dialect_of
 from rlhf_fast.ops.kl_estimate import ALL_KINDS, KINDS
@@ -263,7 +263,7 @@ _ppo_loss = Op(
     "str reduction, float divisor, bool gradients) -> (Tensor, Tensor, Tensor)",
     reference=with_gradients(reference, _GRADIENTS),
     fake=_fake,
-    backends=[triton("ppo_loss", "forward", no_doubles), cpp(forward)],
+    backends=[cuda("ppo_loss", "forward", no_doubles), triton("ppo_loss", "forward", no_doubles), cpp(forward)],
     differentiable=_GRADIENTS,
     gradients_in_forward=True,
 )

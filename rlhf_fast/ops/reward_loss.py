@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp, no_doubles, triton
+from rlhf_fast._op import Op, cpp, cuda, no_doubles, triton
 from rlhf_fast._types import LossOutput, Stats
 from rlhf_fast.reference._gradients import with_gradients
 from rlhf_fast.reference.reward_loss import STATS
@@ -101,7 +101,7 @@ _reward_loss = Op(
     "float label_smoothing, bool gradients) -> (Tensor, Tensor, Tensor)",
     reference=with_gradients(reference, (0, 1)),
     fake=_fake,
-    backends=[triton("reward_loss", "forward", no_doubles), cpp(_forward)],
+    backends=[cuda("reward_loss", "forward", no_doubles), triton("reward_loss", "forward", no_doubles), cpp(_forward)],
     differentiable=(0, 1),
     gradients_in_forward=True,
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import DTYPES, contiguous, kernel
-from rlhf_fast._op import Op, cpp, no_doubles, reference_backward, triton
+from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast._types import TokenStats
 from rlhf_fast.reference.token_logprobs import refused_id, refused_temperature
 from rlhf_fast.reference.token_logprobs import token_logprobs as reference
@@ -273,7 +273,11 @@ _token_logprobs_backward = Op(
     "float temperature_value, float softcap) -> Tensor",
     reference=_backward_reference,
     fake=lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
-    backends=[triton("token_logprobs", "backward", no_doubles), cpp(_backward_cpp)],
+    backends=[
+        cuda("token_logprobs", "backward", no_doubles),
+        triton("token_logprobs", "backward", no_doubles),
+        cpp(_backward_cpp),
+    ],
     strided=True,
 )
 
@@ -300,7 +304,7 @@ _token_logprobs = Op(
     "float temperature_value, float softcap, bool keep_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     fake=_fake_forward,
-    backends=[triton("token_logprobs", declines=no_doubles), cpp(forward)],
+    backends=[cuda("token_logprobs", declines=no_doubles), triton("token_logprobs", declines=no_doubles), cpp(forward)],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0,),

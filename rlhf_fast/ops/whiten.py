@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp, no_doubles, reference_backward, triton
+from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast.reference.whiten import whiten as reference
 
 
@@ -91,7 +91,7 @@ _whiten_backward = Op(
     "(Tensor grad, Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps) -> Tensor",
     reference=_backward_reference,
     fake=lambda grad, x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    backends=[triton("whiten", "backward", no_doubles), cpp(_backward_cpp)],
+    backends=[cuda("whiten", "backward", no_doubles), triton("whiten", "backward", no_doubles), cpp(_backward_cpp)],
 )
 
 
@@ -109,7 +109,7 @@ _whiten = Op(
     "(Tensor x, Tensor? mask, bool shift_mean, bool unbiased, float eps) -> Tensor",
     reference=reference,
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
-    backends=[triton("whiten", "forward", no_doubles), cpp(_forward)],
+    backends=[cuda("whiten", "forward", no_doubles), triton("whiten", "forward", no_doubles), cpp(_forward)],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0,),

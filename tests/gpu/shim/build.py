@@ -65,10 +65,12 @@ class Shim:
         self._library = ctypes.CDLL(str(path))
         self._library.rlhf_fast_call.restype = ctypes.c_int64
 
-    def kernel(self, name: str) -> Callable[..., int]:
-        def call(*fields: Any) -> int:
+    def kernel(self, name: str) -> Callable[..., None]:
+        def call(*fields: Any) -> None:
             array = (Field * len(fields))(*map(_field, fields))
-            return self._library.rlhf_fast_call(name.encode(), array, len(fields))
+            code = self._library.rlhf_fast_call(name.encode(), array, len(fields))
+            if code:
+                raise RuntimeError(f"{name}: error {code} with {len(fields)} fields")
 
         return call
 
