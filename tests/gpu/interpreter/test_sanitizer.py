@@ -187,6 +187,10 @@ def test_unwritten_elements_are_counted():
         torch.add(out, 1.0, out=whole)
     assert s.unwritten(out) == 40 and out[60:].isnan().all() and s.unwritten(ints) == s.unwritten(flags) == 4
     assert s.unwritten(whole) == 0
+    with Sanitizer(track_empty=False) as s:
+        out = torch.empty(100).fill_(1.0)
+        copy_kernel[(1,)](torch.randn(100), out, 60, 0, BLOCK=128, MASKED=True)
+    assert s.unwritten(out) == 0 and (out[60:] == 1.0).all()
 
 
 @pytest.mark.parametrize("with_other", [True, False])

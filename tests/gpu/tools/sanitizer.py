@@ -31,6 +31,7 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -66,7 +67,8 @@ class Sanitizer:
     """order: of the programs of a launch, "forward", "reverse" or "shuffle" by the seed.
 
     tf32: tl.dot rounds fp32 operands as the compiled kernel does. reductions_order: a reduction or scan across a tile orders
-    memory like tl.debug_barrier(), as it happens to do where a tile spans several warps.
+    memory like tl.debug_barrier(), as it happens to do where a tile spans several warps. track_empty: torch.empty* is poisoned and
+    followed, by a dispatch mode under which ops go through torch's dispatcher; False leaves calls as they are.
     """
 
     _active: Sanitizer | None = None
@@ -78,6 +80,7 @@ class Sanitizer:
         *,
         tf32: bool = True,
         reductions_order: bool = False,
+        track_empty: bool = True,
         max_findings: int = 50,
     ) -> None:
         if not triton.knobs.runtime.interpret:
@@ -88,6 +91,7 @@ class Sanitizer:
         self.findings: list[Finding] = []
         self.launches: list[Launch] = []
         self.memory = Memory(self._report, reductions_order)
+        self._tracking = _Tracking(self.memory) if track_empty else nullcontext()
 
     def kinds(self) -> list[str]:
         return sorted({finding.kind for finding in self.findings})
@@ -127,7 +131,6 @@ class Sanitizer:
         self._before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
         for owner, name, value in replaced:
             setattr(owner, name, value)
-        self._tracking = _Tracking(self.memory)
         self._tracking.__enter__()
         return self
 
