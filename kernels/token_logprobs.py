@@ -3,8 +3,8 @@ of all four in one read and one write.
 
 One program computes one row, whatever the number of rows. It walks the vocabulary four tiles at a time with one exponential per
 logit (online softmax, Milakov & Gimelshein 2018, arXiv 1805.02867); the maximum is the only thing its threads tell each other in
-the loop. What is left after the last four is walked tile by tile under a mask, so that the loop itself needs none and rows at an
-odd address cost a load per logit, but no more.
+the loop. What is left after the last four is walked tile by tile under a mask, so that the loop itself needs none and rows of an
+odd vocabulary cost a load per logit, but no more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.common.configs import config
-from rlhf_fast.kernels.common.launch import EXACT, arch_of, on_device, vector_of
+from rlhf_fast.kernels.common.launch import EXACT, LINE, arch_of, on_device, vector_of
 from rlhf_fast.kernels.common.softmax import (
     LARGEST,
     LN_2,
@@ -32,7 +32,6 @@ from rlhf_fast.kernels.common.softmax import (
     shift_of,
     slope_of,
     target_gradient,
-    total,
     widened,
 )
 from torch import Tensor
@@ -168,11 +167,11 @@ def token_logprobs_kernel(
             )
             base, ref_base = base_of(top), base_of(ref_top)
             sums, weighted, ref_sums, gap = add_pair(y0, r0, base, ref_base, scale2, sums, weighted, ref_sums, gap)
-        p_sum = total(sums, LANES)
+        p_sum = tl.sum(sums, 0)
         log_sum = finite_or_nan(log_of(p_sum), top)
-        mean = log_sum - scale * tl.div_rn(total(weighted, LANES), p_sum)
-        q_sum = total(ref_sums, LANES)
-        distance = scale * tl.div_rn(total(gap, LANES), p_sum) + log_of(tl.div_rn(q_sum, p_sum))
+        mean = log_sum - scale * tl.div_rn(tl.sum(weighted, 0), p_sum)
+        q_sum = tl.sum(ref_sums, 0)
+        distance = scale * tl.div_rn(tl.sum(gap, 0), p_sum) + log_of(tl.div_rn(q_sum, p_sum))
         distance = tl.where(distance < 0.0, 0.0, distance)  # rounding, where the distributions agree
         distance = finite_or_nan(finite_or_nan(distance, top), ref_top)
         tl.store(kl + row, distance)
@@ -199,11 +198,11 @@ def token_logprobs_kernel(
                 tl.max(y0, 0), scale2, top, place, offset, rest, sums, weighted
             )
             sums, weighted = add_terms(y0, place, offset, sums, weighted)
-        every, of_top = total(sums, LANES), tl.exp2(rest)
+        every, of_top = tl.sum(sums, 0), tl.exp2(rest)
         p_sum = tl.div_rn(every, of_top)
         log_sum = finite_or_nan(log_of(p_sum), top)
         # sum e (d - rest), whose largest term is taken out as it came in: a certain row has an entropy of 0
-        below = (total(weighted, LANES) - of_top * rest) - rest * (every - of_top)
+        below = (tl.sum(weighted, 0) - of_top * rest) - rest * (every - of_top)
         mean = log_sum - LN_2 * tl.div_rn(below, every)
         mean = tl.where(mean < 0.0, 0.0, mean)
 
@@ -222,6 +221,14 @@ def forward(  # type: ignore[no-untyped-def]
     """The cell of token_logprobs: (logprobs, entropy, logsumexp, kl or None, state or None)."""
     rows, vocab = token_ids.numel(), logits.shape[-1]
     logits, ref_logits, layout = _layout(logits, ref_logits)
+    vector = LINE // logits.element_size()
+    if vocab % vector:  # a vocabulary has one width of load, and so one order of sums, wherever its rows are
+        vectors = {"VECTOR": 1, "REF_VECTOR": 1}
+    else:
+        vectors = _vectors(logits, ref_logits, layout)
+        if vectors["VECTOR"] == 1 or (ref_logits is not None and vectors["REF_VECTOR"] == 1):
+            logits, ref_logits, layout = _layout(_moved(logits), None if ref_logits is None else _moved(ref_logits))
+            vectors = _vectors(logits, ref_logits, layout)
     token_ids, mask, temperature = _ids(token_ids), _bytes(mask), contiguous(temperature)
     logprobs, entropy, logsumexp = (torch.empty_like(token_ids, dtype=torch.float32) for _ in range(3))
     kl = None if ref_logits is None else torch.empty_like(logprobs)
@@ -247,7 +254,7 @@ def forward(  # type: ignore[no-untyped-def]
                 **_flags(mask, temperature, softcap),
                 REF=ref_logits is not None,
                 STATE=keep_state,
-                **_vectors(logits, ref_logits, layout),
+                **vectors,
                 LANES=lanes,
                 num_warps=num_warps,
                 **EXACT,
@@ -489,6 +496,11 @@ def backward(  # type: ignore[no-untyped-def]
     return backward_into(
         grad, logits, token_ids, state, mask, temperature, ref_logits, grads, temperature_value, softcap
     )
+
+
+def _moved(x: Tensor) -> Tensor:
+    """A copy in memory of its own, which begins at an address for wide loads."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

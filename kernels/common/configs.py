@@ -32,8 +32,8 @@ _DEFAULT: dict[tuple[str, str, str], Config] = {
     ("token_logprobs", _WIDE, _LARGE): Config(2048, 8),
     ("token_logprobs_backward", _NARROW, _SMALL): Config(256, 1),
     ("token_logprobs_backward", _NARROW, _LARGE): Config(2048, 8),
-    ("token_logprobs_backward", _WIDE, _SMALL): Config(256, 2),
-    ("token_logprobs_backward", _WIDE, _LARGE): Config(2048, 8),
+    ("token_logprobs_backward", _WIDE, _SMALL): Config(128, 1),
+    ("token_logprobs_backward", _WIDE, _LARGE): Config(1024, 8),
 }
 """{(op, width of the logits, vocabulary class): sizes} for an architecture without rows of its own."""
 

@@ -1,8 +1,8 @@
 """The maths of one token's softmax for Triton: the twin of csrc/common/softmax.h, with the same formulas.
 
 y is the logit after the soft cap; z = scale * y with scale = 1 / temperature; u = y - max y <= 0, and e = e^(scale u). Sums run in
-fp32 lanes, one per column of a tile: lane l adds the columns l, l + LANES, ... in that order, and `total` joins the lanes in
-one order whatever threads hold them. A row therefore has the same bits for any alignment of its address.
+fp32 lanes, one per column of a tile: lane l adds the columns l, l + LANES, ... in that order. The order in which the lanes are
+joined at the end follows from how threads hold them, and that from the width of the loads.
 
 A row by itself takes the exponent as one rounding, d = scale2 y - offset in base 2, with `offset` the rounded scale2 max y and `rest`
 what it lost: d = scale2 u + rest. Two rows that are compared (exact KL) take u, and v = u of the reference, so that gaps between
@@ -76,10 +76,18 @@ def widened(x):
 
 
 @triton.jit
+def share_of(x, softcap):
+    """x / softcap, rounded once or nearly so: the product with the reciprocal and what it is short of."""
+    inverse = tl.div_rn(1.0, softcap)
+    y = x * inverse
+    return tl.where(tl.abs(y) < float("inf"), tl.fma(tl.fma(-y, softcap, x), inverse, y), y)
+
+
+@triton.jit
 def capped(x, softcap, CAP: tl.constexpr):
     """softcap * tanh(x / softcap), or x."""
     if CAP:
-        x = softcap * tanh_of(x * tl.div_rn(1.0, softcap))
+        x = softcap * tanh_of(share_of(x, softcap))
     return x
 
 
@@ -87,7 +95,7 @@ def capped(x, softcap, CAP: tl.constexpr):
 def slope_of(x, softcap, CAP: tl.constexpr):
     """The derivative of `capped`."""
     if CAP:
-        t = tanh_of(x * tl.div_rn(1.0, softcap))
+        t = tanh_of(share_of(x, softcap))
         return 1.0 - t * t
     else:
         return 1.0
@@ -161,15 +169,6 @@ def add_pair(y, yr, base, ref_base, scale2, sums, weighted, ref_sums, gap):
     e = tl.exp2(u * scale2)
     gap = tl.where(e == 0.0, gap, tl.fma(e, u - v, gap))  # -inf - -inf has no weight
     return sums + e, tl.fma(e, tl.maximum(u, LOWEST), weighted), ref_sums + tl.exp2(v * scale2), gap
-
-
-@triton.jit
-def total(x, LANES: tl.constexpr):
-    """The sum of LANES lanes as a tree of neighbours: sums of two commute, so no layout of the lanes over threads shows."""
-    if LANES == 1:
-        return tl.sum(x, 0)
-    else:
-        return total(tl.sum(tl.reshape(x, [LANES // 2, 2]), 1), LANES // 2)
 
 
 @triton.jit

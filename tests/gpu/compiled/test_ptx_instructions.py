@@ -277,6 +277,22 @@ def test_every_bf16_and_fp16_value_widens_exactly_and_fp32_rounds_to_the_nearest
     np.testing.assert_array_equal(bf16_to_f32(every), truth)
 
 
+@pytest.mark.parametrize("narrow", ["f16", "bf16"])
+def test_mixed_precision_widens_all_but_the_last_operand(narrow):
+    g = torch.Generator().manual_seed(1)
+    a, b, c = (torch.randn(32, generator=g) for _ in range(3))
+    dtype = torch.float16 if narrow == "f16" else torch.bfloat16
+    raw = [x.to(dtype).view(torch.int16).numpy().view(np.uint16) for x in (a, b)]
+    a, b = (x.to(dtype).float() for x in (a, b))
+    for body, inputs, expected in (
+        (f"add.rn.f32.{narrow} %y0, %x0, %x1;", [raw[0], c.numpy()], a + c),
+        (f"sub.rn.f32.{narrow} %y0, %x0, %x1;", [raw[0], c.numpy()], a - c),
+        (f"fma.rn.f32.{narrow} %y0, %x0, %x1, %x2;", [*raw, c.numpy()], (a.double() * b + c).float()),
+    ):
+        (got,), _ = execute(body, inputs, [np.float32])
+        assert np.array_equal(got, expected.numpy()), body
+
+
 def test_pairs_compute_both_halves():
     x, y = values(np.float32, 12, 64).reshape(32, 2), values(np.float32, 13, 64).reshape(32, 2)
     with np.errstate(all="ignore"):

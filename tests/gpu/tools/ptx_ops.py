@@ -72,6 +72,10 @@ _FLOAT: dict[str, Callable[..., NDArray]] = {
 }
 
 
+_MIXED = ("add", "sub", "fma")
+"""Instructions with a form for mixed precision, as in sub.f32.bf16 (PTX ISA 9.0, section 9.7.5)."""
+
+
 # ---- integers
 
 
@@ -216,7 +220,10 @@ def elementwise(batch: Batch, ins: Instruction) -> None:
         function = _FLOAT.get(ins.op)
         if function is None or ins.among("relu", "rz", "rm", "rp"):
             raise Unsupported(ins.text)
-        values = function(ins, *(_decoded(kind, batch.read(o, kind)) for o in ins.sources))
+        kinds = [kind] * len(ins.sources)
+        if ins.op in _MIXED and len(ins.kinds) > 1:  # all but the last operand are narrower
+            kinds = [*[ins.kinds[1]] * (len(kinds) - 1), kind]
+        values = function(ins, *(_decoded(k, batch.read(o, k)) for o, k in zip(ins.sources, kinds, strict=True)))
         if "sat" in ins.mods:
             values = np.fmin(np.fmax(values, 0), 1)
         batch.write(ins.target, _encoded(kind, values))
