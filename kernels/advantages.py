@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from rlhf_fast.kernels import whiten as whitening
 from rlhf_fast.kernels.common import scan as rows
-from rlhf_fast.kernels.common.launch import EXACT, on_device
-from rlhf_fast.kernels.common.layout import same_order
+from rlhf_fast.kernels.common.launch import on_device
+from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.moments import MAX_PARTS, merged, moments_of, store_part
 from rlhf_fast.kernels.common.scan import lane_of, last_real, left, mask_from, row_of
 from rlhf_fast.kernels.common.token_losses import clamp_of, kl_token
@@ -175,7 +175,7 @@ def _launch(
         _forward[(count,)](
             scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, *outputs, parts, values.numel(), length,
             n_rows, each, kl_coef, clamp_in, clamp_out, score_clip, gamma, gamma * lam,
-            token_scores, kind_of(kl_kind), after_last, decay_gaps, rows.BLOCK, num_warps=rows.WARPS, **EXACT,
+            token_scores, kind_of(kl_kind), after_last, decay_gaps, rows.BLOCK, **spread(rows.WARPS),
         )  # fmt: skip
     return parts
 
@@ -216,6 +216,6 @@ def backward(
             grad, grad_returns.contiguous(), grad_rewards.contiguous(), grad_kl.contiguous(), scores, mask, logprobs,
             ref_logprobs, cu_seqlens, into_scores, into_values, into_logprobs, into_ref, into_bootstrap, values.numel(), length,
             kl_coef, clamp_in, clamp_out, score_clip, gamma, gamma * lam, token_scores, kind_of(kl_kind),
-            kl_kind.endswith("+"), after_last, decay_gaps, rows.BLOCK, num_warps=rows.WARPS, **EXACT,
+            kl_kind.endswith("+"), after_last, decay_gaps, rows.BLOCK, **spread(rows.WARPS),
         )  # fmt: skip
     return into_scores, into_values, into_logprobs, into_ref, empty if bootstrap is None else into_bootstrap

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.common import scan as rows
-from rlhf_fast.kernels.common.launch import EXACT, on_device
-from rlhf_fast.kernels.common.layout import same_order
+from rlhf_fast.kernels.common.launch import on_device
+from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.scan import lane_of, last_real, left, mask_from, row_of, scan
 from torch import Tensor
 
@@ -138,7 +138,7 @@ def forward(
         with on_device(rewards):
             _forward[(count,)](
                 rewards, values, mask, bootstrap, cu_seqlens, advantages, returns, rewards.numel(), length, gamma, gamma * lam,
-                decay_gaps, rows.BLOCK, num_warps=rows.WARPS, **EXACT,
+                decay_gaps, rows.BLOCK, **spread(rows.WARPS),
             )  # fmt: skip
     return advantages, returns
 
@@ -162,6 +162,6 @@ def backward(
     with on_device(grad_advantages):
         _backward[(count,)](
             grad_advantages, grad_returns, mask, cu_seqlens, grad_rewards, grad_values, grad_bootstrap,
-            grad_advantages.numel(), length, gamma, gamma * lam, decay_gaps, rows.BLOCK, num_warps=rows.WARPS, **EXACT,
+            grad_advantages.numel(), length, gamma, gamma * lam, decay_gaps, rows.BLOCK, **spread(rows.WARPS),
         )  # fmt: skip
     return grad_rewards, grad_values, grad_bootstrap

@@ -9,14 +9,14 @@ reinforce++ takes a third launch: its whitening is over the batch.
 import torch
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.common.launch import EXACT, on_device
-from rlhf_fast.kernels.common.layout import same_order
+from rlhf_fast.kernels.common.launch import on_device
+from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.scan import mask_at
 from torch import Tensor
 
 from rlhf_fast.reference.group_advantages import KINDS, WHITEN_EPS
 
-SAMPLES, OTHERS, MEMBERS, WARPS = 32, 32, 32, 4
+SAMPLES, OTHERS, MEMBERS, WARPS = 32, 32, 16, 4
 BLOCK = 256
 
 GRPO, DR_GRPO, RLOO, REINFORCE, OPO, REMAX, PASS_AT_K = (tl.constexpr(i) for i in range(len(KINDS)))
@@ -223,14 +223,14 @@ def _run(
     with on_device(scores):
         if kind != "remax":
             order, first, size = (torch.empty(n, dtype=torch.int32, device=scores.device) for _ in range(3))
-            _order[(programs,)](group_ids, mask, order, first, size, n, SAMPLES, OTHERS, num_warps=WARPS, **EXACT)
+            _order[(programs,)](group_ids, mask, order, first, size, n, SAMPLES, OTHERS, **spread(WARPS))
         _compare[(programs,)](
             grad, scores, lengths, greedy_scores, mask, order, first, size, out, upstream, parts, n, eps,
-            KINDS.index(kind), unbiased, SAMPLES, MEMBERS, num_warps=WARPS, **EXACT,
+            KINDS.index(kind), unbiased, SAMPLES, MEMBERS, **spread(WARPS),
         )  # fmt: skip
         if kind == "reinforce++":
             _whiten[(triton.cdiv(n, BLOCK),)](
-                out, upstream, mask, parts, programs, n, WHITEN_EPS, BLOCK, num_warps=WARPS, **EXACT
+                out, upstream, mask, parts, programs, n, WHITEN_EPS, BLOCK, **spread(WARPS)
             )
     return out
 

@@ -8,8 +8,8 @@ the denominator is a count that the gradients need, as many programs count the m
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.common.grid import add_count, counters_for, is_last, reset, take_ticket, whole_count
-from rlhf_fast.kernels.common.launch import EXACT, on_device
-from rlhf_fast.kernels.common.layout import same_order
+from rlhf_fast.kernels.common.launch import on_device
+from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.moments import MAX_PARTS, merged, moments_of, pooled
 from rlhf_fast.kernels.common.scan import left, mask_from, row_of
 from rlhf_fast.kernels.common.token_losses import k3_of, kl_token, policy_token, ratio_token, value_token
@@ -146,12 +146,12 @@ def _loss(
 
     policy_sum, value_sum, bonus_sum, penalty_sum = 0.0, 0.0, 0.0, 0.0
     entropy_sum, kl_sum, square_sum, k3_sum = 0.0, 0.0, 0.0, 0.0
-    events = tl.zeros((), tl.int64)
-    clipped_sum, capped_sum, clamped_sum, value_clipped_sum = events, events, events, events
+    clipped_sum, capped_sum, clamped_sum, value_clipped_sum = 0.0, 0.0, 0.0, 0.0
     least, most = float("inf"), 0.0
-    ratio_n, ratio_c, ratio_o, ratio_q = 0.0, 0.0, 0.0, 0.0
-    return_n, return_c, return_o, return_q = 0.0, 0.0, 0.0, 0.0
-    error_n, error_c, error_o, error_q = 0.0, 0.0, 0.0, 0.0
+    count = 0.0
+    ratio_c, ratio_o, ratio_q = 0.0, 0.0, 0.0
+    return_c, return_o, return_q = 0.0, 0.0, 0.0
+    error_c, error_o, error_q = 0.0, 0.0, 0.0
     lane = tl.arange(0, BLOCK)
     for row in range(part * rows_per_part, tl.minimum((part + 1) * rows_per_part, rows)):
         begin, size = row_of(cu_seqlens, row, tokens, length)
@@ -178,9 +178,13 @@ def _loss(
             least = tl.minimum(least, tl.min(tl.where(real, ratio, float("inf")), 0))
             most = tl.maximum(most, tl.max(tl.where(real, ratio, 0.0), 0))
             n2, c2, o2, q2 = moments_of(ratio, real)
-            ratio_n, ratio_c, ratio_o, ratio_q = merged(ratio_n, ratio_c, ratio_o, ratio_q, n2, c2, o2, q2)
-            # Twelve bits for each count of a block.
-            event = clipped.to(tl.int64) + (capped.to(tl.int64) << 12) + (clamped.to(tl.int64) << 24)
+            _, ratio_c, ratio_o, ratio_q = merged(count, ratio_c, ratio_o, ratio_q, n2, c2, o2, q2)
+            # Ten bits for each count of a block, which is shorter than 1024.
+            event = clipped.to(tl.int32) + (capped.to(tl.int32) << 10) + (clamped.to(tl.int32) << 20)
+            events = tl.sum(event, 0)
+            clipped_sum += (events & 1023).to(tl.float32)
+            capped_sum += ((events >> 10) & 1023).to(tl.float32)
+            clamped_sum += (events >> 20).to(tl.float32)
             if ref_logprobs is not None:
                 ref = tl.load(ref_logprobs + first + lane, real, other=0.0)
                 kl, kl_slope = kl_token(logp, ref, kl_in, kl_out, KIND, THROUGH)
@@ -202,32 +206,28 @@ def _loss(
                 if old_values is not None:
                     before = tl.load(old_values + first + lane, real, other=0.0)
                     value_term, value_slope, value_clipped = value_token(value, before, target, value_clip)
-                    event += value_clipped.to(tl.int64) << 36
+                    value_clipped_sum += tl.sum(value_clipped.to(tl.float32), 0)
                 else:
                     value_term, value_slope, _ = value_token(value, value, target, float("inf"))
                 value_sum += weight * tl.sum(value_term, 0)
                 if grad_values is not None:
                     tl.store(grad_values + first + lane, share * weight * value_coef * value_slope, inside)
-                n2, c2, o2, q2 = moments_of(target, real)
-                return_n, return_c, return_o, return_q = merged(return_n, return_c, return_o, return_q, n2, c2, o2, q2)
-                n2, c2, o2, q2 = moments_of(target - value, real)
-                error_n, error_c, error_o, error_q = merged(error_n, error_c, error_o, error_q, n2, c2, o2, q2)
-            events = tl.sum(event, 0)
-            clipped_sum += events & 4095
-            capped_sum += (events >> 12) & 4095
-            clamped_sum += (events >> 24) & 4095
-            value_clipped_sum += (events >> 36) & 4095
+                _, c2, o2, q2 = moments_of(target, real)
+                _, return_c, return_o, return_q = merged(count, return_c, return_o, return_q, n2, c2, o2, q2)
+                _, c2, o2, q2 = moments_of(target - value, real)
+                _, error_c, error_o, error_q = merged(count, error_c, error_o, error_q, n2, c2, o2, q2)
+            count += n2
 
     own = parts + part
     tl.store(own + _POLICY * n_parts, policy_sum)
     tl.store(own + _SQUARE * n_parts, square_sum)
     tl.store(own + _K3 * n_parts, k3_sum)
-    tl.store(own + _CLIPPED * n_parts, clipped_sum.to(tl.float32))
-    tl.store(own + _CAPPED * n_parts, capped_sum.to(tl.float32))
-    tl.store(own + _CLAMPED * n_parts, clamped_sum.to(tl.float32))
+    tl.store(own + _CLIPPED * n_parts, clipped_sum)
+    tl.store(own + _CAPPED * n_parts, capped_sum)
+    tl.store(own + _CLAMPED * n_parts, clamped_sum)
     tl.store(own + _LOW * n_parts, least)
     tl.store(own + _HIGH * n_parts, most)
-    tl.store(own + _TOKENS * n_parts, ratio_n)
+    tl.store(own + _TOKENS * n_parts, count)
     tl.store(own + _RATIO * n_parts, ratio_c)
     tl.store(own + (_RATIO + 1) * n_parts, ratio_o)
     tl.store(own + (_RATIO + 2) * n_parts, ratio_q)
@@ -239,7 +239,7 @@ def _loss(
         tl.store(own + _PENALTY * n_parts, penalty_sum)
     if values is not None:
         tl.store(own + _VALUE * n_parts, value_sum)
-        tl.store(own + _VALUE_CLIPPED * n_parts, value_clipped_sum.to(tl.float32))
+        tl.store(own + _VALUE_CLIPPED * n_parts, value_clipped_sum)
         tl.store(own + _RETURN * n_parts, return_c)
         tl.store(own + (_RETURN + 1) * n_parts, return_o)
         tl.store(own + (_RETURN + 2) * n_parts, return_q)
@@ -300,6 +300,6 @@ def forward(
             normalizer, cu_seqlens if by_rows else None, loss, stats, grad_logprobs, grad_entropy, grad_values, parts,
             counters_for(logprobs), n, rows, length, rows_per_part, count, 1 - low, 1 + high, dual, clamp, bonus, kl_coef,
             kl_in, kl_out, value_clip, value_coef, divisor, counted.value, reduction == "seq-mean-token-mean",
-            kind_of(kl_kind), kl_kind.endswith("+"), BLOCK, triton.next_power_of_2(count), num_warps=WARPS, **EXACT,
+            kind_of(kl_kind), kl_kind.endswith("+"), BLOCK, triton.next_power_of_2(count), **spread(WARPS),
         )  # fmt: skip
     return loss, stats, grads

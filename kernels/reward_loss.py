@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.common.grid import add_count, counters_for, is_last, reset, take_ticket, whole_count
-from rlhf_fast.kernels.common.launch import EXACT, on_device
-from rlhf_fast.kernels.common.layout import same_order
+from rlhf_fast.kernels.common.launch import on_device
+from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.moments import MAX_PARTS
 from rlhf_fast.kernels.common.scan import mask_at
 from rlhf_fast.kernels.common.token_losses import exp_of, log1p_of
@@ -106,6 +106,6 @@ def forward(
     with on_device(chosen):
         _loss[(count if mask is None else 2 * count,)](
             chosen, rejected, margin, mask, loss, stats, grads, parts, counters_for(chosen), n, size, count, center_coef,
-            label_smoothing, BLOCK, triton.next_power_of_2(count), num_warps=WARPS, **EXACT,
+            label_smoothing, BLOCK, triton.next_power_of_2(count), **spread(WARPS),
         )  # fmt: skip
     return loss, stats, grads

@@ -6,8 +6,8 @@ The first launch leaves the moments of parts of the array, each program of the s
 import torch
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.common.launch import EXACT, on_device
-from rlhf_fast.kernels.common.layout import same_order
+from rlhf_fast.kernels.common.launch import on_device
+from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.moments import MAX_PARTS, load_parts, merged, moments_of, scale_of, store_part
 from rlhf_fast.kernels.common.scan import mask_at
 from torch import Tensor
@@ -122,7 +122,7 @@ def standardise(
     programs, size = parts_of(n)
     _standardise[(programs,)](
         x, mask, out, parts, parts.shape[1], n, size, eps,
-        shift_mean, unbiased, floor, BLOCK, triton.next_power_of_2(parts.shape[1]), num_warps=WARPS, **EXACT,
+        shift_mean, unbiased, floor, BLOCK, triton.next_power_of_2(parts.shape[1]), **spread(WARPS),
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def forward(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, ep
         count, size = parts_of(n)
         parts = x.new_empty(4, count)
         with on_device(x):
-            _moments[(count,)](x, mask, parts, n, size, BLOCK, num_warps=WARPS, **EXACT)
+            _moments[(count,)](x, mask, parts, n, size, BLOCK, **spread(WARPS))
             standardise(x, mask, out, parts, shift_mean, unbiased, False, eps)
     return out
 
@@ -150,10 +150,10 @@ def adjoint(
         count, size = parts_of(n)
         parts = x.new_empty(6, count)
         with on_device(x):
-            _moments_and_products[(count,)](x, grad, mask, parts, n, size, BLOCK, num_warps=WARPS, **EXACT)
+            _moments_and_products[(count,)](x, grad, mask, parts, n, size, BLOCK, **spread(WARPS))
             _adjoint[(count,)](
                 x, grad, mask, grad_x, parts, count, n, size, eps,
-                shift_mean, unbiased, floor, BLOCK, triton.next_power_of_2(count), num_warps=WARPS, **EXACT,
+                shift_mean, unbiased, floor, BLOCK, triton.next_power_of_2(count), **spread(WARPS),
             )  # fmt: skip
     return grad_x
 

@@ -8,7 +8,7 @@ with any padding, in any batch, packed or not.
 import triton
 import triton.language as tl
 
-BLOCK, WARPS = 512, 8
+BLOCK, WARPS = 256, 4
 """Slots at a time, two a thread; the order of the sums depends on both. A scan keeps four numbers of every 32 slots in registers."""
 
 
