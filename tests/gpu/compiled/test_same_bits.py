@@ -1,0 +1,82 @@
+"""The per-token kernels as compiled code: the same bits wherever a tensor lies, packed or padded, alone or in a batch, again and again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu.tools.driver import install
+from gpu.tools.on_cpu import on_cpu
+from rlhf_fast.kernels import ppo_loss as ppo_kernels
+from rlhf_fast.kernels.common import grid
+
+import rlhf_fast
+from rlhf_fast.reference import advantages, gae, ppo_loss, reward_loss, whiten
+
+ARCHS = [80, 90]
+
+
+def unaligned(kwargs):
+    """Copies that begin 4 bytes (masks: one) past the alignment that Triton looks for."""
+    copies = {}
+    for k, v in kwargs.items():
+        room = torch.empty(v.numel() + 1, dtype=v.dtype)
+        copies[k] = room[1:].view(v.shape).copy_(v)
+    return copies
+
+
+def loss(call, **kwargs):
+    out = call(**kwargs)
+    return out.loss, out.stats.tensor
+
+
+CALLS = {
+    "gae": (lambda **k: rlhf_fast.gae(**k), gae.sample((3, 600))),
+    "advantages": (lambda **k: rlhf_fast.advantages(**k, kl_coef=0.1, kl_kind="k3"), advantages.sample((3, 600))),
+    "whiten": (lambda **k: (rlhf_fast.whiten(**k),), whiten.sample((9, 1000))),
+    "ppo_loss": (lambda **k: loss(rlhf_fast.ppo_loss, **k, entropy_coef=0.01, kl_coef=0.1), ppo_loss.sample((3, 400))),
+    "reward_loss": (lambda **k: loss(rlhf_fast.reward_loss, **k), reward_loss.sample(2500)),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", CALLS)
+def test_the_address_of_a_tensor_does_not_show_in_a_sum(op, arch):
+    call, kwargs = CALLS[op]
+    with install(arch), on_cpu("triton"):
+        aligned, moved = call(**kwargs), call(**unaligned(kwargs))
+    assert all(torch.equal(a, b) for a, b in zip(aligned, moved, strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("gap", ["carry", "decay"])
+def test_a_row_is_the_same_packed_padded_and_alone(gap, arch):
+    kwargs = advantages.sample((4, 300))
+    lengths = torch.tensor([300, 0, 257, 31])
+    inside = torch.arange(300)[None] < lengths[:, None]
+    kwargs["mask"] &= inside
+    call = lambda **k: rlhf_fast.advantages(**k, kl_coef=0.1, whiten=False, gap=gap)
+    with install(arch), on_cpu("triton"):
+        padded = call(**kwargs)
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        packed = call(**{k: v[inside] if v.dim() == 2 else v for k, v in kwargs.items()}, cu_seqlens=bounds)
+        alone = call(**{k: v[2:3] for k, v in kwargs.items()})
+    assert all(torch.equal(a[inside], b) for a, b in zip(padded, packed, strict=True))
+    assert all(torch.equal(a[2:3], b) for a, b in zip(padded, alone, strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_loss_leaves_its_counters_as_it_found_them(arch, monkeypatch):
+    """A captured graph replays with the counters that the run before has left."""
+    counters = torch.zeros(4, dtype=torch.int64)
+    monkeypatch.setattr(ppo_kernels, "counters_for", lambda x: counters)
+    kwargs = ppo_loss.sample((5, 900))
+    with install(arch) as driver, on_cpu("triton"):
+        first, again = (loss(rlhf_fast.ppo_loss, **kwargs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not counters.any() and all(launch.findings == [] for launch in driver.launches)
+
+
+def test_counters_of_a_cpu_tensor_are_zeros_of_its_own():
+    x = torch.zeros(3)
+    a, b = grid.counters_for(x), grid.counters_for(x)
+    assert not a.any() and a.data_ptr() != b.data_ptr()
