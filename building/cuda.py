@@ -8,6 +8,7 @@ Neither needs a GPU.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ TOOLKITS = Path(os.environ.get("RLHF_FAST_TOOLKITS") or ROOT / ".cache")
 """Holds cuda-<version> folders: toolkits out of pip, which `make wheels` brings."""
 
 DEFAULT_ARCHES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+"""Of which each compiler takes those that it knows, with PTX for the last."""
+
 NAMED_ARCHES = {"turing": "7.5", "ampere": "8.0 8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0 10.3 12.0 12.1"}
 DRIVERS = {12: "525", 13: "580"}
 """The oldest driver of each CUDA major (CUDA Compatibility guide, table "minimum required driver version")."""
@@ -199,7 +202,8 @@ def _target(toolkit: Toolkit, arch_list: str | None) -> Target:
         )
     known = toolkit.supported()
     if not arch_list:
-        return Target(toolkit, tuple(a for a in arches(DEFAULT_ARCHES) if a.number in known))
+        *others, last = [a for a in arches(DEFAULT_ARCHES) if a.number in known]
+        return Target(toolkit, (*others, dataclasses.replace(last, ptx=True)))
     wanted = arches(arch_list)
     lacking = [str(a) for a in wanted if a.number not in known]
     if lacking:

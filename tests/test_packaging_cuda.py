@@ -152,6 +152,56 @@ def test_an_architecture_that_the_compiler_lacks_is_an_error_when_cuda_is_asked_
     assert twice.returncode != 0 and "one library per CUDA major" in twice.stderr
 
 
+@pytest.fixture
+def old_nvcc(tmp_path, monkeypatch) -> Path:
+    """A CUDA_HOME with an nvcc 12.4 that writes down what it is asked to compile, and a packer."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        f"""#!{sys.executable}
+import pathlib, sys
+words = sys.argv[1:]
+if "--version" in words: print("Cuda compilation tools, release 12.4, V12.4.131")
+elif "--list-gpu-arch" in words: print("compute_50 compute_75 compute_80 compute_86 compute_89 compute_90")
+elif "--dryrun" in words: print("#$ _HERE_={nvcc.parent}")
+else: pathlib.Path(words[words.index("-o") + 1]).write_text(" ".join(words))
+"""
+    )
+    nvcc.chmod(0o755)
+    packer = nvcc.parent / "fatbinary"
+    packer.write_text(
+        f"""#!{sys.executable}
+import pathlib, sys
+(out,) = [w.partition("=")[2] for w in sys.argv if w.startswith("--create=")]
+pathlib.Path(out).write_text(chr(10).join(sys.argv[1:]))
+"""
+    )
+    packer.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_compiler_of_cuda_home_comes_first_and_serves_the_architectures_that_it_knows(old_nvcc, tmp_path):
+    if not list(build.SOURCES.glob("*.cu")):
+        pytest.skip("needs CUDA kernels")
+    for setting in ("auto", "12.4", None):
+        (target,) = build.targets(setting, None)
+        assert (target.module, target.toolkit.name) == ("_cuda12", "nvcc 12.4.131")
+        assert [str(a) for a in target.arches] == ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]
+    assert build.targets("0", None) == []
+    (target,) = build.targets("12.4", "8.0+PTX;9.0a")
+    embedding = build.build(target, tmp_path / "images", lambda jobs: [job() for job in jobs]).read_text()
+    packed = (tmp_path / "images" / "gae.fatbin").read_text().splitlines()
+    assert "--compress-mode=speed" in packed  # the drivers of CUDA 12.0 read no other
+    assert [re.sub(r"file=.*/", "file=", word) for word in packed if word.startswith("--image3")] == [
+        "--image3=kind=elf,sm=80,file=gae.80.cubin",
+        "--image3=kind=ptx,sm=80,file=gae.80.ptx",
+        "--image3=kind=elf,sm=90a,file=gae.90a.cubin",
+    ]
+    assert "{80, 0, true}, {90, 'a', false}" in embedding and "kDriverNeeded = 12000" in embedding
+    assert '"8.0+PTX 9.0a"' in embedding and embedding.count(".incbin") == len(list(build.SOURCES.glob("*.cu")))
+
+
 def test_only_wheels_have_a_local_version():
     plain = configure("--version").stdout.split()[-1]
     assert plain == rlhf_fast.__version__

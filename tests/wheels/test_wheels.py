@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import venv
 import zipfile
 from pathlib import Path
@@ -169,15 +168,19 @@ def test_a_wheel_runs_in_an_environment_of_its_own(flavour, python, tmp_path):
 
 
 def test_the_source_archive_builds_in_isolation_within_a_minute(python, tmp_path):
-    """With a C++ compiler, and without nvcc and torch: what `pip install` does from an index without wheels."""
-    started = time.monotonic()
+    """With a C++ compiler, and without nvcc and torch: what `pip install` does from an index without wheels.
+
+    Processor time of two cores, since other jobs may run beside.
+    """
+    before = os.times()
     pip(python, "wheel", "--no-deps", "-w", tmp_path, sdist(), RLHF_FAST_CUDA="0", RLHF_FAST_REQUIRE_NATIVE="1")
-    seconds = time.monotonic() - started
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
     (made,) = tmp_path.glob("*.whl")
     pip(python, "install", "--no-deps", "--force-reinstall", made)
     done = outside(python, FORWARD, tmp_path)
     assert done.stdout.startswith("None |"), done.stderr
-    assert seconds < 60 * max(1, 2 / (os.cpu_count() or 1)), f"{seconds:.0f} s"
+    assert seconds / 2 < 60, f"{seconds:.0f} s"
 
 
 def test_an_editable_install_imports_from_its_root_and_from_elsewhere(python, tmp_path):
