@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -231,7 +232,7 @@ def _toolkit(version: str) -> Toolkit:
     )
 
 
-def _nvccs() -> Iterable[Nvcc]:
+def _nvccs() -> Iterator[Nvcc]:
     """Every nvcc, the most explicit one first."""
     places = [Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"] if os.environ.get("CUDA_HOME") else []
     if on_path := shutil.which("nvcc"):
@@ -242,7 +243,7 @@ def _nvccs() -> Iterable[Nvcc]:
             yield Nvcc(place)
 
 
-def _pip_folders(*inside: str) -> Iterable[Path]:
+def _pip_folders(*inside: str) -> Iterator[Path]:
     for base in (*sorted(TOOLKITS.glob("cuda-*")), *map(Path, dict.fromkeys(p for p in sys.path if p))):
         for name in inside:
             if (base / name).is_dir():
@@ -265,12 +266,13 @@ def build(target: Target, folder: Path, in_parallel: Callable[[Sequence[Callable
     """
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted(SOURCES.glob("*.cu"))
-    jobs, images = [], {source: [] for source in sources}
+    jobs: list[Callable[[], None]] = []
+    images: dict[Path, list[tuple[str, Arch, Path]]] = {source: [] for source in sources}
     for source in sources:
         for arch in target.arches:
             cubin = folder / f"{source.stem}.{arch.code}.cubin"
             ptx = cubin.with_suffix(".ptx") if arch.ptx else None
-            jobs.append(lambda s=source, a=arch, c=cubin, p=ptx: target.toolkit.compile(s, a, c, p))
+            jobs.append(functools.partial(target.toolkit.compile, source, arch, cubin, ptx))
             images[source] += [("elf", arch, cubin)] + ([("ptx", arch, ptx)] if ptx else [])
     in_parallel(jobs)
     for source, made in images.items():
