@@ -42,6 +42,24 @@ def test_no_launch_for_empty_input(op):
     assert all(not x.isnan().any() for x in found.values())
 
 
+def test_rows_may_lie_further_apart_than_32_bits_count():
+    step, vocab = 2**30 + 8, 515
+
+    def inputs():
+        small = token_logprobs.sample((3,), vocab, dtype=torch.bfloat16, ref=False)
+        del small["mask"]
+        # 4 GiB of address space, of which three rows are touched.
+        far = torch.empty(2 * step + vocab, dtype=torch.bfloat16).as_strided((3, vocab), (step, 1))
+        return {"logits": far.copy_(small["logits"]), "token_ids": small["token_ids"].clamp_min(0)}
+
+    case = Case("token_logprobs", "far", inputs, ("logits",))
+    held = inputs()
+    with install(90) as driver:
+        got = case.kernels(held)
+    assert [launch.findings for launch in driver.launches] == [[], []]
+    case.check(got, case.expected(held))
+
+
 # ---- traffic
 
 
@@ -72,8 +90,8 @@ def test_token_logprobs_reads_the_logits_once_and_writes_the_gradient_once(vocab
     minimum = size(*inputs.values(), grad)
     assert len(backward) == 1
     assert 1.0 <= traffic(backward) / minimum <= 1.02
-    # Nothing is read twice past the caches either: what the lanes ask for is what there is.
-    assert sum(r.load_bytes for r in forward) <= 1.05 * size(*inputs.values()) + 8192
+    # A second pass over the logits that stays in the caches would be no traffic, but twice the bytes asked for.
+    assert sum(r.load_bytes for r in forward) <= 1.25 * size(*inputs.values())
 
 
 def test_advantages_move_little_more_than_they_must_in_two_launches():

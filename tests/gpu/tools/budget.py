@@ -1,4 +1,4 @@
-"""The committed budget of every kernel, target and specialisation that the cases make Triton compile.
+"""The committed budget of every kernel, target and specialisation that the audited cases make Triton compile.
 
     cd tests && python -m gpu.tools.budget            # compare with gpu/compiled/budget.json; says what is worse
     cd tests && python -m gpu.tools.budget --write    # replace it; the diff is what a review looks at
@@ -70,8 +70,12 @@ def element_size(kernel: Compiled) -> int:
     return max(1, int(bits) // 8)
 
 
+def audited() -> list[Case]:
+    return [case for case in cases_of(*triton_ops()) if case.audited]
+
+
 def of_target(target: int | str) -> dict[str, dict[str, float]]:
-    return {str(kernel): measured(kernel) for kernel in compiled(target, cases_of(*triton_ops()))}
+    return {str(kernel): measured(kernel) for kernel in compiled(target, audited())}
 
 
 def collect(targets: Sequence[int | str] = TARGETS) -> Budget:

@@ -45,6 +45,11 @@ class Case:
     """Inputs that get a gradient."""
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def audited(self) -> bool:
+        """Has code of its own. The others share theirs with one that has, up to a coefficient, a sign or the name of a type."""
+        return self.name not in _LIKE_ANOTHER
+
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
 
@@ -90,6 +95,15 @@ class Case:
 
 
 _DIFFERENCES = ("logprobs", "entropy", "kl", "loss", "policy_loss", "explained_variance")
+
+
+_LIKE_ANOTHER = (
+    *("fp16-reference", "fp16-cap", "fp32-cap", "fp32-reference", "shifted", "one-class"),
+    *("fp32-hidden", "fp32-hidden-weight-bias", "trained"),
+    *("abs", "k2", "k3+", "no-mask", "shift-False", "openrlhf", "no-reference"),
+    *("token-sum", "seq-mean-token-sum", "verl", "normalizer", "dr_grpo", "rloo", "opo"),
+)
+"""Cases whose kernels are executed, but not audited on six targets."""
 
 
 def _named(out: Any) -> Tensors:

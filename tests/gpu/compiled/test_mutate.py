@@ -1,0 +1,134 @@
+"""The mutation runner makes the damage it names, and some layer notices what the kernels cannot do without."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+
+import pytest
+from gpu.tools import mutate
+from gpu.tools.mutants import KINDS, Mutant, dependents, mutants
+from gpu.tools.mutate import KERNELS, Barrier, Outcome, Report
+
+SOURCE = """
+import triton
+import triton.language as tl
+from rlhf_fast.kernels.common.scan import add
+
+@triton.jit
+def kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = row * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)  # naïve: columns count bytes
+    y = tl.load(
+        x_ptr + i,
+        i < n,
+        other=1.0,
+    )
+    z = tl.load(x_ptr + row)
+    tl.debug_barrier()
+    tl.store(out_ptr + i, tl.where(x < 0.5, y, z), i < n)
+    tl.store(out_ptr, z)
+
+def vector_of(x, width, aligned):
+    return width if aligned else 1
+
+def host(a, n):
+    return a < n
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "kernel.py").write_text(SOURCE, encoding="utf-8")
+    (tmp_path / "other.py").write_text("from rlhf_fast.kernels import kernel\n")
+    (tmp_path / "apart.py").write_text("import triton\n")
+    (tmp_path / "common" / "scan.py").write_text("def add(a, b):\n    return a + b\n")
+    return tmp_path
+
+
+def test_every_kind_of_damage_is_made_once_where_it_can_be(root):
+    found = mutants(root)
+    assert [(m.kind, m.line) for m in sorted(found, key=lambda m: (m.line, m.kind))] == [
+        ("int64", 8),
+        ("boundary", 10),
+        ("mask", 10),
+        ("other", 10),
+        ("mask", 11),
+        ("other", 11),
+        ("boundary", 13),
+        ("barrier", 17),
+        ("boundary", 18),
+        ("mask", 18),
+        ("alignment", 22),
+    ]
+    assert {m.kind for m in found} == set(KINDS)
+    whole = ast.dump(ast.parse(SOURCE))
+    assert all(ast.dump(ast.parse(m.source)) != whole for m in found)
+    assert len({m.source for m in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "before", "after"),
+    [
+        ("int64", 8, "row = tl.program_id(0).to(tl.int64)", "row = (tl.program_id(0))"),
+        ("mask", 10, "tl.load(x_ptr + i, mask=i < n, other=0.0)", "tl.load(x_ptr + i)"),
+        ("other", 10, "tl.load(x_ptr + i, mask=i < n, other=0.0)", "tl.load(x_ptr + i, mask=i < n)"),
+        ("boundary", 10, "mask=i < n, other=0.0)", "mask=i <= n, other=0.0)"),
+        ("barrier", 17, "    tl.debug_barrier()", "    None"),
+        ("mask", 18, "tl.where(x < 0.5, y, z), i < n)", "tl.where(x < 0.5, y, z))"),
+        ("alignment", 22, "return width if aligned else 1", "return width"),
+    ],
+)
+def test_the_damage_is_what_the_kind_says_and_nothing_else(root, kind, line, before, after):
+    (mutant,) = [m for m in mutants(root) if (m.kind, m.line) == (kind, line)]
+    assert mutant.source == SOURCE.replace(before, after, 1)
+    assert str(mutant).startswith(f"kernel.py:{line} ")
+
+
+def test_what_uses_a_file_is_found(root):
+    assert dependents(root, "kernel.py") == ["kernel", "other"]
+    assert dependents(root, "common/scan.py") == ["kernel", "other"]
+    assert dependents(root, "apart.py") == ["apart"]
+
+
+def test_the_report_scores_and_wants_an_explanation(monkeypatch, tmp_path):
+    table = tmp_path / "survivors.json"
+    row = {"kind": "other", "file": "a.py", "function": "f", "code": "tl.load(x, m, other=0)", "why": "never used"}
+    table.write_text(json.dumps([row, {"kind": "bar.sync", "kernel": "k.*", "why": "twice"}]))
+    monkeypatch.setattr(mutate, "SURVIVORS", table)
+    of = lambda code: Mutant("a.py", "f", "other", 3, code, "")
+    report = Report(
+        [
+            Outcome(of("tl.load(x, m, other=0)"), None),
+            Outcome(of("tl.load(y, m, other=0)"), None),
+            Outcome(Barrier("c", "kernel[]", 0, 2), None),
+            Outcome(Barrier("c", "kernel[]", 1, 2), "compiled: race"),
+        ],
+        left_out=2,
+    )
+    assert report.score == 0.25
+    assert [x.mutant.code for x in report.unexplained()] == ["tl.load(y, m, other=0)"]
+    text = str(report)
+    assert "mutation score 25.0%: 1 of 4 noticed, 2 not tried" in text and "bar.sync: 1 of 2" in text
+    assert "never used" in text and "NOT EXPLAINED" in text
+
+
+def test_every_explanation_is_of_a_mutant_that_exists():
+    rows = json.loads(mutate.SURVIVORS.read_text(encoding="utf-8"))
+    known = {(m.kind, m.file, m.function, m.code) for m in mutants(KERNELS)}
+    for row in rows:
+        assert row["why"]
+        assert row["kind"] == "bar.sync" or (row["kind"], row["file"], row["function"], row["code"]) in known, row
+
+
+def test_what_the_kernels_cannot_do_without_is_noticed():
+    """What fits into MUTATION_SECONDS of all mutants, in an order that MUTATION_SEED decides."""
+    seconds = float(os.environ.get("MUTATION_SECONDS", "150"))
+    report = mutate.run(seconds=seconds, seed=int(os.environ.get("MUTATION_SEED", "0")))
+    print(report)
+    assert len(report.outcomes) >= 20
+    assert not report.unexplained(), str(report)
+    assert report.score >= 0.95, str(report)
