@@ -422,7 +422,9 @@ def test_structures_and_numbers_as_parameters():
 {
   .reg .b32 %r<9>; .reg .f32 %f<4>; .reg .b64 %rd<4>;
   ld.param.u64 %rd1, [k_param_0];
-  ld.param.u32 %r1, [k_param_0+8];
+  mov.b64 %rd2, k_param_0;
+  add.s64 %rd3, %rd2, 8;
+  ld.param.u32 %r1, [%rd3];
   ld.param.f32 %f1, [k_param_1];
   cvt.rn.f32.s32 %f2, %r1;
   add.f32 %f3, %f1, %f2;

@@ -105,7 +105,8 @@ class PTX:
         tensors = [(name, x) for name, x in named if isinstance(x, Tensor)] + list((regions or {}).items())
         memory = GlobalMemory(tensors, blocks, result)
         values = [*args, *[0] * (len(declared) - len(args))]
-        parameters = {name: _parameter(x, *of) for (name, of), x in zip(declared.items(), values, strict=True)}
+        given = [_parameter(x, *of) for of, x in zip(declared.values(), values, strict=True)]
+        parameters = Parameters(list(declared), given)
         for first in range(0, blocks, at_once):
             numbers = np.arange(first, min(first + at_once, blocks))
             if not Batch(self, memory, result, parameters, numbers, grid, block, shared).run(limit):
@@ -113,6 +114,16 @@ class PTX:
                 break
         memory.finish()
         return result
+
+
+class Parameters:
+    """The parameter space: where each begins, and its bytes."""
+
+    def __init__(self, names: list[str], given: list[NDArray]) -> None:
+        padded = [np.pad(x, (0, -x.size % 16)) for x in given]
+        starts = np.cumsum([0, *(x.size for x in padded)])
+        self.at = {name: Immediate(str(start)) for name, start in zip(names, starts.tolist(), strict=False)}
+        self.memory = np.concatenate([np.zeros(0, np.uint8), *padded])
 
 
 def _parameter(value: Tensor | float | int | bytes, kind: str, size: int) -> NDArray:
@@ -136,7 +147,7 @@ class Batch:
         ptx: PTX,
         memory: GlobalMemory,
         result: Result,
-        parameters: dict[str, NDArray],
+        parameters: Parameters,
         numbers: NDArray,
         grid: tuple[int, ...],
         block: tuple[int, ...],
@@ -156,10 +167,11 @@ class Batch:
             for name, kind in kernel.registers.items()
         }
         self.shared = SharedMemory(numbers.size, kernel.static_shared + shared, result)
-        self._symbols = {
+        shared_symbols = {
             name: Immediate(str(kernel.static_shared if offset is None else offset))
             for name, offset in kernel.shared.items()
         }
+        self._symbols = shared_symbols | parameters.at
         self.copies: list[list[NDArray]] = [[]]  # of each uncommitted or pending group of cp.async: its bytes
         self.lanes = Lanes(np.ones(count, bool))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from gpu.tools.ptx_ops import PAIRS
-from gpu.tools.ptx_parse import DTYPES, Address, Group, Immediate, Instruction, Operand, Unsupported, name_of
+from gpu.tools.ptx_parse import DTYPES, Address, Group, Immediate, Instruction, Operand, Unsupported
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -33,7 +33,11 @@ def load(batch: Batch, ins: Instruction) -> None:
         source = ins.sources[0]
         if not isinstance(source, Address):
             raise Unsupported(ins.text)
-        data = batch.parameters[name_of(source.base)][source.offset : source.offset + item * len(targets)]
+        starts = np.unique(np.broadcast_to(batch.read(source.base, "u64"), batch.on.shape)[batch.lanes.index])
+        if starts.size != 1:
+            raise Unsupported(ins.text)
+        start = int(starts[0]) + source.offset
+        data = batch.parameters.memory[start : start + item * len(targets)]
         for target, value in zip(targets, np.ascontiguousarray(data).view(DTYPES[ins.kind]), strict=True):
             batch.write(target, np.array([value]))
         return
