@@ -459,6 +459,7 @@ def test_kernels_are_recompiled_for_every_target_and_the_driver_is_put_back():
             (kernel,) = driver.compiled.values()
         texts[arch] = kernel.asm["ptx" if arch != "gfx942" else "amdgcn"]
         assert len(driver.launches) == (arch != "gfx942")
+        assert kernel.name == "test_ptx.copy_kernel"
         assert kernel.constants["BLOCK"] == 16 and kernel.signature["x_ptr"] == "*fp32D"
     assert "sm_80" in texts[80] and "sm_90" in texts[90] and "gfx942" in texts["gfx942"]
     assert triton.runtime.driver._active is before

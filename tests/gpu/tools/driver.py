@@ -178,7 +178,10 @@ def _compiled(source: Any, metadata: Any) -> Compiled:
     signature = {
         name: kind + "D" * (name in divisible) for name, kind in source.signature.items() if kind != "constexpr"
     }
-    return Compiled(metadata.name, metadata.target, constants, signature, metadata.num_warps, metadata.shared, asm)
+    module = source.fn.module.rpartition(".")[2]
+    return Compiled(
+        f"{module}.{metadata.name}", metadata.target, constants, signature, metadata.num_warps, metadata.shared, asm
+    )
 
 
 class _Poison(TorchDispatchMode):
