@@ -64,6 +64,8 @@ def test_the_source_archive_holds_all_that_the_build_reads(source, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {n.partition("/")[2] for n in opened.getnames()}
-    needed = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")}
+    needed = {
+        str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")
+    }
     needed |= {f"building/{name}" for name in ("__init__.py", "cuda.py", "sbom.py")}
     assert needed | {"kernels/__init__.py", "LICENSE", "pyproject.toml", "rlhf_fast/_op.py"} <= names

@@ -40,8 +40,6 @@ class Sizes:
 CARD = "H100"
 """The card of the aims in milliseconds."""
 FORWARD_MS, BACKWARD_MS, ADVANTAGES_MS, HEAD_MS, HEAD_BYTES = 0.85, 1.7, 0.034, 55.0, 2**30
-HEAD_CHUNK = 2**29
-"""Bytes of the logits that live at a time, of a head within HEAD_BYTES."""
 
 
 def cases(device: torch.device, sizes: Sizes | None = None) -> Iterator[Case]:
@@ -266,11 +264,6 @@ def _small(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     )
 
 
-def large_chunks(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """Ours with chunks that a GPU wants: a product of a hundred rows would read the weight as often as it computes with it."""
-    return rlhf_fast.linear_token_logprobs(hidden, weight, ids, chunk_bytes=HEAD_CHUNK).logprobs
-
-
 def make_head(device: torch.device, rows: int, width: int, vocab: int) -> dict[str, Any]:
     return {
         "hidden": normal(device, rows, width, dtype=torch.bfloat16),
@@ -313,7 +306,7 @@ def _heads(device: torch.device, rows: int, width: int, vocab: int, aims: bool) 
             return products / m.gemm["bfloat16"]
 
         found: dict[str, Call | str] = {
-            OURS: heads.both_of(large_chunks, trained),
+            OURS: heads.both_of(heads.ours, trained),
             "chunked, as without an argument": heads.both_of(heads.ours, trained),
             "materialised": heads.both_of(heads.materialised, trained),
             "torch.compile, materialised": heads.both_of(compiled(heads.materialised), trained),

@@ -72,7 +72,8 @@ def linear_ppo_loss(
         bias: (V,) float or None.
         temperature, softcap: as for token_logprobs.
         chunk_bytes: budget in bytes of the logits and of what else lives for one chunk (at least one row is computed);
-            None = 64 MiB. Besides it, fp32 gradients of what requires grad are kept for the backward: (..., H), (V, H), (V,).
+            None = 64 MiB on a CPU, 512 MiB elsewhere. Besides it, fp32 gradients of what requires grad are kept for the
+            backward: (..., H), (V, H), (V,).
         clip, dual_clip, entropy_coef, ref_logprobs, kl_coef, kl_kind, values, old_values, returns, value_clip, value_coef,
             importance_weights, reduction, normalizer, dialect, cu_seqlens: as for ppo_loss.
 

@@ -66,7 +66,8 @@ def linear_token_logprobs(
         ref_weight: (V, R) head of the reference, a constant; None = `weight` and `bias` themselves.
         ref_bias: (V,) bias of ref_weight, a constant.
         chunk_bytes: budget in bytes of the logits and of what else lives for one chunk (at least one row is computed);
-            None = 64 MiB. A second direction takes a second buffer from it. The product has 2 MiB of its own.
+            None = 64 MiB on a CPU, 512 MiB elsewhere. A second direction takes a second buffer from it. The CPU's product has
+            2 MiB of its own.
         directions: of "logprobs", "entropy", "logsumexp", "kl": whose derivative a forward with a frozen head keeps, in
             (..., H) fp32 each. Without effect on the results.
 
