@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= $(shell nproc)
 
 .PHONY: setup demo test lint format bench wheels wheels-check clean
 
@@ -20,8 +21,15 @@ setup: $(VENV)/.ready
 demo: setup
 	$(BIN)/rlhf-fast demo $(ARGS)
 
+# The GPU kernels are tested on the CPU, on all cores; Triton's interpreter needs a process of its own.
 test: setup
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest --ignore=tests/gpu
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/gpu
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/gpu/interpreter
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: setup
 	$(BIN)/ruff check .
