@@ -97,22 +97,23 @@ def test_what_uses_a_file_is_found(root):
 def test_the_report_scores_and_wants_an_explanation(monkeypatch, tmp_path):
     table = tmp_path / "survivors.json"
     row = {"kind": "other", "file": "a.py", "function": "f", "code": "tl.load(x, m, other=0)", "why": "never used"}
-    table.write_text(json.dumps([row, {"kind": "bar.sync", "kernel": "k.*", "why": "twice"}]))
+    table.write_text(json.dumps([row, {"kind": "bar.sync", "kernel": "k.*", "last": 2, "why": "twice"}]))
     monkeypatch.setattr(mutate, "SURVIVORS", table)
     of = lambda code: Mutant("a.py", "f", "other", 3, code, "")
     report = Report(
         [
             Outcome(of("tl.load(x, m, other=0)"), None),
             Outcome(of("tl.load(y, m, other=0)"), None),
-            Outcome(Barrier("c", "kernel[]", 0, 2), None),
-            Outcome(Barrier("c", "kernel[]", 1, 2), "compiled: race"),
+            Outcome(Barrier("c", "kernel[]", 1, 3), None),
+            Outcome(Barrier("c", "kernel[]", 2, 3), "compiled: race"),
+            Outcome(Barrier("c", "kernel[]", 0, 3), None),
         ],
         left_out=2,
     )
-    assert report.score == 0.25
-    assert [x.mutant.code for x in report.unexplained()] == ["tl.load(y, m, other=0)"]
+    assert report.score == 0.2
+    assert report.unexplained() == [report.outcomes[1], report.outcomes[4]]
     text = str(report)
-    assert "mutation score 25.0%: 1 of 4 noticed, 2 not tried" in text and "bar.sync: 1 of 2" in text
+    assert "mutation score 20.0%: 1 of 5 noticed, 2 not tried" in text and "bar.sync: 1 of 3" in text
     assert "never used" in text and "NOT EXPLAINED" in text
 
 

@@ -91,11 +91,13 @@ class Report:
 
 
 def explanation(mutant: Mutant | Barrier) -> str | None:
-    """Why it makes no difference, from the committed table."""
+    """Why it makes no difference, from the committed table: rows of the source name the code, rows of compiled code the kernel
+    (a regular expression) and among how many of its last barriers."""
     table = json.loads(SURVIVORS.read_text(encoding="utf-8")) if SURVIVORS.exists() else []
     for row in table:
         if isinstance(mutant, Barrier):
-            if row["kind"] == "bar.sync" and re.fullmatch(row["kernel"], mutant.kernel):
+            of_kernel = row["kind"] == "bar.sync" and re.fullmatch(row["kernel"], mutant.kernel)
+            if of_kernel and mutant.of - mutant.number <= row["last"]:
                 return row["why"]
         elif (row["kind"], row.get("file"), row.get("function"), row.get("code")) == (
             mutant.kind,
