@@ -44,5 +44,24 @@ __device__ __forceinline__ void block_sum(double (&x)[kCount]) {
   }
 }
 
+// The same in the first thread alone, in `sums`: lanes in the type of x, warps in double. Once in a kernel.
+template <class T, int kCount>
+__device__ __forceinline__ void block_sum_of_first(T (&x)[kCount], double (&sums)[kCount]) {
+  SIMT_SHARED(double, of_warps, [kCount * kWarps]);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+    for (int bits = kWarp / 2; bits > 0; bits /= 2) x[k] += __shfl_xor_sync(kAllLanes, x[k], bits);
+    if (threadIdx.x % kWarp == 0) of_warps[k * kWarps + threadIdx.x / kWarp] = static_cast<double>(x[k]);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    sums[k] = of_warps[k * kWarps];
+    for (int i = 1; i < kWarps; ++i) sums[k] += of_warps[k * kWarps + i];
+  }
+}
+
 }  // namespace
 }  // namespace rlhf_fast::cuda

@@ -32,7 +32,8 @@ struct Logits {
 template <bool kCap, class T, class Args>
 __device__ __forceinline__ Logits<T, kCap> logits_of(const Args& a, const void* base, int64_t outer_stride,
                                                      int64_t inner_stride, int64_t i) {
-  const T* row = static_cast<const T*>(base) + (i / a.inner) * outer_stride + (i % a.inner) * inner_stride;
+  const T* row = static_cast<const T*>(base) +
+                 (i < a.inner ? i * inner_stride : (i / a.inner) * outer_stride + (i % a.inner) * inner_stride);
   const float cap = static_cast<float>(a.softcap);
   return {row, cap, kCap ? 1 / cap : 0};
 }

@@ -18,7 +18,7 @@ constexpr int kThreads = 256;  // of every block
 
 // The vocabulary is summed in slices, a few of which make a row long enough for several blocks. Their number depends on
 // the vocabulary alone.
-constexpr int64_t kSlice = 32768;                     // at most
+constexpr int64_t kSlice = 65536;                     // at most
 constexpr int kSliceFloats = 3, kRefSliceFloats = 8;  // of what a thread keeps of a slice
 
 // Arrays are summed in at most so many parts, which depend on their size alone, and the parts in their order.

@@ -8,7 +8,7 @@
 #if defined(__CUDACC__)
 #define SIMT_SHARED(T, name, dims) __shared__ T name dims
 #define SIMT_KERNEL(name, threads, blocks, Args) \
-  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args a)
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Args a)
 #else
 #include "simt.hpp"
 #endif

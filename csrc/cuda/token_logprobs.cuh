@@ -2,7 +2,7 @@
 //
 // A block sums a row, or a slice of one. Each thread takes 16 logits at a time relative to a point of reference of its
 // own, the largest of its first 16, which moves only when a sum says that it is far too low: one exp2 and five other
-// instructions a logit. Threads are joined in double. Which logits a thread takes depends on V alone, not on the
+// instructions a logit. Warps are joined in double. Which logits a thread takes depends on V alone, not on the
 // address of the row nor on the number of blocks, so a row has the same bits in any batch.
 #pragma once
 
@@ -107,9 +107,10 @@ struct RowSums {
 // Adds a batch: one exp2 a logit, nothing else to look at. False, having added nothing, where the terms are too large
 // or not numbers (-inf - -inf, 0 * -inf): add_carefully takes those.
 __device__ __forceinline__ bool add_batch(const float (&y)[kBatch], const Exponent& exp, Sums* row) {
-  float sum = 0, weighted = 0;
+  const float first = y[0] - row->base;
+  float sum = exp.of(first), weighted = sum * first;
 #pragma unroll
-  for (int k = 0; k < kBatch; ++k) {
+  for (int k = 1; k < kBatch; ++k) {
     const float u = y[k] - row->base, e = exp.of(u);
     sum += e;
     weighted = fmaf(e, u, weighted);
@@ -156,7 +157,7 @@ __device__ __forceinline__ void add_carefully(const float (&y)[kBatch], const Ex
   for (int k = 0; k < kBatch; ++k) {
     const float u = y[k] - origin, e = exp.of(u);
     sum += e;
-    if (e != 0) row->weighted = fmaf(e, u, row->weighted);
+    row->weighted = e == 0 ? row->weighted : fmaf(e, u, row->weighted);
   }
   row->add(sum);
 }
@@ -180,35 +181,41 @@ __device__ __forceinline__ void add_carefully(const float (&y)[kRefBatch], const
 }
 
 // A slice [begin, begin + n) of a row, and the batches of it that vectors may read: those whose first logit is
-// j in [first, last].
+// j in [first, first + count).
 template <class T, int kShift, int kSize>
 struct Slice {
-  static constexpr int kVectors = kSize / kLanes<T>, kStride = kThreads * kLanes<T>;
-  int64_t begin;
-  int n, first, last;
+  static constexpr int kRun = kSize < 2 * kLanes<T> ? kSize : 2 * kLanes<T>;  // adjacent logits of a thread
+  static constexpr int kStride = kThreads * kRun;
+  const T* row;  // from `begin` on
+  Runs<T, kShift, kRun> runs;
+  int n, first;
+  unsigned count;
 
-  __device__ __forceinline__ Slice(const T* row, int64_t begin, int n, int64_t vocab) : begin(begin), n(n) {
-    const int before = kShift == kAligned ? 0 : phase_of(row + begin);  // read before the logits at hand
+  __device__ __forceinline__ Slice(const T* whole_row, int64_t begin, int n, int64_t vocab)
+      : row(whole_row + begin), runs(row), n(n) {
+    const int before = kShift == kAligned ? 0 : phase_of(row);  // read before the logits at hand
     const int after = kShift == kAligned ? 0 : kLanes<T> - before;
     first = begin < before ? before - static_cast<int>(begin) : 0;
     const int64_t left = vocab - begin - n;  // of the row, past the slice
     const int short_of = left < after ? after - static_cast<int>(left) : 0;
-    last = n - short_of - kLanes<T> - (kVectors - 1) * kStride;
+    const int last = n - short_of - kRun - (kSize / kRun - 1) * kStride;
+    count = last < first ? 0 : static_cast<unsigned>(last - first) + 1;
   }
+  __device__ __forceinline__ bool inside(int j) const { return static_cast<unsigned>(j - first) < count; }
   // Those outside of the slice count as -inf.
   template <bool kCap>
   __device__ __forceinline__ void load(const Logits<T, kCap>& z, int j, bool inside, float (&y)[kSize]) const {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = begin + j + v * kStride;
-      float* to = y + v * kLanes<T>;
+    for (int r = 0; r < kSize / kRun; ++r) {
+      const int at = j + r * kStride;
+      float* to = y + r * kRun;
       if (inside) {
-        load_vector<kShift>(z.row + at, to);
+        runs.load(at, to);
 #pragma unroll
-        for (int k = 0; k < kLanes<T>; ++k) to[k] = z.capped(to[k]);
+        for (int k = 0; k < kRun; ++k) to[k] = z.capped(to[k]);
       } else {
 #pragma unroll
-        for (int k = 0; k < kLanes<T>; ++k) to[k] = j + v * kStride + k < n ? z.one(at + k) : -INFINITY;
+        for (int k = 0; k < kRun; ++k) to[k] = at + k < n ? z.capped(widen(row[at + k])) : -INFINITY;
       }
     }
   }
@@ -219,9 +226,10 @@ __device__ __forceinline__ void add_slice(const Logits<T, kCap>& z, int64_t begi
                                           const Exponent& exp, RowSums<false>* row) {
   const Slice<T, kShift, kBatch> slice(z.row, begin, n, vocab);
   Sums sums;
-  for (int j = static_cast<int>(threadIdx.x) * kLanes<T>; j < n; j += kThreads * kBatch) {
+  for (int j = static_cast<int>(threadIdx.x) * slice.kRun; j < n; j += kThreads * kBatch) {
     float y[kBatch];
-    slice.load(z, j, j >= slice.first && j <= slice.last, y);
+    slice.load(z, j, slice.inside(j), y);
+    if (sums.base == -INFINITY) sums.base = largest_of(y);
     if (!add_batch(y, exp, &sums)) add_carefully(y, exp, &sums);
   }
   row->policy = sums;
@@ -231,14 +239,12 @@ template <int kShift, class T, bool kCap>
 __device__ __forceinline__ void add_slice(const Logits<T, kCap>& z, const Logits<T, kCap>& zr, int64_t begin, int n,
                                           int64_t vocab, const Exponent& exp, RowSums<true>* row) {
   const Slice<T, kShift, kRefBatch> slice(z.row, begin, n, vocab), ref(zr.row, begin, n, vocab);
-  const int first = slice.first > ref.first ? slice.first : ref.first;
-  const int last = slice.last < ref.last ? slice.last : ref.last;
-  for (int j = static_cast<int>(threadIdx.x) * kLanes<T>; j < n; j += kThreads * kRefBatch) {
+  for (int j = static_cast<int>(threadIdx.x) * slice.kRun; j < n; j += kThreads * kRefBatch) {
     float y[kRefBatch], yr[kRefBatch];
-    const bool inside = j >= first && j <= last;
+    const bool inside = slice.inside(j) && ref.inside(j);
     slice.load(z, j, inside, y);
     ref.load(zr, j, inside, yr);
-    if (!add_batch(y, yr, exp, row)) add_carefully(y, yr, exp, row);
+    if (row->policy.base == -INFINITY || !add_batch(y, yr, exp, row)) add_carefully(y, yr, exp, row);
   }
 }
 
@@ -289,13 +295,17 @@ __device__ __forceinline__ void finish_row(const TokenLogprobsArgs& a, int64_t i
                                            RowSums<kRef> row, double scale, const Exponent& exp) {
   const float max = block_max(row.policy.base), ref_max = kRef ? block_max(row.reference.base) : 0;
   row.raise(max, ref_max, exp);
-  double x[kRef ? 4 : 2] = {static_cast<double>(row.policy.sum), static_cast<double>(row.policy.weighted)};
+  double x[kRef ? 4 : 2];
   if constexpr (kRef) {
-    x[0] += static_cast<double>(row.policy.lost);
-    x[2] = static_cast<double>(row.reference.sum) + static_cast<double>(row.reference.lost);
-    x[3] = static_cast<double>(row.gap);
+    double mine[] = {static_cast<double>(row.policy.sum) + static_cast<double>(row.policy.lost),
+                     static_cast<double>(row.policy.weighted),
+                     static_cast<double>(row.reference.sum) + static_cast<double>(row.reference.lost),
+                     static_cast<double>(row.gap)};
+    block_sum_of_first(mine, x);
+  } else {
+    float mine[] = {row.policy.sum, row.policy.weighted};
+    block_sum_of_first(mine, x);
   }
-  block_sum(x);
   if (threadIdx.x != 0) return;
   SoftmaxSums<double> p, q;
   p.max = static_cast<double>(max);
@@ -318,8 +328,12 @@ __device__ __forceinline__ void finish_row(const TokenLogprobsArgs& a, int64_t i
 
 template <class T, bool kCap, bool kRef>
 __device__ __forceinline__ void token_logprobs_row(const TokenLogprobsTask& a) {
-  const int64_t parts = a.stage == kPart ? a.slices : 1, i = blockIdx.x / parts;
-  const int64_t from = blockIdx.x % parts, to = a.stage == kPart ? from + 1 : a.slices;
+  int64_t i = blockIdx.x, from = 0, to = a.slices;
+  if (a.stage == kPart) {
+    from = i % a.slices;
+    to = from + 1;
+    i /= a.slices;
+  }
   const bool real = !a.mask || a.mask[i];
   const double scale = real ? scale_of(a, i) : 0;
   if (!real || isnan(scale)) {
@@ -341,7 +355,7 @@ __device__ __forceinline__ void token_logprobs_row(const TokenLogprobsTask& a) {
     else
       part = sum_slice<T, kCap, kRef>(z, zr, begin, n, a.vocab, exp);
     if (a.stage == kPart) return part.save(kept);
-    row.join(part, exp);
+    s == from ? static_cast<void>(row = part) : row.join(part, exp);
   }
   finish_row<T, kCap, kRef>(a, i, z, row, scale, exp);
 }

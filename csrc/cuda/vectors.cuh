@@ -24,65 +24,92 @@ __device__ __forceinline__ int phase_of(const T* p) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) & 15) / static_cast<int>(sizeof(T));
 }
 
+// The numbers in four words.
 template <class T>
-__device__ __forceinline__ void unpack(const unsigned (&words)[4], float* y) {
+__device__ __forceinline__ void unpack(const unsigned* words, float* y) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if constexpr (sizeof(T) == 4) {
       y[k] = float_of(words[k]);
+    } else if constexpr (kIsBFloat16<T>) {
+#if defined(__CUDA_ARCH__)  // without a move between registers of two kinds
+      asm("shl.b32 %0, %1, 16;" : "=f"(y[2 * k]) : "r"(words[k]));
+      asm("and.b32 %0, %1, 0xffff0000;" : "=f"(y[2 * k + 1]) : "r"(words[k]));
+#else
+      y[2 * k] = float_of(words[k] << 16);
+      y[2 * k + 1] = float_of(words[k] & 0xffff0000u);
+#endif
     } else {
       y[2 * k] = widen(T{static_cast<uint16_t>(words[k])});
       y[2 * k + 1] = widen(T{static_cast<uint16_t>(words[k] >> 16)});
     }
   }
 }
-template <>
-__device__ __forceinline__ void unpack<BFloat16>(const unsigned (&words)[4], float* y) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    y[2 * k] = float_of(words[k] << 16);
-    y[2 * k + 1] = float_of(words[k] & 0xffff0000u);
-  }
+
+// from[i], of memory that the kernel does not write; the offset is part of the instruction.
+template <int i>
+__device__ __forceinline__ uint4 load_vector(const uint4* from) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(from), "n"(16 * i));
+  return v;
+#else
+  return from[i];
+#endif
 }
 
-// The kLanes<T> elements from p on. Rows that do not begin at a multiple of 16 bytes, as those of an odd vocabulary,
-// are read by the two vectors that hold the elements, which are then shifted into place: so the elements that a thread
-// adds up do not depend on where the row begins, and the second vector is the neighbour's first. What the two hold
-// beyond the elements is the caller's to allow.
-template <int kShift, class T>
-__device__ __forceinline__ void load_vector(const T* p, float* y) {
-  unsigned out[4];
-  if constexpr (kShift == kAligned) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
-    out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
-  } else {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-    const uint4* from = reinterpret_cast<const uint4*>(address & ~static_cast<uintptr_t>(15));
-    const uint4 a = __ldg(from), b = __ldg(from + 1);
-    unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    const unsigned bits = static_cast<unsigned>(address & 2) * 8;  // half a word
-    int shift = kShift;
-    if constexpr (kShift == kAnyShift) {
-      if (address & 8) {
-#pragma unroll
-        for (int k = 0; k < 6; ++k) w[k] = w[k + 2];
-      }
-      if (address & 4) {
-#pragma unroll
-        for (int k = 0; k < 5; ++k) w[k] = w[k + 1];
-      }
-      shift = 0;
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if constexpr (sizeof(T) == 4)
-        out[k] = w[k + shift];
-      else
-        out[k] = __funnelshift_r(w[k + shift], w[k + shift + 1], bits);
-    }
-  }
-  unpack<T>(out, y);
+template <int i, int kVectors>
+__device__ __forceinline__ void load_words(const uint4* from, unsigned* w) {
+  const uint4 v = load_vector<i>(from);
+  w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+  if constexpr (i + 1 < kVectors) load_words<i + 1, kVectors>(from, w);
 }
+
+// Runs of kCount elements of a row, whole vectors of them. Rows that do not begin at a multiple of 16 bytes, as those
+// of an odd vocabulary, are read by the vectors that hold the elements, one more, and then shifted into place: so the
+// elements that a thread adds up do not depend on where the row begins. What the vectors hold beyond the elements is
+// the caller's to allow.
+template <class T, int kShift, int kCount>
+struct Runs {
+  const char* vectors;  // where the vector with the first element begins
+  unsigned bits;        // half a word or nothing, of the distance in between
+  int words;            // the rest of it, for kAnyShift
+
+  __device__ __forceinline__ explicit Runs(const T* first) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(first), distance = address & 15;
+    vectors = reinterpret_cast<const char*>(address - distance);
+    bits = static_cast<unsigned>(distance & 2) * 8;
+    words = static_cast<int>(distance / 4);
+  }
+  // That which begins at element i, a multiple of kLanes<T>.
+  __device__ __forceinline__ void load(int i, float* y) const {
+    constexpr int kWords = 4 * kCount / kLanes<T>;
+    const uint4* from = reinterpret_cast<const uint4*>(vectors + static_cast<int64_t>(i) * static_cast<int>(sizeof(T)));
+    unsigned w[kWords + 4];
+    load_words<0, kWords / 4 + (kShift == kAligned ? 0 : 1)>(from, w);
+    if constexpr (kShift == kAnyShift) {
+      if (words & 2) {
+#pragma unroll
+        for (int k = 0; k < kWords + 2; ++k) w[k] = w[k + 2];
+      }
+      if (words & 1) {
+#pragma unroll
+        for (int k = 0; k < kWords + 1; ++k) w[k] = w[k + 1];
+      }
+    } else if constexpr (kShift != kAligned) {
+#pragma unroll
+      for (int k = 0; k < kWords + 4 - kShift; ++k) w[k] = w[k + kShift];
+    }
+    if constexpr (kShift != kAligned && sizeof(T) == 2) {
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) w[k] = __funnelshift_r(w[k], w[k + 1], bits);
+    }
+#pragma unroll
+    for (int k = 0; k < kWords; k += 4) unpack<T>(w + k, y + k / 4 * kLanes<T>);
+  }
+};
 
 // Two numbers in storage format, the first in the lower half; and one of them.
 template <class T>

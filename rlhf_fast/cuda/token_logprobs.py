@@ -11,7 +11,7 @@ from rlhf_fast._native import DTYPES, contiguous
 from rlhf_fast.cuda.common import run
 from rlhf_fast.ops.token_logprobs import _ids, _layout, state_shape
 
-SLICE, THREADS, SLICE_FLOATS, REF_SLICE_FLOATS = 32768, 256, 3, 8
+SLICE, THREADS, SLICE_FLOATS, REF_SLICE_FLOATS = 65536, 256, 3, 8
 """The constants of csrc/cuda/ops.h."""
 
 FEW_ROWS = 512

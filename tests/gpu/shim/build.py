@@ -78,6 +78,13 @@ class Shim:
         """Seed of the order of warps and blocks, and what the launchers believe of the device; launches so far."""
         return self._library.rlhf_fast_shim(seed, multiprocessors)
 
+    def hook(self, launch: Callable[[bytes, int, int, int], int] | None) -> None:
+        """Launches go to launch(name, blocks, threads, address of the argument struct), or to the shim again."""
+        self._hook = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_void_p)(
+            launch or 0
+        )
+        self._library.rlhf_fast_hook(self._hook)
+
 
 @functools.cache
 def shim() -> Shim:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
-from gpu.shim.build import Shim, shim
+from gpu.shim.build import shim
 
 import rlhf_fast
 from rlhf_fast._op import OPS, Backend, no_doubles
@@ -43,12 +44,13 @@ def _poisoned(function):
 
 
 @contextmanager
-def cuda_cells(seed: int = 1, multiprocessors: int = 4) -> Iterator[Shim]:
+def cuda_cells(seed: int = 1, multiprocessors: int = 4, library: Any = None) -> Iterator[Any]:
     """Inside, the CUDA cells come first for CPU tensors; fp64 goes on to the next, and use_backend works as ever.
 
-    seed: of the order of warps and blocks. multiprocessors: of the device that the launchers see.
+    seed: of the order of warps and blocks. multiprocessors: of the device that the launchers see. library: what runs the kernels;
+    None: the shim.
     """
-    library = shim()
+    library = library or shim()
     library.configure(seed, multiprocessors)
     common = importlib.import_module("rlhf_fast.cuda.common")
     ops = [op for name, op in OPS.items() if name.removesuffix("_backward") in FILES]

@@ -74,7 +74,7 @@ struct Rows {
 template <class T>
 void token_logprobs_case(int dtype, int64_t vocab, bool ref, double softcap, bool split, int offset) {
   const int64_t rows = 3, width = ref ? 6 : 3, slices = (vocab + kSlice - 1) / kSlice;
-  Rows<T> logits(rows, vocab, offset), ref_logits(rows, vocab, ref ? offset + 1 : 0), grad(rows, vocab, offset);
+  Rows<T> logits(rows, vocab, offset), ref_logits(rows, vocab, ref ? offset + 1 : 0), grad(rows, vocab, offset % 3);
   std::vector<int64_t> ids = {0, vocab - 1, vocab / 2};
   std::vector<uint8_t> mask = {1, 1, 1};
   std::vector<float> out[4], state(rows * width), upstream[4];
@@ -139,8 +139,8 @@ void token_logprobs_case(int dtype, int64_t vocab, bool ref, double softcap, boo
 
 // The variants of some_variants.cu.
 void token_logprobs_cases() {
-  for (const int64_t vocab : {1, 7, 1000, 9001})
-    for (int offset = 0; offset < 8; offset += vocab == 1000 ? 1 : 3) {
+  for (const int64_t vocab : {1, 7, 1000, 4096, 9001})
+    for (int offset = 0; offset < 8; offset += vocab == 1000 || vocab == 4096 ? 1 : 3) {
       token_logprobs_case<BFloat16>(kBFloat16, vocab, false, 0, false, offset);
 #if !defined(ONE_VARIANT)
       token_logprobs_case<Float16>(kFloat16, vocab, true, 0, false, offset);
