@@ -53,7 +53,7 @@ bench: setup $(VENV)/.peers
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/memory.py
 
-# The source archive, dist/cpu and dist/cuda; the CUDA compilers come into .cache (400 MB).
+# The source archive, dist/cpu and dist/cuda; the CUDA compilers come into .cache (500 MB).
 wheels: setup
 	$(BIN)/python -m building.wheels $(ARGS)
 
