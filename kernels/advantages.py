@@ -49,7 +49,7 @@ def _forward(
         if bootstrap is not None:
             state = gamma * tl.load(bootstrap + row)
         if not TOKEN_SCORES:
-            score = clamp_of(tl.load(scores + row, slot >= 0, other=0.0), -score_clip, score_clip)
+            score = clamp_of(tl.load(scores + row), -score_clip, score_clip)
         live = tl.cdiv(slot + 1, BLOCK)
         for i in range(live, tl.cdiv(size, BLOCK)):
             first = begin + i * BLOCK
@@ -80,7 +80,7 @@ def _forward(
             else:
                 reward += tl.where(lane == here, score, 0.0)
             step = (lane < left(slot + 1, start, BLOCK)) if DECAY else counts
-            advantage, future, state = gae_block(reward, value, counts, step, state, gamma, c)
+            advantage, future, state = gae_block(reward, value, step, state, gamma, c)
             raw = tl.where(real, advantage, 0.0)
             tl.store(advantages + first + lane, raw, inside)
             if returns is not None:
@@ -129,13 +129,13 @@ def _adjoint(
         if logprobs is not None:
             logp = tl.load(logprobs + first + lane, real, other=0.0)
             ref = tl.load(ref_logprobs + first + lane, real, other=0.0)
-            upstream = tl.load(grad_kl + first + lane, real, other=0.0) - kl_coef * shaped
+            upstream = tl.load(grad_kl + first + lane, real, other=0.0) - kl_coef * tl.where(real, shaped, 0.0)
             _, slope = kl_token(logp, ref, clamp_in, clamp_out, KIND, THROUGH)
-            into_logp = tl.where(real, upstream * slope, 0.0)
+            into_logp = upstream * slope
             tl.store(into_logprobs + first + lane, into_logp, inside)
             tl.store(into_ref + first + lane, -into_logp, inside)
     if not TOKEN_SCORES:
-        moves = (slot >= 0) & (tl.abs(tl.load(scores + row, slot >= 0, other=0.0)) <= score_clip)
+        moves = (slot >= 0) & (tl.abs(tl.load(scores + row)) <= score_clip)
         tl.store(into_scores + row, tl.where(moves, placed, 0.0))
     tl.store(into_bootstrap + row, gamma * final)
 

@@ -19,15 +19,15 @@ from torch import Tensor
 
 
 @triton.jit
-def gae_block(reward, value, counts, step, state, gamma, c):
+def gae_block(reward, value, step, state, gamma, c):
     """(advantages, returns, state before the block) of a block of slots, walked from its end; `state` is W of the slot after it.
 
-    counts: slots with a token; step: slots that discount, with zero reward and value where no token counts. A value that is not
-    finite leaves NaN in its return and in every advantage before it, as the recursion does.
+    Reward and value are 0 where no token counts; step: slots that discount. A value that is not finite leaves NaN in its return and
+    in every advantage before it, as the recursion does.
     """
     spoilt = value - value
     own = c * reward + (gamma - c) * value + spoilt
-    after, state = scan(tl.where(step, c, 1.0), tl.where(counts, own, 0.0), state, True)
+    after, state = scan(tl.where(step, c, 1.0), own, state, True)
     return reward + after - value, reward + after + spoilt, state
 
 
@@ -62,7 +62,7 @@ def _forward(
         reward = tl.load(rewards + start + lane, real, other=0.0)
         value = tl.load(values + start + lane, real, other=0.0)
         step = (lane < left(last + 1, start, BLOCK)) if DECAY else real
-        advantage, future, state = gae_block(reward, value, real, step, state, gamma, c)
+        advantage, future, state = gae_block(reward, value, step, state, gamma, c)
         tl.store(advantages + start + lane, tl.where(real, advantage, 0.0), inside)
         tl.store(returns + start + lane, tl.where(real, future, 0.0), inside)
 
@@ -71,11 +71,12 @@ def _forward(
 def adjoint_block(grad_advantage, grad_return, counts, state, gamma, c, DECAY: tl.constexpr):
     """(d reward, d value, state after the block) of a block of slots, walked from its beginning.
 
-    The state is the adjoint of the advantage of the token before: s_t = gA_t + gR_t + c s_{t-1} is the adjoint of delta_t.
+    Both gradients are 0 where no token counts. The state is the adjoint of the advantage of the token before:
+    s_t = gA_t + gR_t + c s_{t-1} is the adjoint of delta_t.
     """
     own = grad_advantage + grad_return
     kept = c if DECAY else 1.0
-    before, state = scan(tl.where(counts, c, kept), tl.where(counts, own, 0.0), state, False)
+    before, state = scan(tl.where(counts, c, kept), own, state, False)
     into_reward = own + c * before
     return into_reward, grad_return - into_reward + gamma * before, state
 

@@ -21,7 +21,8 @@ def whiten(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) over all real entries together (Huang et al. 2024, arXiv 2403.17031, section 3).
 
-    The moments are sums in fp64 in an order that depends on the size alone: the same bits for any number of threads.
+    The moments are sums in an order that depends on the size alone, so the bits are the same run after run and for any number of
+    threads; around a mean of the numbers themselves (in fp64 on the CPU), so that a mean far from zero costs no digits.
 
     Args:
         x: (...).
