@@ -55,7 +55,7 @@ __device__ __forceinline__ void count_rows(const Args& a, int64_t begin, int64_t
     int count = 0;
     for (int64_t at = row.begin; at < row.end; at += kWarp) {
       const unsigned votes = __ballot_sync(kAllLanes, at + lane < row.end && a.mask[at + lane]);
-      if (votes && first < 0) first = at + __ffs(static_cast<int>(votes)) - 1;
+      if (votes && first < 0) first = at + 31 - __clz(static_cast<int>(votes & -votes));
       count += __popc(votes);
     }
     if (lane == 0 && lengths) lengths[i] = count;

@@ -1,0 +1,109 @@
+"""What nvcc makes of the kernels, executed: the real launchers hand their launches to the PTX machine."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpu.shim.build import CSRC, KERNELS, Shim, shim
+from gpu.tools.ptx import PTX
+from gpu.tools.ptx_memory import Result
+from torch import Tensor
+
+
+def nvcc() -> str | None:
+    """The compiler of CUDA_HOME, of the path or of the usual place, or None."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+
+
+@functools.cache
+def text_of(file: str, arch: int) -> str:
+    """PTX of csrc/cuda/<file>.cu."""
+    compiler = nvcc()
+    assert compiler is not None
+    command = [compiler, "-std=c++17", "-O3", f"-arch=compute_{arch}", f"-I{CSRC}", "-ptx", "-o", "-"]
+    done = subprocess.run([*command, str(CSRC / "cuda" / f"{file}.cu")], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stdout
+
+
+def direct(text: str) -> str:
+    """`text` of one kernel whose parameters are read by their names alone: nvcc keeps an address in a register at times, which
+    is a constant like any other."""
+    offsets: dict[str, tuple[str, int]] = {}
+    lines = []
+    for line in text.splitlines():
+        if found := re.match(r"\s*mov\.b64\s+(%rd\d+), (\w+_param_\d+);", line):
+            offsets[found[1]] = (found[2], 0)
+        elif (found := re.match(r"\s*add\.s64\s+(%rd\d+), (%rd\d+), (-?\d+);", line)) and found[2] in offsets:
+            name, offset = offsets[found[2]]
+            offsets[found[1]] = (name, offset + int(found[3]))
+        elif (found := re.search(r"ld\.param\S*\s+\S+ \[(%rd\d+)\+?(-?\d+)?\]", line)) and found[1] in offsets:
+            name, offset = offsets[found[1]]
+            lines.append(re.sub(r"\[.*\]", f"[{name}+{offset + int(found[2] or 0)}]", line))
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+@functools.cache
+def program(name: str, arch: int) -> PTX:
+    """The kernel `name`, of the file with the longest name that it begins with."""
+    files = [path.stem for path in KERNELS if name.startswith(path.stem)]
+    header, *entries = re.split(r"(?=^\.visible \.entry )", text_of(max(files, key=len), arch), flags=re.M)
+    (entry,) = (text for text in entries if re.match(rf"\.visible \.entry {name}\(", text))
+    return PTX(header + direct(entry), name)
+
+
+class Machine:
+    """Stands in for the shim: kernels are compiled for `arch` and executed. results: one per launch."""
+
+    def __init__(self, arch: int, library: Shim) -> None:
+        self.arch, self.library = arch, library
+        self.results: list[Result] = []
+        self.configure = library.configure
+        self._regions: dict[str, Tensor] = {}
+        self._error: BaseException | None = None
+
+    def kernel(self, name: str) -> Callable[..., None]:
+        def call(*fields: Any) -> None:
+            self._regions = {f"{name}[{i}]": x for i, x in enumerate(fields) if isinstance(x, Tensor) and x.numel()}
+            try:
+                self.library.kernel(name)(*fields)
+            except RuntimeError:
+                raise self._error or RuntimeError(name) from None
+
+        return call
+
+    def launch(self, name: bytes, blocks: int, threads: int, address: int) -> int:
+        try:
+            kernel = program(name.decode(), self.arch)
+            ((_, size),) = kernel.kernel.parameters.values()
+            argument = ctypes.string_at(address, size)
+            self.results.append(kernel.launch((blocks,), (threads,), [argument], regions=self._regions))
+            return 0
+        except BaseException as error:  # cannot pass through the launcher
+            self._error = error
+            return 1
+
+
+@contextmanager
+def machine(arch: int) -> Iterator[Machine]:
+    """Inside, the library's launches are executed as compiled code."""
+    library = shim()
+    found = Machine(arch, library)
+    library.hook(found.launch)
+    try:
+        yield found
+    finally:
+        library.hook(None)

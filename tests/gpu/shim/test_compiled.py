@@ -1,0 +1,97 @@
+"""What nvcc makes of the kernels: no spills on any architecture, and the compiled code executed against the reference."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+from gpu.shim.build import CSRC, KERNELS, compiler
+from gpu.shim.cells import cuda_cells
+from gpu.shim.ptx import machine, nvcc
+from parity import assert_parity
+from token_parity import NAMES, three
+
+import rlhf_fast
+from rlhf_fast.reference import advantages, gae, group_advantages, kl_estimate, ppo_loss, reward_loss, whiten
+from rlhf_fast.reference import token_logprobs as reference
+
+pytestmark = pytest.mark.skipif(
+    nvcc() is None or compiler() is None, reason="needs nvcc (CUDA_HOME) and g++ to compile the CUDA kernels"
+)
+
+EVERY = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121]
+ARCHES = EVERY if os.environ.get("RLHF_FAST_EVERY_ARCH") else [75, 90, 121]
+"""The oldest, the aim and the newest; the others take minutes."""
+
+INSTRUCTIONS = 9.8
+"""Of PTX per logit at V = 50257 and bf16, moves between registers included."""
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("file", [path.stem for path in KERNELS])
+def test_nothing_spills(tmp_path, file, arch):
+    command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{CSRC}", "-cubin", "-o", str(tmp_path / "k.cubin")]
+    command += ["-Xptxas", "-v,-warn-spills,-warn-lmem-usage", str(CSRC / "cuda" / f"{file}.cu")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "Unsupported gpu architecture" in done.stderr:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    assert done.returncode == 0, done.stderr
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert used and all(numbers == ("0", "0", "0") for numbers in used), done.stderr
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("ref", [False, True], ids=["", "ref"])
+def test_compiled_token_logprobs(arch, ref):
+    kwargs = reference.sample((3,), 1013, dtype=torch.bfloat16, ref=ref)
+    kwargs["mask"], kwargs["token_ids"] = torch.tensor([True, False, True]), torch.tensor([0, -100, 1012])
+    with machine(arch) as m, cuda_cells(library=m):
+        got, truth, plain = three(kwargs, temperature=0.8)
+    for g, t, p, name in zip(got, truth, plain, (*(NAMES if ref else NAMES[:3]), "gradient"), strict=True):
+        assert_parity(g, t, p, name)
+    assert [r.findings for r in m.results] == [[], []]
+
+
+def test_bytes_and_instructions_of_a_large_odd_vocabulary():
+    V = 50257
+    kwargs = reference.sample((4,), V, dtype=torch.bfloat16, ref=False)
+    kwargs["mask"] = None
+    kwargs["token_ids"] = torch.tensor([0, 1, 2, V - 1])
+    with machine(90) as m, cuda_cells(library=m, multiprocessors=1):
+        got, truth, plain = three(kwargs)
+    for g, t, p in zip(got, truth, plain, strict=True):
+        assert_parity(g, t, p)
+    forward, backward = m.results
+    assert not forward.findings and not backward.findings
+    least = 4 * V * 2
+    assert forward.dram_read <= 1.02 * least
+    assert backward.dram_read <= 1.02 * least and backward.dram_written <= 1.02 * least
+    assert forward.warp_instructions * 32 / (4 * V) <= INSTRUCTIONS
+    assert forward.load_width[128] > 50 * forward.load_width[16]
+
+
+def test_compiled_token_ops():
+    """Each of them once, with a tile or a part more than one."""
+    masked = gae.sample((2, 1030))
+    calls = {
+        "kl_estimate": lambda: rlhf_fast.kl_estimate(**kl_estimate.sample((1030,)), kind="k3"),
+        "gae": lambda: rlhf_fast.gae(**masked, gap="decay"),
+        "whiten": lambda: rlhf_fast.whiten(**whiten.sample((1030,))),
+        "advantages": lambda: rlhf_fast.advantages(**advantages.sample((3, 70)), kl_coef=0.1, dialect="trl"),
+        "ppo_loss": lambda: (
+            rlhf_fast.ppo_loss(**ppo_loss.sample((3, 400)), kl_coef=0.1, reduction="seq-mean-token-mean").loss
+        ),
+        "reward_loss": lambda: rlhf_fast.reward_loss(**reward_loss.sample(1030), center_coef=0.1).loss,
+        "group_advantages": lambda: rlhf_fast.group_advantages(**group_advantages.sample(24), kind="reinforce++"),
+    }
+    for name, call in calls.items():
+        with machine(90) as m, cuda_cells(library=m):
+            got = call()
+        with cuda_cells():
+            expected = call()
+        assert m.results and not any(r.findings for r in m.results), (name, [r.findings for r in m.results])
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
