@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -37,32 +36,11 @@ def text_of(file: str, arch: int) -> str:
     return done.stdout
 
 
-def direct(text: str) -> str:
-    """`text` of one kernel whose parameters are read by their names alone: nvcc keeps an address in a register at times, which
-    is a constant like any other."""
-    offsets: dict[str, tuple[str, int]] = {}
-    lines = []
-    for line in text.splitlines():
-        if found := re.match(r"\s*mov\.b64\s+(%rd\d+), (\w+_param_\d+);", line):
-            offsets[found[1]] = (found[2], 0)
-        elif (found := re.match(r"\s*add\.s64\s+(%rd\d+), (%rd\d+), (-?\d+);", line)) and found[2] in offsets:
-            name, offset = offsets[found[2]]
-            offsets[found[1]] = (name, offset + int(found[3]))
-        elif (found := re.search(r"ld\.param\S*\s+\S+ \[(%rd\d+)\+?(-?\d+)?\]", line)) and found[1] in offsets:
-            name, offset = offsets[found[1]]
-            lines.append(re.sub(r"\[.*\]", f"[{name}+{offset + int(found[2] or 0)}]", line))
-        else:
-            lines.append(line)
-    return "\n".join(lines)
-
-
 @functools.cache
 def program(name: str, arch: int) -> PTX:
     """The kernel `name`, of the file with the longest name that it begins with."""
     files = [path.stem for path in KERNELS if name.startswith(path.stem)]
-    header, *entries = re.split(r"(?=^\.visible \.entry )", text_of(max(files, key=len), arch), flags=re.M)
-    (entry,) = (text for text in entries if re.match(rf"\.visible \.entry {name}\(", text))
-    return PTX(header + direct(entry), name)
+    return PTX(text_of(max(files, key=len), arch), name)
 
 
 class Machine:
