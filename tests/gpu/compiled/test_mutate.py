@@ -110,7 +110,7 @@ def test_the_report_scores_and_wants_an_explanation(monkeypatch, tmp_path):
         ],
         left_out=2,
     )
-    assert report.score == 0.2
+    assert report.score == pytest.approx(0.2)
     assert report.unexplained() == [report.outcomes[1], report.outcomes[4]]
     text = str(report)
     assert "mutation score 20.0%: 1 of 5 noticed, 2 not tried" in text and "bar.sync: 1 of 3" in text
