@@ -253,6 +253,7 @@ def _per_token() -> Iterator[Case]:
 
     for shift in (True, False):
         yield Case("whiten", f"shift-{shift}", lambda: whiten.sample((6, 37)), ("x",), {"shift_mean": shift})
+    yield Case("whiten", "three-parts", lambda: whiten.sample((2500,)), ("x",))
     yield Case("whiten", "large", _without(lambda: whiten.sample((9000,)), "mask"), ("x",), {"unbiased": False})
 
     leaves = ("logprobs", "entropy", "values")

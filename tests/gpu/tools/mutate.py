@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "kernels"
 SURVIVORS = Path(__file__).parents[1] / "compiled" / "survivors.json"
 LAYERS = ("interpreter", "compiled")
+HEADS = ["linear_token_logprobs", "linear_ppo_loss"]
+"""Ops that have no file in kernels/, and run the kernels of token_logprobs on buffers that the gradient overwrites."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def run(
     deadline = float("inf") if seconds is None else time.monotonic() + seconds
     everything = list(mutants(KERNELS) if chosen is None else chosen)
     source = _shuffled([m for m in everything if isinstance(m, Mutant)], seed)
-    ops = sorted({op for m in source for op in dependents(KERNELS, m.file)})
+    ops = sorted({op for m in source for op in _ops_of(m)})
     passed: SimpleQueue[Mutant | None] = SimpleQueue()
 
     def record(mutant: Mutant | Barrier, noticed: str | None) -> None:
@@ -216,6 +218,11 @@ def run(
     return report
 
 
+def _ops_of(mutant: Mutant) -> list[str]:
+    ops = dependents(KERNELS, mutant.file)
+    return ops + HEADS if "token_logprobs" in ops else ops
+
+
 def _shuffled(items: list[Any], seed: int) -> list[Any]:
     return random.Random(seed).sample(items, len(items))
 
@@ -231,7 +238,7 @@ def _noticed(layer: Layer, mutant: Mutant | Barrier) -> str | None:
     if isinstance(mutant, Barrier):
         answer = layer.ask(cases=[mutant.case], barrier=[mutant.kernel, mutant.number])
     else:
-        answer = layer.ask(ops=dependents(KERNELS, mutant.file), file=mutant.file, source=mutant.source)
+        answer = layer.ask(ops=_ops_of(mutant), file=mutant.file, source=mutant.source)
     return None if answer is None else f"{layer.name}: {answer}"
 
 

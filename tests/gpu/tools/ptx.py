@@ -162,10 +162,7 @@ class Batch:
         self.block = numbers[self.slot]
         self.lane = self.thread % WARP
         self._special = _special_registers(self.thread, self.block, grid, block)
-        self._registers = {
-            name: np.zeros(count, np.bool_ if kind == "pred" else BITS[DTYPES[kind].itemsize])
-            for name, kind in kernel.registers.items()
-        }
+        self._registers = {name: _undefined(count, kind) for name, kind in kernel.registers.items()}
         self.shared = SharedMemory(numbers.size, kernel.static_shared + shared, result)
         shared_symbols = {
             name: Immediate(str(kernel.static_shared if offset is None else offset))
@@ -296,6 +293,15 @@ class Batch:
         return Access(
             ins.text, index, base + operand.offset, size, self.block[index], self.slot[index], self.thread[index]
         )
+
+
+def _undefined(count: int, kind: str) -> NDArray:
+    """A register that nothing was written to: NaN in every float format."""
+    if kind == "pred":
+        return np.zeros(count, np.bool_)
+    dtype = BITS[DTYPES[kind].itemsize]
+    pattern = {1: 0x5A, 2: 0x7FC1, 4: 0x7FC17FC1, 8: 0x7FFA5A5A7FC17FC1}[dtype.itemsize]
+    return np.full(count, pattern, dtype)
 
 
 def _special_registers(
