@@ -397,7 +397,7 @@ def token_logprobs_backward_kernel(
     ref_top, log_ratio, q_mean = 0.0, 0.0, 0.0
     if KL:
         ref_top = tl.load(state + row * STATE + 3, mask=real, other=0.0)
-        log_ratio = log_of(tl.div_rn(p_sum, tl.load(state + row * STATE + 4, mask=real, other=1.0)))
+        log_ratio = log_of(p_sum / tl.load(state + row * STATE + 4, mask=real, other=1.0))
         q_mean = tl.load(state + row * STATE + 5, mask=real, other=0.0)
     constant, by_z, by_gap = gradient_terms(
         g_logprob, g_entropy, g_logsumexp, g_kl, p_sum, log_p_sum, p_mean, log_ratio, q_mean, scale
@@ -425,7 +425,7 @@ def token_logprobs_backward_kernel(
     scale2 = tl.minimum(scale * LOG2_E, LARGEST)
     tl.debug_barrier()  # every thread has its logit of the target before the gradient may overwrite it
     place, offset, rest = point_of(top, scale2)
-    norm = tl.div_rn(1.0, tl.exp2(rest))  # e of u over e of d, as in the sum
+    norm = 1.0 / tl.exp2(rest)  # e of u over e of d, as in the sum
     slope = by_z * LN_2
     shifted = (constant - slope * rest) * norm
     if KL and g_kl != 0.0:

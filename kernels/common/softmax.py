@@ -31,7 +31,7 @@ def log_of(x):
     bits = x.to(tl.int32, bitcast=True)
     k = (bits - 0x3F3504F3) >> 23  # x = 2^k m with m in [sqrt(1/2), sqrt(2))
     m = (bits - (k << 23)).to(tl.float32, bitcast=True)
-    z = tl.div_rn(m - 1.0, m + 1.0)  # log m = 2 artanh z, |z| < 0.172
+    z = (m - 1.0) / (m + 1.0)  # log m = 2 artanh z, |z| < 0.172
     q = z * z
     series = tl.fma(q, 1 / 9, 1 / 7)
     series = tl.fma(q, series, 1 / 5)
@@ -77,8 +77,8 @@ def widened(x):
 
 @triton.jit
 def share_of(x, softcap):
-    """x / softcap, rounded once or nearly so: the product with the reciprocal and what it is short of."""
-    inverse = tl.div_rn(1.0, softcap)
+    """x / softcap, rounded once or nearly so: the product with a reciprocal and what it is short of."""
+    inverse = 1.0 / softcap
     y = x * inverse
     return tl.where(tl.abs(y) < float("inf"), tl.fma(tl.fma(-y, softcap, x), inverse, y), y)
 

@@ -2,7 +2,8 @@
 
 PyTorch's product reaches 40 % of the arithmetic of a processor with AVX-512 that its BLAS does not know, has one result per dtype
 (bf16 logits are rounded to 8 bits), and may give a row other bits in another batch. csrc/cpu/matmul.cpp has none of the three.
-On a GPU cuBLAS is at home, and gives fp32 results of bf16 operands when asked to.
+On a GPU cuBLAS is at home, and gives fp32 results of bf16 operands when asked to, added to fp32 since PyTorch 2.10
+(pytorch/pytorch#167931).
 """
 
 from __future__ import annotations
