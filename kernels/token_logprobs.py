@@ -315,9 +315,10 @@ def _write_row(
     LANES: tl.constexpr,
 ):
     dtype: tl.constexpr = out.dtype.element_ty
-    columns = tl.arange(0, 4 * LANES)
-    whole = vocab // (4 * LANES) * (4 * LANES)
-    for start in range(0, whole, 4 * LANES):
+    tile: tl.constexpr = 2 * LANES if REF else 4 * LANES  # registers for two rows
+    columns = tl.arange(0, tile)
+    whole = vocab // tile * tile
+    for start in range(0, whole, tile):
         x = widened(tl.load(z + start + columns))
         xr = widened(tl.load(r + start + columns)) if REF else x
         found = _gradient(x, xr, softcap, scale2, offset, ref_base, constant, slope, by_gap, CAP, MIXED, REF)
