@@ -64,10 +64,12 @@ def compiler():
 
 class BuildKernels(build_ext):
     def run(self):
+        for old in Path(self.build_lib).glob("rlhf_fast/_c*.so"):  # of an earlier build, which may not be wanted any more
+            old.unlink()
         try:
             super().run()
         except CompileError as error:
-            if flag("REQUIRE_NATIVE"):
+            if flag("REQUIRE_NATIVE") or explicit_cuda():
                 raise
             notice(f"the C++ kernels did not build:\n{error}")
             self.extensions = []

@@ -11,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fake_toolkit import cuda_home, cxx
+
+from rlhf_fast._version import __version__ as VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIP = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "__pycache__", "*.so", "*.egg-info", ".*cache")
@@ -56,6 +59,30 @@ def test_a_compiler_that_fails_falls_back_unless_native_is_required(source, tmp_
     done = wheel(source, tmp_path, compiler=True, CXX="false")
     assert done.returncode == 0 and "the C++ kernels did not build" in done.stdout + done.stderr
     assert wheel(source, tmp_path, compiler=True, CXX="false", RLHF_FAST_REQUIRE_NATIVE="1").returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "fails", "modules"),
+    [("auto", False, {"_cpu", "_cuda12"}), ("0", False, {"_cpu"}), ("auto", True, {"_cpu"}), ("12.4", True, None)],
+)
+def test_cuda_kernels_that_do_not_build_are_left_out_unless_they_are_asked_for(
+    source, tmp_path, setting, fails, modules
+):
+    """With compilers that only say what they are asked; None: no wheel."""
+    if not list((source / "csrc" / "cuda").glob("*.cu")):
+        pytest.skip("needs CUDA kernels")
+    tools = {"CXX": str(cxx(tmp_path / "tools")), "CUDA_HOME": str(cuda_home(tmp_path / "tools", fails))}
+    done = wheel(source, tmp_path, compiler=False, RLHF_FAST_CUDA=setting, RLHF_FAST_LOCAL_VERSION="here", **tools)
+    text = done.stdout + done.stderr
+    assert (done.returncode == 0) == (modules is not None), text
+    assert ("nvcc error: cicc died" in text) == fails and ("are left out" in text) == (setting == "auto" and fails)
+    built = list(tmp_path.glob("*.whl"))
+    if modules is None:
+        assert not built
+    else:
+        assert built[0].name.startswith(f"rlhf_fast-{VERSION}+here-cp3") and len(built) == 1
+        names = zipfile.ZipFile(built[0]).namelist()
+        assert {Path(n).name.partition(".")[0] for n in names if n.endswith(".so")} == modules
 
 
 def test_the_source_archive_holds_all_that_the_build_reads(source, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_toolkit import cuda_home
 
 import rlhf_fast
 from rlhf_fast import _extension, cuda
@@ -153,32 +154,8 @@ def test_an_architecture_that_the_compiler_lacks_is_an_error_when_cuda_is_asked_
 
 
 @pytest.fixture
-def old_nvcc(tmp_path, monkeypatch) -> Path:
-    """A CUDA_HOME with an nvcc 12.4 that writes down what it is asked to compile, and a packer."""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(
-        f"""#!{sys.executable}
-import pathlib, sys
-words = sys.argv[1:]
-if "--version" in words: print("Cuda compilation tools, release 12.4, V12.4.131")
-elif "--list-gpu-arch" in words: print("compute_50 compute_75 compute_80 compute_86 compute_89 compute_90")
-elif "--dryrun" in words: print("#$ _HERE_={nvcc.parent}")
-else: pathlib.Path(words[words.index("-o") + 1]).write_text(" ".join(words))
-"""
-    )
-    nvcc.chmod(0o755)
-    packer = nvcc.parent / "fatbinary"
-    packer.write_text(
-        f"""#!{sys.executable}
-import pathlib, sys
-(out,) = [w.partition("=")[2] for w in sys.argv if w.startswith("--create=")]
-pathlib.Path(out).write_text(chr(10).join(sys.argv[1:]))
-"""
-    )
-    packer.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    return tmp_path
+def old_nvcc(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(cuda_home(tmp_path)))
 
 
 def test_a_compiler_of_cuda_home_comes_first_and_serves_the_architectures_that_it_knows(old_nvcc, tmp_path):
