@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,11 @@ class Nvcc:
         flags = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-frandom-seed={source.stem}"]
         if ptx is not None:
             _output([self.command, "-ptx", f"-arch=compute_{arch.code}", *flags, source, "-o", ptx])
+            # Names without linkage carry a hash of the source's full path, whatever the seed.
+            text = ptx.read_text()
+            for path_hash in set(re.findall(rf"_INTERNAL_([0-9a-f]{{8}})_\d+_{source.stem}_cu", text)):
+                text = text.replace(f"_{path_hash}_", f"_{zlib.crc32(source.stem.encode()):08x}_")
+            ptx.write_text(text)
         _output([self.command, "-cubin", f"-arch=sm_{arch.code}", *flags, ptx or source, "-o", cubin])
 
 
