@@ -9,7 +9,7 @@ WORKERS ?= $(shell nproc)
 
 # torch first and pinned: a free choice would bring gigabytes of GPU libraries to a machine that may have no GPU.
 # Where there is nvcc, the CUDA kernels are built for one architecture: the wheels have them all.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard building/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt MANIFEST.in $(wildcard csrc/building/*.py csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0+PTX}" \
@@ -55,7 +55,7 @@ bench: setup $(VENV)/.peers
 
 # The source archive, dist/cpu and dist/cuda; the CUDA compilers come into .cache (500 MB).
 wheels: setup
-	$(BIN)/python -m building.wheels $(ARGS)
+	PYTHONPATH=csrc $(BIN)/python -m building.wheels $(ARGS)
 
 wheels-check: wheels
 	RLHF_FAST_DIST=dist $(BIN)/python -m pytest tests/wheels $(ARGS)

@@ -1,7 +1,7 @@
 """Builds the kernels with a C++ compiler and, where there is one, a CUDA compiler: no torch at build time.
 
 Each csrc/cpu/<op>.cpp is compiled once per instruction set with flags of its own and once for the baseline, and one pybind11
-module holds them all. The CUDA kernels make one more module per CUDA major (building/cuda.py), which needs no CUDA library: it
+module holds them all. The CUDA kernels make one more module per CUDA major (csrc/building/cuda.py), which needs no CUDA library: it
 launches through the driver. Without a compiler the package installs as pure Python, with a notice.
 
 Environment: CXX, CXXFLAGS, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST (torch's syntax), SOURCE_DATE_EPOCH;
@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "csrc"))
 
 from building import cuda, sbom  # noqa: E402
 

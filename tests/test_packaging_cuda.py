@@ -18,7 +18,7 @@ import rlhf_fast
 from rlhf_fast import _extension, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # building/ is no part of the installed package
+sys.path.append(str(ROOT / "csrc"))  # csrc/building is no part of the installed package
 
 from building import cuda as build  # noqa: E402
 from building import sbom  # noqa: E402

@@ -1,4 +1,4 @@
-// The device images that the build embeds: building/cuda.py writes the definitions.
+// The device images that the build embeds: csrc/building/cuda.py writes the definitions.
 #pragma once
 
 namespace rlhf_fast::cuda {

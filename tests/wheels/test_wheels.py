@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.append(str(ROOT))  # building/ is no part of the installed package
+sys.path.append(str(ROOT / "csrc"))  # csrc/building is no part of the installed package
 
 from building import cuda, wheels  # noqa: E402
 from building.elf import CEILINGS, NEEDED, needed, newest_symbols  # noqa: E402

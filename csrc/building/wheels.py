@@ -28,7 +28,7 @@ PROVIDED = {"libgomp.so.1"}
 
 
 def bring_toolkits() -> None:
-    for pins in sorted((ROOT / "building").glob("cuda-*.txt")):
+    for pins in sorted((ROOT / "csrc" / "building").glob("cuda-*.txt")):
         folder, mark = TOOLKITS / pins.stem, TOOLKITS / pins.stem / ".pins"
         if mark.is_file() and mark.read_text() == pins.read_text():
             continue

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 TOOLKITS = Path(os.environ.get("RLHF_FAST_TOOLKITS") or ROOT / ".cache")
 """Holds cuda-<version> folders: toolkits out of pip, which `make wheels` brings."""
@@ -302,7 +302,7 @@ def _embedding(target: Target, names: Sequence[str], folder: Path) -> str:
     rows = [f'    {{"{n}", rlhf_fast_image_{n}}},\n' for n in names]
     suffix = {"": "0", "a": "'a'", "f": "'f'"}
     listed = [f"{{{a.number}, {suffix[a.suffix]}, {str(a.ptx).lower()}}}" for a in target.arches]
-    return f"""// Written by building/cuda.py.
+    return f"""// Written by csrc/building/cuda.py.
 #include "cuda/images.h"
 
 __asm__(
