@@ -64,7 +64,9 @@ def compiler():
 
 class BuildKernels(build_ext):
     def run(self):
-        for old in Path(self.build_lib).glob("rlhf_fast/_c*.so"):  # of an earlier build, which may not be wanted any more
+        for old in Path(self.build_lib).glob(
+            "rlhf_fast/_c*.so"
+        ):  # of an earlier build, which may not be wanted any more
             old.unlink()
         try:
             super().run()
