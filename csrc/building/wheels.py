@@ -96,7 +96,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 def describe(path: Path, seconds: float) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    print(f"{path.relative_to(ROOT)}  {path.stat().st_size:,} bytes  {seconds:.0f} s  sha256 {digest}", flush=True)
+    print(f"{os.path.relpath(path)}  {path.stat().st_size:,} bytes  {seconds:.0f} s  sha256 {digest}", flush=True)
 
 
 def main() -> None:
