@@ -26,22 +26,23 @@ GRPO, DR_GRPO, RLOO, REINFORCE, OPO, REMAX, PASS_AT_K = (tl.constexpr(i) for i i
 def _order(group_ids, mask, order, first, size, n, SAMPLES: tl.constexpr, OTHERS: tl.constexpr):
     """order: samples by group, then by place; first, size: where the group of a sample begins in it, and its real members."""
     i = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    ids = tl.load(group_ids + i, i < n, other=0)[:, None]
+    own = mask_at(mask, i, i < n)
+    ids = tl.load(group_ids + i, own, other=0)[:, None]
     before = tl.zeros((SAMPLES, OTHERS), tl.int32)
     members = tl.zeros((SAMPLES, OTHERS), tl.int32)
     earlier = tl.zeros((SAMPLES, OTHERS), tl.int32)
     for start in range(0, n, OTHERS):
         j = tl.arange(0, OTHERS).to(tl.int64) + start
-        real = mask_at(mask, j, j < n)[None, :]
-        others = tl.load(group_ids + j, j < n, other=0)[None, :]
-        same = real & (others == ids)
-        before += (real & (others < ids)).to(tl.int32)
+        real = mask_at(mask, j, j < n)
+        others = tl.load(group_ids + j, real, other=0)[None, :]
+        same = real[None, :] & (others == ids)
+        before += (real[None, :] & (others < ids)).to(tl.int32)
         members += same.to(tl.int32)
         earlier += (same & (j[None, :] < i[:, None])).to(tl.int32)
     begin = tl.sum(before, 1)
     tl.store(first + i, begin, i < n)
     tl.store(size + i, tl.sum(members, 1), i < n)
-    tl.store(order + begin + tl.sum(earlier, 1), i.to(tl.int32), mask_at(mask, i, i < n))
+    tl.store(order + begin + tl.sum(earlier, 1), i.to(tl.int32), own)
 
 
 @triton.jit

@@ -76,6 +76,17 @@ class Case:
             assert torch.equal(v.nan_to_num(7.0), before[k].nan_to_num(7.0)), f"{self}: {k} was changed"
         return found
 
+    def masked(self, inputs: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
+        """(input, where the mask hides it): what no kernel may read."""
+        mask = inputs.get("mask")
+        if mask is None:
+            return
+        if self.op == "advantages":  # where some dialects have a value and the score
+            mask = advantages.with_slot_after(mask, inputs.get("cu_seqlens"))
+        for name, x in inputs.items():
+            if name not in ("mask", "cu_seqlens") and x.shape[: mask.dim()] == mask.shape:
+                yield x, ~mask
+
     def expected(self, inputs: Tensors) -> tuple[Tensors, Tensors]:
         """(in fp64, in the dtype at hand) by the reference."""
         options = double(self.options)

@@ -101,6 +101,10 @@ class Sanitizer:
         if found:
             raise AssertionError("\n".join(found))
 
+    def hide(self, tensor: Tensor, where: Tensor) -> None:
+        """Reading the elements (or rows) of `tensor` where the bool tensor `where` holds is an "uninit-read" from here on."""
+        self.memory.hidden(tensor, where)
+
     def unwritten(self, tensor: Tensor) -> int:
         """Elements that neither a kernel nor the host has written."""
         return self.memory.unwritten(tensor)

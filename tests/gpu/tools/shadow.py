@@ -151,6 +151,11 @@ class Memory:
         if shadow is not None and shadow.itemsize == tensor.element_size():
             shadow.covered(shadow.initialised, tensor)[...] = True
 
+    def hidden(self, tensor: Tensor, where: Tensor) -> None:
+        """Elements (or rows, where `where` has fewer dimensions) that count as never written."""
+        shadow = self.shadow(tensor)
+        shadow.covered(shadow.initialised, tensor)[where.numpy()] = False
+
     def unwritten(self, tensor: Tensor) -> int:
         shadow = self.shadow(tensor)
         return int((~shadow.covered(shadow.initialised, tensor)).sum())
