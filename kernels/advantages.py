@@ -120,7 +120,7 @@ def _adjoint(
         grad_return = tl.load(grad_returns + first + lane, counts, other=0.0)
         into_reward, into_value, state = adjoint_block(grad_advantage, grad_return, counts, state, gamma, c, DECAY)
         final = at_lane(into_reward, lane, here, final)
-        shaped = tl.where(counts, into_reward + tl.load(grad_rewards + first + lane, counts, other=0.0), 0.0)
+        shaped = tl.where(counts, into_reward + tl.load(grad_rewards + first + lane, counts), 0.0)
         tl.store(into_values + first + lane, tl.where(counts, into_value, 0.0), inside)
         if TOKEN_SCORES:
             tl.store(into_scores + first + lane, shaped, inside)

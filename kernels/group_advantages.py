@@ -27,14 +27,14 @@ def _order(group_ids, mask, order, first, size, n, SAMPLES: tl.constexpr, OTHERS
     """order: samples by group, then by place; first, size: where the group of a sample begins in it, and its real members."""
     i = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     own = mask_at(mask, i, i < n)
-    ids = tl.load(group_ids + i, own, other=0)[:, None]
+    ids = tl.load(group_ids + i, own)[:, None]
     before = tl.zeros((SAMPLES, OTHERS), tl.int32)
     members = tl.zeros((SAMPLES, OTHERS), tl.int32)
     earlier = tl.zeros((SAMPLES, OTHERS), tl.int32)
     for start in range(0, n, OTHERS):
         j = tl.arange(0, OTHERS).to(tl.int64) + start
         real = mask_at(mask, j, j < n)
-        others = tl.load(group_ids + j, real, other=0)[None, :]
+        others = tl.load(group_ids + j, real)[None, :]
         same = real[None, :] & (others == ids)
         before += (real[None, :] & (others < ids)).to(tl.int32)
         members += same.to(tl.int32)
@@ -55,7 +55,7 @@ def _members(order, first, size, start, MEMBERS: tl.constexpr):
     """Members start, start + 1, ... of the groups: (samples they are, whether they exist)."""
     k = start + tl.arange(0, MEMBERS)[None, :]
     there = k < size
-    return tl.load(order + first + k, there, other=0), there
+    return tl.load(order + first + k, there), there
 
 
 @same_order
@@ -69,7 +69,7 @@ def _compare(
     """
     i = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     real = mask_at(mask, i, i < n)
-    score = tl.load(scores + i, real, other=0.0)[:, None]
+    score = tl.load(scores + i, real)[:, None]
     own = tl.zeros((SAMPLES, 1), tl.float32)
     if grad is not None:
         own = tl.load(grad + i, real, other=0.0)[:, None]
@@ -77,14 +77,14 @@ def _compare(
         if grad is not None:
             result = own
         else:
-            result = score - tl.load(greedy + i, real, other=0.0)[:, None]
+            result = score - tl.load(greedy + i, real)[:, None]
     else:
-        begin = tl.load(first + i, real, other=0)[:, None]
+        begin = tl.load(first + i, real)[:, None]
         count = tl.load(size + i, real, other=0)[:, None]
         most = tl.max(count)
         # Around the first score of the group, so that equal scores are zeros and leave no rounding to be scaled up.
-        start = tl.load(order + begin, count > 0, other=0)
-        base = tl.load(scores + start, count > 0, other=0.0)
+        start = tl.load(order + begin, count > 0)
+        base = tl.load(scores + start, count > 0)
         members = tl.maximum(count, 1).to(tl.float32)
         zeros = tl.zeros((SAMPLES, MEMBERS), tl.float32)
         if KIND == PASS_AT_K:
@@ -111,7 +111,7 @@ def _compare(
             wins = (count > 1) & (best > second)
             me = i[:, None].to(tl.int32)
             if grad is not None:
-                winner = tl.load(grad + who, wins, other=0.0)
+                winner = tl.load(grad + who, wins)
                 result = tl.where(me == who, own, tl.where(me == next_who, -winner, 0.0))
             else:
                 result = tl.where(me == who, score - second, 0.0)
@@ -126,11 +126,11 @@ def _compare(
                 if grad is not None:
                     product_sum += tl.load(grad + j, there, other=0.0)
                 else:
-                    product_sum += weight * tl.where(there, tl.load(scores + j, there, other=0.0) - base, 0.0)
+                    product_sum += weight * tl.where(there, tl.load(scores + j, there) - base, 0.0)
             whole = _sum_of(weight_sum)
             share = tl.div_rn(_sum_of(product_sum), tl.where(whole > 0, whole, 1.0))
             if grad is not None:
-                result = own - tl.load(lengths + i, real, other=0)[:, None].to(tl.float32) * share
+                result = own - tl.load(lengths + i, real)[:, None].to(tl.float32) * share
             else:
                 result = (score - base) - share
             result = tl.where(whole > 0, result, 0.0)
@@ -139,7 +139,7 @@ def _compare(
             upstream_total = zeros
             for k in range(0, most, MEMBERS):
                 j, there = _members(order, begin, count, k, MEMBERS)
-                total += tl.where(there, tl.load(scores + j, there, other=0.0) - base, 0.0)
+                total += tl.where(there, tl.load(scores + j, there) - base, 0.0)
                 if grad is not None:
                     upstream_total += tl.load(grad + j, there, other=0.0)
             mean = tl.div_rn(_sum_of(total), members)
@@ -154,7 +154,7 @@ def _compare(
                 dot_sum = zeros
                 for k in range(0, most, MEMBERS):
                     j, there = _members(order, begin, count, k, MEMBERS)
-                    gap = tl.where(there, (tl.load(scores + j, there, other=0.0) - base) - mean, 0.0)
+                    gap = tl.where(there, (tl.load(scores + j, there) - base) - mean, 0.0)
                     square_sum += gap * gap
                     if grad is not None:
                         dot_sum += gap * tl.load(grad + j, there, other=0.0)
@@ -192,17 +192,17 @@ def _whiten(
     for start in range(0, n_parts, BLOCK):
         squares += tl.load(parts + start + lane, start + lane < n_parts, other=0.0)
         dots += tl.load(parts + n_parts + start + lane, start + lane < n_parts, other=0.0)
-    counts = tl.zeros((BLOCK,), tl.int64)
+    counts = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, n, BLOCK):
-        counts += mask_at(mask, start + lane, start + lane < n).to(tl.int64)
+        counts += mask_at(mask, start + lane, start + lane < n).to(tl.int32)
     divisor = tl.maximum(tl.sum(counts, 0) - 1, 1).to(tl.float32)
     scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(squares, 0), divisor) + eps))
     at = tl.program_id(0).to(tl.int64) * BLOCK + lane
-    x = tl.load(out + at, at < n, other=0.0)
+    x = tl.load(out + at, at < n)
     if upstream is not None:
         slope = tl.div_rn(scale * scale * scale * tl.sum(dots, 0), divisor)
         real = mask_at(mask, at, at < n)
-        y = tl.where(real, scale * tl.load(upstream + at, at < n, other=0.0) - slope * x, 0.0)
+        y = tl.where(real, scale * tl.load(upstream + at, real) - slope * x, 0.0)
     else:
         y = x * scale
     tl.store(out + at, y, at < n)

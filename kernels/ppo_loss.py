@@ -35,10 +35,10 @@ N_COLUMNS = 24
 @triton.jit
 def _real_tokens(mask, begin, size, BLOCK: tl.constexpr):
     """Real tokens among mask[begin : begin + size]."""
-    count = tl.zeros((BLOCK,), tl.int64)
+    count = tl.zeros((BLOCK,), tl.int32)
     lane = tl.arange(0, BLOCK)
     for i in range(tl.cdiv(size, BLOCK)):
-        count += mask_from(mask, begin + i * BLOCK, lane, lane < left(size, i * BLOCK, BLOCK)).to(tl.int64)
+        count += mask_from(mask, begin + i * BLOCK, lane, lane < left(size, i * BLOCK, BLOCK)).to(tl.int32)
     return tl.sum(count, 0)
 
 
@@ -133,7 +133,7 @@ def _loss(
             for row in range(part * rows_per_part, tl.minimum((part + 1) * rows_per_part, rows)):
                 begin, size = row_of(cu_seqlens, row, tokens, length)
                 found = _real_tokens(mask, begin, size, BLOCK)
-                counted += found if COUNTED == TOKENS else (found > 0).to(tl.int64)
+                counted += found if COUNTED == TOKENS else (found > 0).to(tl.int32)
             add_count(counters, counted)
             return
         part -= n_parts

@@ -33,10 +33,10 @@ def _loss(
     pairs = tl.zeros((), tl.int64) + n
     if mask is not None:
         if part < n_parts:
-            count = tl.zeros((BLOCK,), tl.int64)
+            count = tl.zeros((BLOCK,), tl.int32)
             for i in range(0, size, BLOCK):
                 at = part * size + i + tl.arange(0, BLOCK)
-                count += mask_at(mask, at, at < n).to(tl.int64)
+                count += mask_at(mask, at, at < n).to(tl.int32)
             add_count(counters, tl.sum(count, 0))
             return
         part -= n_parts
@@ -52,12 +52,12 @@ def _loss(
         gap = up - down
         x = gap
         if margin is not None:
-            x = gap - tl.load(margin + at, real, other=0.0)
+            x = gap - tl.load(margin + at, real)
         # (1 - e) softplus(-x) + e softplus(x) and its derivative, without overflow.
         tail = exp_of(-tl.abs(x))
         smoothed = tl.where(smoothing != 0, smoothing * x, 0.0)  # 0 times infinity would be NaN
-        term = tl.where(x < 0, -x, 0.0) + log1p_of(tail) + smoothed
-        slope = smoothing - tl.div_rn(tl.where(x < 0, 1.0, tail), 1.0 + tail)
+        term = tl.where(x < 0.0, -x, 0.0) + log1p_of(tail) + smoothed
+        slope = smoothing - tl.div_rn(tl.where(x < 0.0, 1.0, tail), 1.0 + tail)
         both = up + down
         ordered = (gap > 0).to(tl.float32) + (gap >= 0).to(tl.float32)
         loss_sum += tl.sum(tl.where(real, term, 0.0), 0)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.common.configs import config
+from rlhf_fast.kernels.common.gradient import write_row
 from rlhf_fast.kernels.common.launch import EXACT, LINE, arch_of, on_device, vector_of
 from rlhf_fast.kernels.common.softmax import (
     LARGEST,
@@ -51,6 +52,22 @@ def _row_of(base, row, inner, outer_stride, inner_stride, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _read(row, mask, token_ids, temperature, vocab, scale_value, MASK: tl.constexpr, TEMPERATURE: tl.constexpr):
+    """(whether the row counts, whether its token and temperature are in range, token, 1 / temperature)."""
+    real = row >= 0
+    if MASK:
+        real = tl.load(mask + row) != 0
+    token = tl.load(token_ids + row, mask=real).to(tl.int64)
+    legal = (token >= 0) & (token < vocab)
+    scale = scale_value
+    if TEMPERATURE:
+        given = tl.load(temperature + row, mask=real)
+        legal = legal & (given > 0.0) & (given < float("inf"))
+        scale = scale_of(given)
+    return real, legal, token, scale
+
+
+@triton.jit
 def _tile(row, columns, softcap, CAP: tl.constexpr):
     return capped(widened(tl.load(row + columns)), softcap, CAP)
 
@@ -59,7 +76,7 @@ def _tile(row, columns, softcap, CAP: tl.constexpr):
 def _last_tile(row, columns, vocab, softcap, CAP: tl.constexpr):
     """-inf past the end, also under a cap."""
     inside = columns < vocab
-    y = capped(widened(tl.load(row + columns, mask=inside, other=0.0)), softcap, CAP)
+    y = capped(widened(tl.load(row + columns, mask=inside)), softcap, CAP)
     return tl.where(inside, y, float("-inf"))
 
 
@@ -111,16 +128,7 @@ def token_logprobs_kernel(
     LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    real = row >= 0
-    if MASK:
-        real = tl.load(mask + row) != 0
-    token = tl.load(token_ids + row, mask=real, other=0).to(tl.int64)
-    legal = (token >= 0) & (token < vocab)
-    scale = scale_value
-    if TEMPERATURE:
-        given = tl.load(temperature + row, mask=real, other=1.0)
-        legal = legal & (given > 0.0) & (given < float("inf"))
-        scale = scale_of(given)
+    real, legal, token, scale = _read(row, mask, token_ids, temperature, vocab, scale_value, MASK, TEMPERATURE)
     width: tl.constexpr = 6 if REF else 3
     if not (real & legal):
         nothing = tl.where(real, float("nan"), 0.0)
@@ -263,78 +271,9 @@ def forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gradient(
-    x,
-    xr,
-    softcap,
-    scale2,
-    offset,
-    ref_base,
-    constant,
-    slope,
-    by_gap,
-    CAP: tl.constexpr,
-    MIXED: tl.constexpr,
-    REF: tl.constexpr,
-):
-    """Of a tile away from the target. REF: from u and v, `offset` being the largest logit, else from d. MIXED: entropy or KL take
-    part; `slope` is the derivative of the weight by u or d."""
-    y = capped(x, softcap, CAP)
-    if REF:
-        d = y - offset
-        e = tl.exp2(d * scale2)
-    else:
-        d = tl.fma(y, scale2, -offset)
-        e = tl.exp2(d)
-    if MIXED:
-        weight = tl.fma(slope, d, constant)
-        if REF:
-            weight = tl.fma(by_gap, d - (capped(xr, softcap, CAP) - ref_base), weight)
-        found = tl.where(e == 0.0, 0.0, e * weight)  # the weight of a dead class may be infinite
-    else:
-        found = e * constant
-    return found * slope_of(x, softcap, CAP)
-
-
-@triton.jit
-def _write_row(
-    z,
-    r,
-    out,
-    vocab,
-    softcap,
-    scale2,
-    offset,
-    ref_base,
-    constant,
-    slope,
-    by_gap,
-    CAP: tl.constexpr,
-    MIXED: tl.constexpr,
-    REF: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    dtype: tl.constexpr = out.dtype.element_ty
-    tile: tl.constexpr = 2 * LANES if REF else 4 * LANES  # registers for two rows
-    columns = tl.arange(0, tile)
-    whole = vocab // tile * tile
-    for start in range(0, whole, tile):
-        x = widened(tl.load(z + start + columns))
-        xr = widened(tl.load(r + start + columns)) if REF else x
-        found = _gradient(x, xr, softcap, scale2, offset, ref_base, constant, slope, by_gap, CAP, MIXED, REF)
-        tl.store(out + start + columns, found.to(dtype))
-    for start in range(whole, vocab, LANES):
-        lanes = start + tl.arange(0, LANES)
-        x = tl.load(z + lanes, mask=lanes < vocab, other=0.0).to(tl.float32)
-        xr = tl.load(r + lanes, mask=lanes < vocab, other=0.0).to(tl.float32) if REF else x
-        found = _gradient(x, xr, softcap, scale2, offset, ref_base, constant, slope, by_gap, CAP, MIXED, REF)
-        tl.store(out + lanes, found.to(dtype), mask=lanes < vocab)
-
-
-@triton.jit
 def _upstream(grad, row, real, GIVEN: tl.constexpr):
     if GIVEN:
-        return tl.load(grad + row, mask=real, other=0.0)
+        return tl.load(grad + row, mask=real)
     else:
         return 0.0
 
@@ -375,31 +314,23 @@ def token_logprobs_backward_kernel(
     LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    real = row >= 0
-    if MASK:
-        real = tl.load(mask + row) != 0
-    token = tl.load(token_ids + row, mask=real, other=0).to(tl.int64)
-    real = real & (token >= 0) & (token < vocab)
-    scale = scale_value
-    if TEMPERATURE:
-        given = tl.load(temperature + row, mask=real, other=1.0)
-        real = real & (given > 0.0) & (given < float("inf"))
-        scale = scale_of(given)
+    real, legal, token, scale = _read(row, mask, token_ids, temperature, vocab, scale_value, MASK, TEMPERATURE)
+    real = real & legal
     g_logprob = _upstream(grad_logprobs, row, real, LOGPROBS)
     g_entropy = _upstream(grad_entropy, row, real, ENTROPY)
     g_logsumexp = _upstream(grad_logsumexp, row, real, LOGSUMEXP)
     g_kl = _upstream(grad_kl, row, real, KL)
     real = real & ((g_logprob != 0.0) | (g_entropy != 0.0) | (g_logsumexp != 0.0) | (g_kl != 0.0))
 
-    top = tl.load(state + row * STATE, mask=real, other=0.0)
-    p_sum = tl.load(state + row * STATE + 1, mask=real, other=1.0)
-    p_mean = tl.load(state + row * STATE + 2, mask=real, other=0.0)
+    top = tl.load(state + row * STATE, mask=real)
+    p_sum = tl.load(state + row * STATE + 1, mask=real)
+    p_mean = tl.load(state + row * STATE + 2, mask=real)
     log_p_sum = log_of(p_sum)
     ref_top, log_ratio, q_mean = 0.0, 0.0, 0.0
     if KL:
-        ref_top = tl.load(state + row * STATE + 3, mask=real, other=0.0)
-        log_ratio = log_of(p_sum / tl.load(state + row * STATE + 4, mask=real, other=1.0))
-        q_mean = tl.load(state + row * STATE + 5, mask=real, other=0.0)
+        ref_top = tl.load(state + row * STATE + 3, mask=real)
+        log_ratio = log_of(p_sum / tl.load(state + row * STATE + 4, mask=real))
+        q_mean = tl.load(state + row * STATE + 5, mask=real)
     constant, by_z, by_gap = gradient_terms(
         g_logprob, g_entropy, g_logsumexp, g_kl, p_sum, log_p_sum, p_mean, log_ratio, q_mean, scale
     )
@@ -430,15 +361,15 @@ def token_logprobs_backward_kernel(
     slope = by_z * LN_2
     shifted = (constant - slope * rest) * norm
     if KL and g_kl != 0.0:
-        _write_row(
+        write_row(
             z, r, out, vocab, softcap, scale2, top, ref_top, constant, by_z * scale, by_gap * scale, CAP, True, True, LANES
         )  # fmt: skip
     elif ENTROPY and g_entropy != 0.0:
-        _write_row(
+        write_row(
             z, r, out, vocab, softcap, place, offset, 0.0, shifted, slope * norm, 0.0, CAP, True, False, LANES
         )  # fmt: skip
     else:
-        _write_row(z, r, out, vocab, softcap, place, offset, 0.0, constant * norm, 0.0, 0.0, CAP, False, False, LANES)
+        write_row(z, r, out, vocab, softcap, place, offset, 0.0, constant * norm, 0.0, 0.0, CAP, False, False, LANES)
     tl.debug_barrier()  # the tile that holds the target is written
     tl.store(out + token, at_target.to(dtype))
 

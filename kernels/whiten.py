@@ -25,7 +25,7 @@ def _moments(x, mask, parts, n, size, BLOCK: tl.constexpr):
     for i in range(0, size, BLOCK):
         at = begin + i + tl.arange(0, BLOCK)
         real = mask_at(mask, at, at < n)
-        m, c, o, q = moments_of(tl.load(x + at, real, other=0.0), real)
+        m, c, o, q = moments_of(tl.load(x + at, real), real)
         count, centre, offset, squares = merged(count, centre, offset, squares, m, c, o, q)
     store_part(parts, part, tl.num_programs(0), count, centre, offset, squares)
 
@@ -41,7 +41,7 @@ def _standardise(
     for i in range(0, size, BLOCK):
         at = begin + i + tl.arange(0, BLOCK)
         real = mask_at(mask, at, at < n)
-        y = ((tl.load(x + at, real, other=0.0) - centre) - offset) * scale
+        y = ((tl.load(x + at, real) - centre) - offset) * scale
         if not SHIFT:
             y += centre + offset
         tl.store(out + at, tl.where(real, y, 0.0), at < n)
@@ -62,7 +62,7 @@ def _moments_and_products(x, grad, mask, parts, n, size, BLOCK: tl.constexpr):
         upstream = tl.load(grad + at, real, other=0.0)
         m, c, o, q = moments_of(value, real)
         count, centre, offset, squares = merged(count, centre, offset, squares, m, c, o, q)
-        dot += tl.sum(tl.where(real, upstream * (value - centre), 0.0), 0)  # the first centre stays
+        dot += tl.sum(upstream * (value - centre), 0)  # the first centre stays
         total += tl.sum(upstream, 0)
     store_part(parts, part, n_parts, count, centre, offset, squares)
     tl.store(parts + 4 * n_parts + part, total)
@@ -83,18 +83,18 @@ def _adjoint(
     divisor, scale, floored = scale_of(count, squares, eps, UNBIASED, FLOOR)
     lane = tl.arange(0, PARTS)
     there = lane < n_parts
-    some = there & (tl.load(parts + lane, there, other=0.0) > 0)
-    part_centre = tl.load(parts + n_parts + lane, there, other=0.0)
+    some = tl.load(parts + lane, there, other=0.0) > 0
+    part_centre = tl.load(parts + n_parts + lane, there)
     total = tl.load(parts + 4 * n_parts + lane, there, other=0.0)
-    dots = tl.load(parts + 5 * n_parts + lane, there, other=0.0)
+    dots = tl.load(parts + 5 * n_parts + lane, there)
     dot = tl.sum(tl.where(some, dots + total * ((part_centre - centre) - offset), 0.0), 0)
     mean = tl.div_rn(tl.sum(total, 0), tl.maximum(count, 1.0))
     slope = tl.where(floored, 0.0, tl.div_rn(scale * scale * scale * dot, divisor))
     for i in range(0, size, BLOCK):
         at = begin + i + tl.arange(0, BLOCK)
         real = mask_at(mask, at, at < n)
-        value = (tl.load(x + at, real, other=0.0) - centre) - offset
-        into = scale * (tl.load(grad + at, real, other=0.0) - mean) - slope * value
+        value = (tl.load(x + at, real) - centre) - offset
+        into = scale * (tl.load(grad + at, real) - mean) - slope * value
         if not SHIFT:
             into += mean
         tl.store(grad_x + at, tl.where(real, into, 0.0), at < n)

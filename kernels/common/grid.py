@@ -18,13 +18,13 @@ _ARRIVED = tl.constexpr(1 << 40)
 @triton.jit
 def take_ticket(counters):
     """Number of this program in the order of starting."""
-    return tl.atomic_add(counters, 1, sem="relaxed").to(tl.int64)
+    return tl.atomic_add(counters, 1, sem="relaxed")
 
 
 @triton.jit
 def add_count(counters, count):
-    """`count` (int64) of one of the programs that count."""
-    tl.atomic_add(counters + 1, count + _ARRIVED, sem="release")
+    """`count` of one of the programs that count."""
+    tl.atomic_add(counters + 1, count.to(tl.int64) + _ARRIVED, sem="release")
 
 
 @triton.jit

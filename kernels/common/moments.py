@@ -73,8 +73,8 @@ def load_parts(parts, n_parts, BLOCK: tl.constexpr):
     there = lane < n_parts
     return pooled(
         tl.load(parts + lane, there, other=0.0),
-        tl.load(parts + n_parts + lane, there, other=0.0),
-        tl.load(parts + 2 * n_parts + lane, there, other=0.0),
+        tl.load(parts + n_parts + lane, there),
+        tl.load(parts + 2 * n_parts + lane, there),
         tl.load(parts + 3 * n_parts + lane, there, other=0.0),
     )
 
