@@ -84,7 +84,7 @@ def test_every_kind_of_damage_is_made_once_where_it_can_be(root):
 def test_the_damage_is_what_the_kind_says_and_nothing_else(root, kind, line, before, after):
     (mutant,) = [m for m in mutants(root) if (m.kind, m.line) == (kind, line)]
     assert mutant.source == SOURCE.replace(before, after, 1)
-    assert str(mutant).startswith(f"kernel.py:{line} ")
+    assert mutant.key.startswith("kernel.py ") and str(mutant).endswith(f", line {line}")
 
 
 def test_what_uses_a_file_is_found(root):
@@ -103,9 +103,9 @@ def test_the_report_scores_and_wants_an_explanation(monkeypatch, tmp_path):
         [
             Outcome(of("tl.load(x, m, other=0)"), None),
             Outcome(of("tl.load(y, m, other=0)"), None),
-            Outcome(Barrier("c", "kernel[]", 1, 3), None),
-            Outcome(Barrier("c", "kernel[]", 2, 3), "compiled: race"),
-            Outcome(Barrier("c", "kernel[]", 0, 3), None),
+            Outcome(Barrier("kernel", 1, 3, ("c",)), None),
+            Outcome(Barrier("kernel", 2, 3, ("c",)), "compiled: race"),
+            Outcome(Barrier("kernel", 0, 3, ("c",)), None),
         ],
         left_out=2,
     )

@@ -109,7 +109,7 @@ _DIFFERENCES = ("logprobs", "entropy", "kl", "loss", "policy_loss", "explained_v
 
 
 _LIKE_ANOTHER = (
-    *("fp16-reference", "fp16-cap", "fp32-cap", "fp32-reference", "shifted", "one-class"),
+    *("fp16-reference", "fp16-cap", "fp32-cap", "fp32-reference", "fp32-reference-tiles", "shifted", "one-class"),
     *("fp32-hidden", "fp32-hidden-weight-bias", "trained"),
     *("abs", "k2", "k3+", "no-mask", "shift-False", "openrlhf", "no-reference"),
     *("token-sum", "seq-mean-token-sum", "verl", "normalizer", "dr_grpo", "rloo", "opo"),
@@ -205,6 +205,13 @@ def _without(inputs: Callable[[], Tensors], *names: str) -> Callable[[], Tensors
     return lambda: {k: v for k, v in inputs().items() if k not in names}
 
 
+def _with_ties() -> Tensors:
+    """Log-ratios of 0 among others, where |x| has no derivative and gets 0."""
+    found = kl_estimate.sample((5, 37))
+    found["logprobs"][:, ::4] = found["ref_logprobs"][:, ::4]
+    return found
+
+
 def _token_logprobs() -> Iterator[Case]:
     leaf = ("logits",)
     for dtype, name in ((FP32, "fp32"), (BF16, "bf16"), (FP16, "fp16")):
@@ -218,6 +225,7 @@ def _token_logprobs() -> Iterator[Case]:
     yield Case("token_logprobs", "padded", _logits((3,), 1003, BF16, ref=True, pad=21), leaf)
     yield Case("token_logprobs", "shifted", _shifted((2, 2), 1003, BF16), leaf)
     yield Case("token_logprobs", "one-class", _logits((3,), 1, BF16), leaf)
+    yield Case("token_logprobs", "fp32-reference-tiles", _logits((3,), 3077, FP32, ref=True), leaf)
     yield Case("token_logprobs", "large", _logits((2,), 20_001, BF16, masked=False), leaf)
     yield Case("token_logprobs", "large-fp32", _logits((2,), 10_240, FP32, masked=False), leaf)
 
@@ -227,6 +235,8 @@ def _linear() -> Iterator[Case]:
         for trained in (("hidden",), ("hidden", "weight", "bias")):
             inputs = lambda dtype=dtype: linear_token_logprobs.sample((2, 3), 515, 32, dtype=dtype)
             yield Case("linear_token_logprobs", f"{name}-{'-'.join(trained)}", inputs, trained, {"chunk_bytes": 8192})
+    inputs = lambda: linear_token_logprobs.sample((1, 3), 4100, 8)  # several warps write over the logits
+    yield Case("linear_token_logprobs", "large", inputs, ("hidden", "weight"))
     inputs = lambda: linear_ppo_loss.sample((2, 3), 515, 32)
     options = {"entropy_coef": 0.01, "kl_coef": 0.1, "chunk_bytes": 8192}
     yield Case("linear_ppo_loss", "frozen", inputs, ("hidden",), options)
@@ -236,7 +246,7 @@ def _linear() -> Iterator[Case]:
 def _per_token() -> Iterator[Case]:
     both = ("logprobs", "ref_logprobs")
     for kind in ("k1", "k2", "k3", "abs", "k3+"):
-        inputs = lambda: kl_estimate.sample((5, 37))
+        inputs = _with_ties if kind == "abs" else lambda: kl_estimate.sample((5, 37))
         yield Case("kl_estimate", kind, inputs, both, {"kind": kind, "clamp": (5.0, 3.0)})
     yield Case("kl_estimate", "bf16", lambda: kl_estimate.sample((3, 70), dtype=BF16), both, {"kind": "k3"})
     yield Case("kl_estimate", "no-mask", _without(lambda: kl_estimate.sample((3, 70)), "mask"), both)
@@ -264,8 +274,8 @@ def _per_token() -> Iterator[Case]:
 
     for shift in (True, False):
         yield Case("whiten", f"shift-{shift}", lambda: whiten.sample((6, 37)), ("x",), {"shift_mean": shift})
-    yield Case("whiten", "three-parts", lambda: whiten.sample((2500,)), ("x",))
-    yield Case("whiten", "large", _without(lambda: whiten.sample((9000,)), "mask"), ("x",), {"unbiased": False})
+    yield Case("whiten", "three-parts", lambda: whiten.sample((9000,)), ("x",))
+    yield Case("whiten", "unmasked", _without(lambda: whiten.sample((9000,)), "mask"), ("x",), {"unbiased": False})
 
     leaves = ("logprobs", "entropy", "values")
     options = {"entropy_coef": 0.01, "kl_coef": 0.1, "dual_clip": 1.5}
@@ -286,7 +296,9 @@ def _per_token() -> Iterator[Case]:
         )
         yield Case("group_advantages", kind, inputs, ("scores",), {"kind": kind})
     options = {"center_coef": 0.1, "label_smoothing": 0.1}
-    yield Case("reward_loss", "all", lambda: reward_loss.sample(77), ("chosen_scores", "rejected_scores"), options)
+    for name, n in (("all", 77), ("three-parts", 2500)):
+        inputs = lambda n=n: reward_loss.sample(n)
+        yield Case("reward_loss", name, inputs, ("chosen_scores", "rejected_scores"), options)
 
 
 CASES = [*_token_logprobs(), *_linear(), *_per_token()]

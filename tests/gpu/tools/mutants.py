@@ -33,8 +33,13 @@ class Mutant:
     source: str
     """The whole damaged file."""
 
+    @property
+    def key(self) -> str:
+        """That of twins on other lines too."""
+        return f"{self.file} {self.function}: {self.kind} of `{self.code}`"
+
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} {self.function}: {self.kind} of `{self.code}`"
+        return f"{self.key}, line {self.line}"
 
 
 def mutants(root: Path) -> list[Mutant]:

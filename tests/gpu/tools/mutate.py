@@ -1,15 +1,17 @@
 """Mutation of every shipped Triton kernel: how much of what one can break does some layer notice?
 
     cd tests && python -m gpu.tools.mutate                       # all mutants
+    cd tests && python -m gpu.tools.mutate --file gae.py         # those of one file below kernels/
     cd tests && python -m gpu.tools.mutate --seconds 200         # a random sample that fits
-    cd tests && python -m gpu.tools.mutate --file gae.py
+    cd tests && python -m gpu.tools.mutate --afresh --write      # forget who noticed what, and remember it anew
 
 A mutant of the source runs the cases of the ops that use its file, in the interpreter under the access checker and then, if
 nothing was noticed, compiled in the PTX machine; both compare with the reference. A mutant of compiled code is one `bar.sync`
-less in one specialisation, and runs in the PTX machine. A survivor needs an explanation in gpu/compiled/survivors.json.
+less in those specialisations of a kernel that have most of them, and runs in the PTX machine; barriers that order nothing (see
+gpu.tools.barriers) do not count. A survivor needs an explanation in gpu/compiled/survivors.json; what has one counts as a survivor
+and is tried again only with --afresh. Which case noticed a mutant is remembered in gpu/compiled/noticed.json: it goes first.
 
-The two layers are processes of their own, since an interpreted function cannot be compiled; each forks for every mutant, with
-the damaged copy of kernels/ in place of ours.
+The two layers are processes of their own (gpu.tools.mutate_worker), since an interpreted function cannot be compiled.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 from gpu.tools.mutants import Mutant, dependents, mutants
@@ -37,6 +39,7 @@ from gpu.tools.mutants import Mutant, dependents, mutants
 ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "kernels"
 SURVIVORS = Path(__file__).parents[1] / "compiled" / "survivors.json"
+NOTICED = SURVIVORS.with_name("noticed.json")
 LAYERS = ("interpreter", "compiled")
 HEADS = ["linear_token_logprobs", "linear_ppo_loss"]
 """Ops that have no file in kernels/, and run the kernels of token_logprobs on buffers that the gradient overwrites."""
@@ -44,15 +47,21 @@ HEADS = ["linear_token_logprobs", "linear_ppo_loss"]
 
 @dataclass(frozen=True)
 class Barrier:
-    """One bar.sync less in the compiled code of one specialisation."""
+    """One bar.sync less in the compiled code of a kernel, wherever it has that many of them."""
 
-    case: str
     kernel: str
+    """module.function"""
     number: int
     of: int
+    cases: tuple[str, ...]
+    """That launch such code."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel}: bar.sync {self.number + 1} of {self.of}"
 
     def __str__(self) -> str:
-        return f"{self.kernel}: bar.sync {self.number + 1} of {self.of} (case {self.case})"
+        return self.key
 
 
 @dataclass
@@ -66,6 +75,8 @@ class Outcome:
 class Report:
     outcomes: list[Outcome] = field(default_factory=list)
     left_out: int = 0
+    idle: int = 0
+    """Barriers that order nothing."""
 
     @property
     def survivors(self) -> list[Outcome]:
@@ -82,6 +93,7 @@ class Report:
         lines = [
             f"mutation score {self.score:.1%}: {len(self.outcomes) - len(self.survivors)} of {len(self.outcomes)} noticed"
             + (f", {self.left_out} not tried" if self.left_out else "")
+            + (f"; {self.idle} barriers of the compiler order nothing" if self.idle else "")
         ]
         kinds: dict[str, list[bool]] = {}
         for x in self.outcomes:
@@ -119,6 +131,7 @@ class Layer:
 
     def __init__(self, name: str, cache: str) -> None:
         self.name = name
+        self._busy = Lock()
         environment = {
             **os.environ,
             "TRITON_CACHE_DIR": cache,
@@ -127,16 +140,17 @@ class Layer:
         environment.pop("TRITON_INTERPRET", None)
         if name == "interpreter":
             environment["TRITON_INTERPRET"] = "1"
-        command = [sys.executable, "-m", "gpu.tools.mutate", "--worker", name]
+        command = [sys.executable, "-m", "gpu.tools.mutate_worker", name]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT / "tests"
         )
 
     def ask(self, **question: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        with self._busy:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the worker of the layer '{self.name}' ended")
         return json.loads(line)
@@ -159,28 +173,45 @@ def layers() -> Iterator[dict[str, Layer]]:
 
 
 def run(
-    chosen: Iterable[Mutant | Barrier] | None = None,
+    chosen: Iterable[Mutant] | None = None,
     *,
+    barriers: bool = True,
     seconds: float | None = None,
     seed: int = 0,
+    noticed_by: dict[str, str] | None = None,
+    afresh: bool = False,
     note: Callable[[str], None] = lambda _: None,
 ) -> Report:
-    """The mutants given, or all of the source and a specialisation of each compiled kernel, in random order until the time is up.
+    """The mutants of the source that are given, or all, and those of compiled code, in random order until the time is up.
 
     The interpreter looks at the mutants of the source, and the machine that runs PTX at those of compiled code, and then at
-    what the interpreter let pass. note: called with every survivor.
+    what the interpreter let pass.
+
+    noticed_by: {mutant: "layer: case"} of an earlier run, brought up to date.
+    afresh: try also those that an explanation says survive.
+    note: called with every survivor, and now and then.
     """
     report = Report()
+    hints = {} if noticed_by is None else noticed_by
     deadline = float("inf") if seconds is None else time.monotonic() + seconds
-    everything = list(mutants(KERNELS) if chosen is None else chosen)
-    source = _shuffled([m for m in everything if isinstance(m, Mutant)], seed)
-    ops = sorted({op for m in source for op in _ops_of(m)})
+    source = _shuffled(list(mutants(KERNELS) if chosen is None else chosen), seed)
+    ops = sorted({op for path in KERNELS.glob("*.py") for op in _ops_of(path.name)})
+    if not barriers:
+        ops = sorted({op for m in source for op in _ops_of(m.file)})
     passed: SimpleQueue[Mutant | None] = SimpleQueue()
 
     def record(mutant: Mutant | Barrier, noticed: str | None) -> None:
         report.outcomes.append(Outcome(mutant, noticed))
+        hints.pop(mutant.key, None)
         if noticed is None:
             note(f"survived: {mutant}")
+        else:
+            hints[mutant.key] = noticed
+        if len(report.outcomes) % 25 == 0:
+            note(f"{len(report.outcomes)} tried")
+
+    def is_known_survivor(mutant: Mutant | Barrier) -> bool:
+        return not afresh and explanation(mutant) is not None
 
     with layers() as opened:
 
@@ -191,7 +222,11 @@ def run(
                 for mutant in source:
                     if time.monotonic() > deadline:
                         break
-                    noticed = _noticed(layer, mutant)
+                    if is_known_survivor(mutant):
+                        record(mutant, None)
+                        continue
+                    hint = hints.get(mutant.key, "")
+                    noticed = None if hint.startswith("compiled") else _noticed(layer, mutant, hint)
                     if noticed is None:
                         passed.put(mutant)
                     else:
@@ -202,14 +237,22 @@ def run(
         def compiled() -> None:
             layer = opened["compiled"]
             _undamaged(layer, ops)
-            found = _barriers(layer) if chosen is None else [m for m in everything if isinstance(m, Barrier)]
+            found: list[Barrier] = []
+            if barriers:
+                found, report.idle = _barriers(layer)
             report.left_out = len(source) + len(found)
             for barrier in _shuffled(found, seed):
                 if time.monotonic() > deadline:
                     break
-                record(barrier, _noticed(layer, barrier))
+                known = is_known_survivor(barrier)
+                record(barrier, None if known else _noticed(layer, barrier, hints.get(barrier.key, "")))
             while (mutant := passed.get()) is not None:
-                record(mutant, _noticed(layer, mutant))
+                if time.monotonic() < deadline:
+                    hint = hints.get(mutant.key, "")
+                    noticed = _noticed(layer, mutant, hint)
+                    if noticed is None and hint.startswith("compiled"):  # the interpreter has not seen it yet
+                        noticed = _noticed(opened["interpreter"], mutant, "")
+                    record(mutant, noticed)
 
         with ThreadPoolExecutor(2) as pool:
             for job in [pool.submit(interpreter), pool.submit(compiled)]:
@@ -218,8 +261,8 @@ def run(
     return report
 
 
-def _ops_of(mutant: Mutant) -> list[str]:
-    ops = dependents(KERNELS, mutant.file)
+def _ops_of(file: str) -> list[str]:
+    ops = dependents(KERNELS, file)
     return ops + HEADS if "token_logprobs" in ops else ops
 
 
@@ -231,170 +274,49 @@ def _undamaged(layer: Layer, ops: list[str]) -> None:
     """A layer that complains of the kernels as they are would notice everything."""
     answer = layer.ask(ops=ops)
     if answer is not None:
-        raise RuntimeError(f"the layer '{layer.name}' complains of what is not damaged: {answer}")
+        raise RuntimeError(f"the layer '{layer.name}' complains of what is not damaged: {': '.join(answer)}")
 
 
-def _noticed(layer: Layer, mutant: Mutant | Barrier) -> str | None:
+def _noticed(layer: Layer, mutant: Mutant | Barrier, hint: str) -> str | None:
+    """ "layer: case", the case of the hint being asked first."""
+    first = hint.partition(": ")[2]
     if isinstance(mutant, Barrier):
-        answer = layer.ask(cases=[mutant.case], barrier=[mutant.kernel, mutant.number])
+        answer = layer.ask(first=first, cases=mutant.cases, barrier=[mutant.kernel, mutant.number, mutant.of])
     else:
-        answer = layer.ask(ops=_ops_of(mutant), file=mutant.file, source=mutant.source)
-    return None if answer is None else f"{layer.name}: {answer}"
+        answer = layer.ask(first=first, ops=_ops_of(mutant.file), file=mutant.file, source=mutant.source)
+    return None if answer is None else f"{layer.name}: {answer[0]}"
 
 
-def _barriers(layer: Layer) -> list[Barrier]:
-    """For every compiled kernel, those of the specialisation that has most."""
-    return [Barrier(*row, number, count) for *row, count in layer.ask(barriers=True) for number in range(count)]
-
-
-# ---- the worker
-
-
-def work(layer: str) -> None:
-    import torch
-    from gpu.tools import cases
-
-    torch.set_num_threads(1)
-    answers, sys.stdout = sys.stdout, sys.stderr
-    expected: dict[str, Any] = {}
-    for line in sys.stdin:
-        question = json.loads(line)
-        if question.get("barriers"):
-            found = _in_child(lambda: _count_barriers(cases.cases_of(*cases.triton_ops())), 600)
-        else:
-            wanted = [c for c in cases.CASES if c.op in question.get("ops", ()) or str(c) in question.get("cases", ())]
-            wanted = _quickest_first(wanted, layer)
-            for case in wanted:
-                if str(case) not in expected:
-                    expected[str(case)] = case.expected(case.inputs())
-            limit = 90 if question.keys() & {"file", "barrier"} else 600
-            found = _in_child(lambda q=question, w=wanted: _first_complaint(layer, q, w, expected), limit)
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
-
-
-def _quickest_first(wanted: list[Any], layer: str) -> list[Any]:
-    """One case of each op, then the rest; those that are long for the interpreter are left to the other layer."""
-    if layer == "interpreter":
-        wanted = [c for c in wanted if "large" not in c.name and "long" not in c.name and "far" not in c.name]
-    seen: dict[str, int] = {}
-    ranked = []
-    for case in wanted:
-        seen[case.op] = seen.get(case.op, 0) + 1
-        ranked.append((seen[case.op], case))
-    return [case for _, case in sorted(ranked, key=lambda x: x[0])]
-
-
-def _in_child(call: Any, seconds: float) -> Any:
-    """The result of the call in a forked process; too long counts as a complaint."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        try:
-            found = call()
-        except BaseException as error:
-            found = f"{type(error).__name__}: {str(error)[:300]}"
-        with os.fdopen(write, "w") as pipe:
-            json.dump(found, pipe)
-        os._exit(0)
-    os.close(write)
-    deadline = time.monotonic() + seconds
-    import select
-
-    chunks = []
-    with os.fdopen(read) as pipe:
-        while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            text = os.read(pipe.fileno(), 1 << 20)
-            if not text:
-                break
-            chunks.append(text)
-        else:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-            return f"no end within {seconds} s"
-    os.waitpid(child, 0)
-    return json.loads(b"".join(chunks)) if chunks else "the process died"
-
-
-def _first_complaint(layer: str, question: dict[str, Any], wanted: list[Any], expected: dict[str, Any]) -> str | None:
-    with tempfile.TemporaryDirectory() as folder:
-        if "file" in question:
-            import rlhf_fast.kernels as package
-
-            copy = Path(folder) / "kernels"
-            shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
-            (copy / question["file"]).write_text(question["source"], encoding="utf-8")
-            package.__path__[:] = [str(copy)]
-        for case in wanted:
-            try:
-                _run_case(layer, case, expected[str(case)], question.get("barrier"))
-            except Exception as error:
-                return f"{case}: {type(error).__name__}: {str(error)[:200]}"
-    return None
-
-
-def _run_case(layer: str, case: Any, expected: Any, barrier: Any) -> None:
-    inputs = case.inputs()
-    if layer == "interpreter":
-        from gpu.tools.sanitizer import Sanitizer
-
-        with Sanitizer(order="shuffle", seed=3) as sanitizer:
-            for x, where in case.masked(inputs):
-                sanitizer.hide(x, where)
-            got = case.kernels(inputs)
-        sanitizer.check()
-    else:
-        from gpu.tools.driver import install
-
-        with install(90) as driver:
-            if barrier is not None:
-                name, number = barrier
-                driver.damage = lambda kernel, text: _without_barrier(text, number) if str(kernel) == name else text
-            got = case.kernels(inputs)
-        for launch in driver.launches:
-            assert launch.findings == [], f"{launch.kernel}: {launch.findings[0]}"
-    case.check(got, expected)
-
-
-_BARRIER = re.compile(r"bar\.sync\s+0;")
-
-
-def _without_barrier(text: str, number: int) -> str:
-    found = list(_BARRIER.finditer(text))[number]
-    return text[: found.start()] + text[found.end() :]
-
-
-def _count_barriers(wanted: list[Any]) -> list[tuple[str, str, int]]:
-    """(case, kernel, barriers) of the specialisation of each kernel that has most."""
-    from gpu.tools.driver import install
-
-    most: dict[str, tuple[str, str, int]] = {}
-    for case in wanted:
-        with install(90, execute=False) as driver:
-            case.kernels(case.inputs())
-        for kernel in driver.compiled.values():
-            if kernel.num_warps == 1:  # there is nobody else to wait for
-                continue
-            count = len(_BARRIER.findall(str(kernel.asm["ptx"])))
-            if count > most.get(kernel.name, ("", "", 0))[2]:
-                most[kernel.name] = (str(case), str(kernel), count)
-    return list(most.values())
+def _barriers(layer: Layer) -> tuple[list[Barrier], int]:
+    """Of every compiled kernel where it has most; and how many of them order nothing."""
+    found, idle = [], 0
+    for kernel, count, cases, without in layer.ask(barriers=True):
+        found += [Barrier(kernel, number, count, tuple(cases)) for number in range(count) if number not in without]
+        idle += len(without)
+    return found, idle
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
-    parser.add_argument("--file", help="only the mutants of this file below kernels/")
-    parser.add_argument("--worker", choices=LAYERS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--file", nargs="*", help="only the mutants of these files below kernels/; none: of compiled code"
+    )
+    parser.add_argument("--afresh", action="store_true", help="try all cases on all mutants, explained or not")
+    parser.add_argument("--write", action="store_true", help=f"remember in {NOTICED.name} which case noticed what")
     options = parser.parse_args()
-    if options.worker:
-        work(options.worker)
-        return 0
-    chosen = None if options.file is None else [m for m in mutants(KERNELS) if m.file == options.file]
-    report = run(chosen, seconds=options.seconds, seed=options.seed, note=lambda line: print(line, flush=True))
+    chosen = None if options.file is None else [m for m in mutants(KERNELS) if m.file in options.file]
+    before = json.loads(NOTICED.read_text(encoding="utf-8")) if NOTICED.exists() else {}
+    noticed_by = before if not options.afresh or options.file is not None else {}
+    say = lambda line: print(line, flush=True)
+    report = run(
+        chosen, barriers=not options.file, seconds=options.seconds, seed=options.seed, noticed_by=noticed_by,
+        afresh=options.afresh, note=say,
+    )  # fmt: skip
     print(report)
+    if options.write:
+        NOTICED.write_text(json.dumps(noticed_by, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     return 1 if report.unexplained() or report.score < 0.95 else 0
 
 

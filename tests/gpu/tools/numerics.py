@@ -32,11 +32,18 @@ def tf32(values: NDArray) -> NDArray:
 
 
 def poison(shape: tuple[int, ...], dtype: np.dtype, bf16: bool = False) -> NDArray:
-    """Values that spoil whatever they reach: NaN, or a large number with a pattern of its own."""
+    """Values that spoil whatever they reach: NaN and, in every second place, since a comparison may lose a NaN, a large number with a
+    pattern of its own."""
     if bf16:
-        return np.full(shape, 0x7FC1, dtype)
+        return _alternating(shape, 0x7FC1, 0x4B1A, dtype)
     if dtype.kind == "f":
-        return np.full(shape, np.nan, dtype)
+        return _alternating(shape, np.nan, 14.203125, dtype)
     if dtype.kind == "b":
         return np.full(shape, True, dtype)
     return np.full(shape, np.array(0x5A5A5A5A5A5A5A5A, np.uint64).astype(dtype), dtype)
+
+
+def _alternating(shape: tuple[int, ...], even: float, odd: float, dtype: np.dtype) -> NDArray:
+    found = np.full(shape, even, dtype)
+    found.reshape(-1)[1::2] = odd
+    return found

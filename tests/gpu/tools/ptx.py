@@ -296,12 +296,15 @@ class Batch:
 
 
 def _undefined(count: int, kind: str) -> NDArray:
-    """A register that nothing was written to: NaN in every float format."""
+    """A register that nothing was written to: NaN in every float format, and a number in every second thread."""
     if kind == "pred":
         return np.zeros(count, np.bool_)
     dtype = BITS[DTYPES[kind].itemsize]
-    pattern = {1: 0x5A, 2: 0x7FC1, 4: 0x7FC17FC1, 8: 0x7FFA5A5A7FC17FC1}[dtype.itemsize]
-    return np.full(count, pattern, dtype)
+    nan = {1: 0x5A, 2: 0x7FC1, 4: 0x7FC17FC1, 8: 0x7FFA5A5A7FC17FC1}[dtype.itemsize]
+    number = {1: 0x5B, 2: 0x4B1A, 4: 0x4B1A4B1A, 8: 0x4B1A5A5A4B1A4B1A}[dtype.itemsize]
+    found = np.full(count, nan, dtype)
+    found[1::2] = number
+    return found
 
 
 def _special_registers(

@@ -20,7 +20,7 @@ TRITON_INTERPRET=1 must be set before Triton is first imported. Kinds of finding
     narrow-offset          the program's number is multiplied in 32 bits, which wraps on a large grid
     hint                   a wrong tl.multiple_of or tl.max_contiguous
 
-Masked-off lanes of a load without `other=` hold NaN or another poison, and so do refused lanes. Limits: shadow memory takes about
+Masked-off lanes of a load without `other=` hold a poison, NaN and numbers in turn, and so do refused lanes. Limits: shadow memory takes about
 fifty bytes an element; all programs run, so grids must be small; accesses of the same lane of two tiles of one size are
 taken to be the same thread's.
 """
