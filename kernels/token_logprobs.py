@@ -57,7 +57,7 @@ def _read(row, mask, token_ids, temperature, vocab, scale_value, MASK: tl.conste
     real = row >= 0
     if MASK:
         real = tl.load(mask + row) != 0
-    token = tl.load(token_ids + row, mask=real).to(tl.int64)
+    token = tl.load(token_ids + row, mask=real)
     legal = (token >= 0) & (token < vocab)
     scale = scale_value
     if TEMPERATURE:
@@ -271,9 +271,15 @@ def forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _number(of, at, real):
+    """One that is looked at where the row is `real`."""
+    return tl.load(of + at, mask=real)
+
+
+@triton.jit
 def _upstream(grad, row, real, GIVEN: tl.constexpr):
     if GIVEN:
-        return tl.load(grad + row, mask=real)
+        return _number(grad, row, real)
     else:
         return 0.0
 
@@ -322,15 +328,16 @@ def token_logprobs_backward_kernel(
     g_kl = _upstream(grad_kl, row, real, KL)
     real = real & ((g_logprob != 0.0) | (g_entropy != 0.0) | (g_logsumexp != 0.0) | (g_kl != 0.0))
 
-    top = tl.load(state + row * STATE, mask=real)
-    p_sum = tl.load(state + row * STATE + 1, mask=real)
-    p_mean = tl.load(state + row * STATE + 2, mask=real)
+    state += row * STATE
+    top = _number(state, 0, real)
+    p_sum = _number(state, 1, real)
+    p_mean = _number(state, 2, real)
     log_p_sum = log_of(p_sum)
     ref_top, log_ratio, q_mean = 0.0, 0.0, 0.0
     if KL:
-        ref_top = tl.load(state + row * STATE + 3, mask=real)
-        log_ratio = log_of(p_sum / tl.load(state + row * STATE + 4, mask=real))
-        q_mean = tl.load(state + row * STATE + 5, mask=real)
+        ref_top = _number(state, 3, real)
+        log_ratio = log_of(p_sum / _number(state, 4, real))
+        q_mean = _number(state, 5, real)
     constant, by_z, by_gap = gradient_terms(
         g_logprob, g_entropy, g_logsumexp, g_kl, p_sum, log_p_sum, p_mean, log_ratio, q_mean, scale
     )

@@ -301,6 +301,9 @@ HAND_WRITTEN = """
 """
 
 
+OWN = "mul.wide.u32 %rd2, %r2, 1; add.s64 %rd3, %rd1, %rd2; "
+
+
 def hand_written(body, **options):
     out = torch.zeros(64, dtype=torch.int32)
     return PTX(HAND_WRITTEN.replace("BODY", body)).launch((1,), (64,), [out], **options).findings
@@ -327,14 +330,31 @@ def hand_written(body, **options):
         ),
         ("setp.lt.s32 %p1, %r1, 99; @!%p1 trap;", None),
         ("trap;", "trap reached"),
-        ("mul.wide.u32 %rd2, %r2, 1; add.s64 %rd3, %rd1, %rd2; st.global.b32 [%rd3], %r1;", None),
+        (OWN + "st.global.b32 [%rd3], %r1;", None),
         (
-            "mul.wide.u32 %rd2, %r2, 1; add.s64 %rd3, %rd1, %rd2; st.global.b32 [%rd3+256], %r1;",
+            OWN + "st.global.b32 [%rd3+256], %r1;",
             "out of bounds global store, 64 lanes",
         ),
         (
-            "mul.wide.u32 %rd2, %r2, 1; add.s64 %rd3, %rd1, %rd2; atom.global.add.u32 %r5, [%rd3+4], %r1;",
+            OWN + "atom.global.add.u32 %r5, [%rd3+4], %r1;",
             "out of bounds global atomic, 1 lanes",
+        ),
+        # The address of the thread in %rd3: its own, the first one, or one that another warp has as well.
+        (OWN + "st.global.b32 [%rd3], %r1; ld.global.b32 %r5, [%rd3]; st.global.b32 [%rd3], %r1;", None),
+        (OWN + "st.global.b32 [%rd3], %r1; bar.sync 0; ld.global.b32 %r5, [%rd1];", None),
+        (OWN + "st.global.b32 [%rd3], %r1; ld.global.b32 %r5, [%rd1];", "global race between warps"),
+        (OWN + "ld.global.b32 %r5, [%rd1]; bar.sync 0; st.global.b32 [%rd3], %r1;", None),
+        (OWN + "ld.global.b32 %r5, [%rd1]; st.global.b32 [%rd3], %r1;", "global race between warps"),
+        # All read it and one reads it again before it writes.
+        (
+            OWN + "ld.global.b32 %r5, [%rd1]; ld.global.b32 %r6, [%rd3]; st.global.b32 [%rd3], %r1;",
+            "global race between warps",
+        ),
+        (OWN + "ld.global.b32 %r5, [%rd3]; st.global.b32 [%rd3], %r1;", None),
+        ("st.global.b32 [%rd1], %r1;", "global race between warps"),
+        (
+            "setp.lt.s32 %p1, %r1, 32; @%p1 st.global.b32 [%rd1], %r1; @!%p1 st.global.b32 [%rd1], %r1;",
+            "race between warps",
         ),
     ],
 )

@@ -303,6 +303,25 @@ def in_place_kernel(x_ptr, id_ptr, V, BLOCK: tl.constexpr, BARRIER: tl.constexpr
     tl.store(picked, tl.load(picked) - 1.0)
 
 
+@triton.jit
+def read_twice_kernel(x_ptr, id_ptr, V, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
+    """Every thread reads one number, and one of them reads it again and writes over it."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    picked = tl.load(x_ptr + row * V + tl.load(id_ptr + row))
+    if BARRIER:
+        tl.debug_barrier()
+    x = tl.load(x_ptr + row * V + i, mask=i < V, other=0.0)
+    tl.store(x_ptr + row * V + i, x - picked, mask=i < V)
+
+
+def test_what_several_threads_read_none_may_write_before_a_barrier():
+    ids = torch.randint(0, 100, (4,))
+    for barrier in (True, False):
+        call = lambda b=barrier: read_twice_kernel[(4,)](torch.randn(4, 100), ids, 100, BLOCK=128, BARRIER=b)
+        assert kinds(call) == ([] if barrier else ["hazard"])
+
+
 def test_hazards_inside_a_program():
     ids = torch.randint(0, 100, (4,))
     assert kinds(lambda: in_place_kernel[(4,)](torch.randn(4, 100), ids, 100, BLOCK=128, BARRIER=True)) == []

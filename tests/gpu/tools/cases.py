@@ -163,9 +163,12 @@ def _logits(
 
     def inputs() -> Tensors:
         found = token_logprobs.sample(shape, vocab, dtype=dtype, ref=ref)
-        if not masked:
+        found["token_ids"] = found["token_ids"].clamp_min(0)
+        if masked:
+            found["mask"][...], found["mask"].view(-1)[1:2] = True, False
+            found["token_ids"][~found["mask"]] = -100
+        else:
             del found["mask"]
-            found["token_ids"] = found["token_ids"].clamp_min(0)
         for name in ("logits", "ref_logits"):
             if pad and name in found:
                 wide = torch.full((*shape, vocab + pad), float("nan"), dtype=dtype)

@@ -172,6 +172,7 @@ class Region:
         n = self._size // self.granule
         self.writer, self.write_clock, self.write_thread = (np.zeros(n, np.int32) for _ in range(3))
         self.reader, self.read_clock, self.read_thread = (np.zeros(n, np.int32) for _ in range(3))
+        self.read_warp = np.zeros(n, np.int16)  # since the last barrier, from 1
         reads, self._reads = self._reads, None
         for entry in reads:
             self._note_reads(*entry)
@@ -184,10 +185,13 @@ class Region:
         granules = self.granules(offset, size)
         flat = granules.reshape(-1)
         who, clock, thread = (np.repeat(x, granules.shape[1]) for x in (who, clock, thread))
-        before = self.reader[flat]
+        before, warp = self.reader[flat], ((thread >> 5) + 1).astype(np.int16)
+        also = (before == who) & (self.read_clock[flat] == clock) & (self.read_warp[flat] != warp)
+        self.read_warp[flat] = np.where(also, MANY, warp)
         self.reader[flat] = np.where((before == 0) | (before == who), who, MANY)
-        # Two blocks that read one granule in the same instruction.
+        # Two blocks or warps that read one granule in the same instruction.
         self.reader[flat[(self.reader[flat] != who) & (self.reader[flat] != MANY)]] = MANY
+        self.read_warp[flat[(self.read_warp[flat] != warp) & (self.read_warp[flat] != MANY)]] = MANY
         self.read_clock[flat], self.read_thread[flat] = clock, thread
 
 
@@ -342,16 +346,30 @@ class GlobalMemory:
         if not store:
             if region.written:
                 self._against(region, access, granules, "writer", "write")
+                self._between_warps(region, access, granules, clock, store)
             region.loaded(offset, access.size, who, clock, access.thread.astype(np.int32))
             return
         region.stored_to()
         self._against(region, access, granules, "writer", "write")
         self._against(region, access, granules, "reader", "read")
+        self._between_warps(region, access, granules, clock, store)
         region.writer[granules] = who[:, None]
         if (region.writer[granules] != who[:, None]).any():  # two blocks in one instruction
             self._race(region, access)
         region.write_clock[granules] = clock[:, None]
         region.write_thread[granules] = access.thread[:, None]
+        self._between_warps(region, access, granules, clock, store=False)  # two warps in one instruction
+
+    def _between_warps(self, region: Region, access: Access, granules: NDArray, clock: NDArray, store: bool) -> None:
+        """What one warp wrote no other of its block may touch before a barrier, nor may it write what another read."""
+        who, now, warp = (access.block + 1)[:, None], clock[:, None], (access.thread >> 5)[:, None]
+        found = (region.writer[granules] == who) & (region.write_clock[granules] == now)
+        found &= region.write_thread[granules] >> 5 != warp
+        if store:
+            read = (region.reader[granules] == who) & (region.read_clock[granules] == now)
+            found |= read & (region.read_warp[granules] != warp + 1)
+        if found.any():
+            self._result.note(f"global race between warps on {region.name}, no barrier between: {access.text}")
 
     def _race(self, region: Region, access: Access) -> None:
         self._result.note(f"global race between blocks on {region.name}: {access.text}")

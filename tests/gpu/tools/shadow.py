@@ -272,7 +272,9 @@ class Memory:
         )
         before = shadow.reader[index]
         shadow.reader[index] = np.where((before == 0) | (before == me), me, MANY)
-        shadow.read_clock[index], shadow.read_lane[index] = self._clock, access.lane
+        again = (shadow.last_reader[index] == me) & (shadow.read_epoch[index] == self._epoch)
+        several = again & (shadow.read_lane[index] != access.lane)
+        shadow.read_clock[index], shadow.read_lane[index] = self._clock, np.where(several, MANY, access.lane)
         shadow.read_epoch[index] = self._epoch
         shadow.last_reader[index] = me
         shadow.loaded[index] = True
