@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "chunks.h"
+#include "common/ppo_stats.h"
 #include "kl.h"
 #include "ops.h"
 #include "output.h"
@@ -15,51 +16,9 @@
 namespace rlhf_fast {
 namespace {
 
-enum Reduction { kTokenMean, kTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSum };  // order of reference REDUCTIONS
-
-enum Stat {
-  kPolicyLoss,
-  kValueLoss,
-  kEntropy,
-  kKl,
-  kClipFraction,
-  kDualClipFraction,
-  kValueClipFraction,
-  kApproxKl,
-  kApproxKlK3,
-  kRatioMean,
-  kRatioVar,
-  kRatioMin,
-  kRatioMax,
-  kRatioClamped,
-  kExplainedVariance,
-  kTokens,
-  kStats
-};
-
-enum Sum {
-  kPolicy,
-  kValue,
-  kBonus,
-  kPenalty,  // weighted, as in the loss
-  kEntropySum,
-  kKlSum,
-  kSquare,
-  kK3Sum,
-  kRatio,
-  kRatioSquare,
-  kReturn,
-  kReturnSquare,
-  kError,
-  kErrorSquare,
-  kSums
-};
-
-enum Count { kClipped, kCapped, kClamped, kValueClipped, kCounts };
-
 template <class T>
 struct Partial {
-  double sum[kSums];
+  double sum[kAllSums];
   int64_t count[kCounts];
   Int<T> low, high;  // bits of the smallest and the largest ratio: of numbers >= 0 they are ordered alike
 };
@@ -134,7 +93,7 @@ class Chunk {
 
   Partial<T> sums() const {
     Partial<T> all;
-    for (int k = 0; k < kSums; ++k) all.sum[k] = total(sum_[k]);
+    for (int k = 0; k < kAllSums; ++k) all.sum[k] = total(sum_[k]);
     memcpy(all.count, count_, sizeof(count_));
     all.low = low_;
     all.high = high_;
@@ -308,8 +267,8 @@ class Chunk {
       value_[kBlock], return_[kBlock];
   Int<T> event_[kBlock];
   T copies_[4][kBlock];
-  Eight sum_[kSums];
-  int64_t count_[kCounts] = {};
+  Eight sum_[kAllSums];
+  int64_t count_[kCounts] = {};  // but for kReal
   Int<T> low_ = kMost, high_ = 0;
 };
 
@@ -329,36 +288,18 @@ inline double count(const PpoLossArgs& a, int64_t* tokens) {
 }
 
 template <class T>
-void write_stats(const Problem<T>& p, const Partial<T>& t, int64_t tokens) {
-  const PpoLossArgs& a = p.a;
-  const double* sum = t.sum;
+void write(const PpoLossArgs& a, const Partial<T>& t, int64_t tokens) {
   const double n = tokens > 0 ? static_cast<double>(tokens) : 1;
-  double loss = sum[kPolicy], stat[kStats] = {0};
-  if (p.values) loss += a.value_coef * sum[kValue];
-  if (p.entropy) loss -= a.entropy_coef * sum[kBonus];
-  if (p.ref) loss += a.kl_coef * sum[kPenalty];
-  const double shift = sum[kRatio] / n;
-  const bool valid = tokens > 0 && !isnan(shift);
-  stat[kPolicyLoss] = sum[kPolicy];
-  stat[kValueLoss] = sum[kValue];
-  stat[kEntropy] = sum[kEntropySum] / n;
-  stat[kKl] = sum[kKlSum] / n;
-  stat[kClipFraction] = t.count[kClipped] / n;
-  stat[kDualClipFraction] = t.count[kCapped] / n;
-  stat[kValueClipFraction] = t.count[kValueClipped] / n;
-  stat[kApproxKl] = sum[kSquare] / n / 2;
-  stat[kApproxKlK3] = sum[kK3Sum] / n;
-  stat[kRatioMean] = tokens > 0 ? 1 + shift : 0;
-  const double variance = sum[kRatioSquare] / n - shift * shift;
-  stat[kRatioVar] = variance < 0 ? 0 : variance;
-  stat[kRatioMin] = valid ? static_cast<double>(bits_as<T>(t.low)) : shift;
-  stat[kRatioMax] = valid ? static_cast<double>(bits_as<T>(t.high)) : shift;
-  stat[kRatioClamped] = static_cast<double>(t.count[kClamped]);
-  const double returns = sum[kReturnSquare] - sum[kReturn] * sum[kReturn] / n;
-  const double errors = sum[kErrorSquare] - sum[kError] * sum[kError] / n;
-  stat[kExplainedVariance] = sum[kReturnSquare] == 0 || returns <= 0 ? 0 : 1 - errors / returns;
-  stat[kTokens] = static_cast<double>(tokens);
-  *static_cast<T*>(a.loss) = static_cast<T>(loss);
+  PpoTotals all;
+  for (int k = 0; k < kSums; ++k) all.sum[k] = t.sum[k];
+  for (int k = 0; k < kCounts; ++k) all.count[k] = static_cast<double>(t.count[k]);
+  all.count[kReal] = static_cast<double>(tokens);
+  all.low = static_cast<double>(bits_as<T>(t.low));
+  all.high = static_cast<double>(bits_as<T>(t.high));
+  all.returns = t.sum[kReturnSquare] - t.sum[kReturn] * t.sum[kReturn] / n;
+  all.errors = t.sum[kErrorSquare] - t.sum[kError] * t.sum[kError] / n;
+  double stat[kStats];
+  *static_cast<T*>(a.loss) = static_cast<T>(ppo_loss_of(a, all, stat));
   for (int k = 0; k < kStats; ++k) static_cast<T*>(a.stats)[k] = static_cast<T>(stat[k]);
 }
 
@@ -387,12 +328,12 @@ void run(const PpoLossArgs& a) {
   });
   Partial<T> total = {};
   for (int64_t c = 0; c < chunks.count; ++c) {
-    for (int k = 0; k < kSums; ++k) total.sum[k] += partial[c].sum[k];
+    for (int k = 0; k < kAllSums; ++k) total.sum[k] += partial[c].sum[k];
     for (int k = 0; k < kCounts; ++k) total.count[k] += partial[c].count[k];
     total.low = c == 0 || partial[c].low < total.low ? partial[c].low : total.low;
     total.high = partial[c].high > total.high ? partial[c].high : total.high;
   }
-  write_stats(p, total, tokens);
+  write(a, total, tokens);
 }
 
 }  // namespace
