@@ -7,7 +7,7 @@ the denominator is a count that the gradients need, as many programs count the m
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.common.grid import add_count, counters_for, is_last, reset, take_ticket, whole_count
+from rlhf_fast.kernels.common.grid import add_count, is_last, reset, take_ticket, whole_count
 from rlhf_fast.kernels.common.launch import on_device
 from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.moments import MAX_PARTS, merged, moments_of, pooled
@@ -16,6 +16,7 @@ from rlhf_fast.kernels.common.token_losses import k3_of, kl_token, policy_token,
 from rlhf_fast.kernels.kl_estimate import kind_of
 from torch import Tensor
 
+from rlhf_fast._counters import counters_for
 from rlhf_fast.reference.ppo_loss import STATS
 
 BLOCK, WARPS = 512, 8

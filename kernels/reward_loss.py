@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.common.grid import add_count, counters_for, is_last, reset, take_ticket, whole_count
+from rlhf_fast.kernels.common.grid import add_count, is_last, reset, take_ticket, whole_count
 from rlhf_fast.kernels.common.launch import on_device
 from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.moments import MAX_PARTS
@@ -10,6 +10,7 @@ from rlhf_fast.kernels.common.scan import mask_at
 from rlhf_fast.kernels.common.token_losses import exp_of, log1p_of
 from torch import Tensor
 
+from rlhf_fast._counters import counters_for
 from rlhf_fast.reference.reward_loss import STATS
 
 BLOCK, WARPS = 1024, 4

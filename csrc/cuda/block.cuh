@@ -44,7 +44,7 @@ __device__ __forceinline__ void block_sum(double (&x)[kCount]) {
   }
 }
 
-// The same in the first thread alone, in `sums`: lanes in the type of x, warps in double. Once in a kernel.
+// The same in the first thread alone, in `sums`: lanes in the type of x, warps in double.
 template <class T, int kCount>
 __device__ __forceinline__ void block_sum_of_first(T (&x)[kCount], double (&sums)[kCount]) {
   SIMT_SHARED(double, of_warps, [kCount * kWarps]);

@@ -12,16 +12,20 @@ constexpr int64_t kMaxGrid = 0x7fffffff;
 // For four numbers a thread.
 inline int64_t blocks_of(int64_t n) { return (n + 4 * kThreads - 1) / (4 * kThreads); }
 
-// At most kMaxParts parts of an array, of whole blocks of four numbers a thread.
+// At most `most` parts of an array, of whole steps: as a rule, of whole blocks of four numbers a thread.
 struct Parts {
   int64_t count, length;
 
-  explicit Parts(int64_t n) {
-    const int64_t blocks = blocks_of(n), each = (blocks + kMaxParts - 1) / kMaxParts;
-    length = (each > 0 ? each : 1) * 4 * kThreads;
+  explicit Parts(int64_t n, int64_t step = 4 * kThreads, int64_t most = kMaxParts) {
+    const int64_t steps = (n + step - 1) / step, each = (steps + most - 1) / most;
+    length = (each > 0 ? each : 1) * step;
     count = (n + length - 1) / length;
   }
 };
+
+// The parts that are counted before a loss.
+inline Parts slots_to_count(int64_t n) { return Parts(n, 4 * kThreads * kCountGroups, kCountParts); }
+inline Parts rows_to_count(int64_t rows) { return Parts(rows, kThreads / 32, kCountParts); }  // a warp each
 
 // Launches `blocks` blocks of `kernel` with one argument struct, none when there are none.
 template <class Task>

@@ -24,6 +24,17 @@ struct Moments {
   }
 };
 
+// Of `count` numbers, from the sums of their differences to `centre`, one of them, and of the squares of these.
+__device__ __forceinline__ Moments moments_of(double count, double centre, double sum, double square) {
+  if (count == 0) return {};
+  const double squares = square - sum * (sum / count);
+  Moments m;
+  m.count = count;
+  m.mean = centre + sum / count;
+  m.squares = squares < 0 ? 0 : squares;
+  return m;
+}
+
 // Sums of a thread's numbers around the first of them.
 struct MomentSums {
   double count = 0, centre = 0, sum = 0, square = 0;
@@ -35,15 +46,7 @@ struct MomentSums {
     sum += d;
     square += d * d;
   }
-  __device__ __forceinline__ Moments moments() const {
-    if (count == 0) return {};
-    const double squares = square - sum * (sum / count);
-    Moments m;
-    m.count = count;
-    m.mean = centre + sum / count;
-    m.squares = squares < 0 ? 0 : squares;
-    return m;
-  }
+  __device__ __forceinline__ Moments moments() const { return moments_of(count, centre, sum, square); }
 };
 
 // Those of the block from those of its threads, in every thread: around the mean of the first thread that has any.

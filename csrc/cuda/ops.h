@@ -13,7 +13,7 @@
 
 namespace rlhf_fast::cuda {
 
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 constexpr int kThreads = 256;  // of every block
 
 // The vocabulary is summed in slices, a few of which make a row long enough for several blocks. Their number depends on
@@ -25,9 +25,13 @@ constexpr int kSliceFloats = 3, kRefSliceFloats = 8;  // of what a thread keeps 
 constexpr int kMaxParts = 1024;
 constexpr int kMomentDoubles = 3, kSumDoubles = 2;  // of a part, in the scratch memory of whiten and advantages
 
-constexpr int kCountNumbers = 3;  // of a part: real entries, rows with one, the first one
-constexpr int kPpoNumbers = 20;   // of a part of ppo_loss: sums, counts, extremes
+// Counting is one byte a token: few blocks, with several loads of each thread on their way.
+constexpr int kCountParts = 256, kCountGroups = 4;  // at most; of four slots, a thread's at a time
+
+constexpr int kPpoNumbers = 23;  // of a part of ppo_loss: sums, counts, extremes, centres
 constexpr int kRewardNumbers = 5;
+
+using Counter = unsigned long long;  // what a launch counts its blocks with; launches that share some follow each other
 
 struct GaeArgs {
   const float* rewards;       // (rows, length) or (cu_seqlens[rows],)
@@ -154,7 +158,8 @@ struct RewardLossArgs {
   float* loss;            // (1,)
   float* stats;           // (6,): accuracy, margin, chosen, rejected, center, pairs
   float* grads;           // (2, n) of chosen and rejected, or null
-  double* scratch;        // (1 + (3 + 5) kMaxParts,)
+  Counter* counters;      // (4,) of zeros, before and after
+  double* scratch;        // (kMaxParts, 5)
   int64_t n;
   double center_coef, smoothing;
   void* stream;
@@ -179,14 +184,15 @@ struct PpoLossArgs {
   float* grad_entropy;              // or null
   float* grad_values;               // or null
   int64_t* lengths;                 // (rows,) scratch, for seq-mean-token-mean; else null
-  double* scratch;                  // (1 + (3 + 20) kMaxParts,)
+  Counter* counters;                // (4,) of zeros, before and after
+  double* scratch;                  // (kMaxParts, 23)
   int64_t rows, length, n;
   double clip_low, clip_high, dual_clip, ratio_clamp;
   double entropy_coef, kl_coef;
   int kl_kind;
   bool kl_straight_through;
   double kl_clamp_in, kl_clamp_out, value_clip, value_coef;
-  int reduction;   // Reduction of ppo_loss.cuh
+  int reduction;   // Reduction of common/ppo_stats.h
   double divisor;  // denominator, when positive
   void* stream;
 };

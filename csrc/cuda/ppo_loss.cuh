@@ -1,67 +1,24 @@
-// The PPO loss, its gradients and its statistics: a launch that counts the mask, and one that reads everything else
-// once. Gradients are final, since the denominators depend on the mask alone. Sums are put together by the last block,
-// part by part in their order.
+// The PPO loss, its gradients and its statistics in one launch, which reads everything once, and the mask twice where a
+// denominator is counted. Gradients are final: the denominators depend on the mask alone, and blocks that count it come
+// first (grid.cuh). Sums are put together by the last block, part by part in their order.
 #pragma once
 
 #include "cuda/counts.cuh"
-#include "cuda/finish.cuh"
+#include "cuda/grid.cuh"
 #include "cuda/kl.cuh"
+#include "cuda/moments.cuh"
 #include "cuda/ppo_loss.h"
 
 namespace rlhf_fast::cuda {
 namespace {
 
-enum Stat {
-  kPolicyLoss,
-  kValueLoss,
-  kEntropy,
-  kKl,
-  kClipFraction,
-  kDualClipFraction,
-  kValueClipFraction,
-  kApproxKl,
-  kApproxKlK3,
-  kRatioMean,
-  kRatioVar,
-  kRatioMin,
-  kRatioMax,
-  kRatioClamped,
-  kExplainedVariance,
-  kTokens,
-  kStats
-};
+enum { kLow = kAllSums + kCounts, kHigh, kReturnCentre, kErrorCentre, kNumbers };  // of a part, after sums and counts
+static_assert(kNumbers == kPpoNumbers);
 
-enum Sum {
-  kPolicy,
-  kValue,
-  kBonus,
-  kPenalty,  // weighted, as in the loss
-  kEntropySum,
-  kKlSum,
-  kSquare,
-  kK3Sum,
-  kRatio,
-  kRatioSquare,
-  kReturn,
-  kReturnSquare,
-  kError,
-  kErrorSquare,
-  kClipped,
-  kCapped,
-  kClamped,
-  kValueClipped,
-  kSums
-};
-static_assert(kSums + 2 == kPpoNumbers);  // and the extremes of the ratio
-
-__device__ __forceinline__ void ppo_loss_count_part(const PpoLossTask& a) {
-  double* part = a.scratch + 1 + blockIdx.x * kCountNumbers;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * a.count_length, end = begin + a.count_length;
-  if (a.reduction == kSeqMeanTokenMean || a.reduction == kSeqMeanTokenSum)
-    count_rows(a, begin, end < a.rows ? end : a.rows, a.lengths, part);
-  else
-    count_slots(a.mask, begin, end < a.n ? end : a.n, part);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *reinterpret_cast<int*>(a.scratch) = 0;  // of the last block
+__device__ __forceinline__ int64_t ppo_loss_count(const PpoLossTask& a, int part) {
+  const int64_t begin = part * a.count_length, end = begin + a.count_length;
+  if (is_by_rows(a.reduction)) return count_rows(a, begin, end < a.rows ? end : a.rows, a.lengths);
+  return count_slots(a.mask, begin, end < a.n ? end : a.n);
 }
 
 // The row that holds slot t.
@@ -80,30 +37,33 @@ struct PpoPass {
   PolicyRules<float> rules;
   KlRules kl_rules;
   float value_bound;
-  double share;             // 1 / denominator
-  float value_0, return_0;  // of the first real token: variances are sums of squares around it
-  double sum[kSums];
-  float low, high;  // of the ratio
+  double share;  // 1 / denominator
+  double sum[kAllSums];
+  int count[kCounts];
+  float low, high;          // of the ratio
+  float value_0, return_0;  // of the thread's first real token: its sums are around that
 
-  __device__ __forceinline__ PpoPass(const PpoLossArgs& a, const Counts& counts)
+  __device__ __forceinline__ PpoPass(const PpoLossArgs& a, int64_t counted)
       : a(a),
         rules{static_cast<float>(1 - a.clip_low), static_cast<float>(1 + a.clip_high), static_cast<float>(a.dual_clip),
               static_cast<float>(a.ratio_clamp)},
         kl_rules{a.kl_kind, a.kl_straight_through, static_cast<float>(a.kl_clamp_in),
                  static_cast<float>(a.kl_clamp_out)},
         value_bound(a.old_values ? static_cast<float>(a.value_clip) : INFINITY),
-        value_0(a.values && counts.first >= 0 ? a.values[counts.first] : 0),
-        return_0(a.values && counts.first >= 0 ? a.returns[counts.first] : 0),
         low(INFINITY),
-        high(0) {
-    double denominator = a.reduction == kTokenMean ? counts.tokens : a.reduction == kTokenSum ? 1 : counts.rows;
+        high(0),
+        value_0(0),
+        return_0(0) {
+    double denominator = a.reduction == kTokenSum ? 1 : static_cast<double>(counted);
     if (a.normalizer)
       denominator = static_cast<double>(*a.normalizer);
     else if (a.divisor > 0)
       denominator = a.divisor;
     share = denominator > 0 ? 1 / denominator : 0;
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) sum[k] = 0;
+    for (int k = 0; k < kAllSums; ++k) sum[k] = 0;
+#pragma unroll
+    for (int k = 0; k < kCounts; ++k) count[k] = 0;
   }
 
   // Weights of the tokens of a group in the loss.
@@ -111,14 +71,21 @@ struct PpoPass {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) weight[k] = share;
     if (a.reduction != kSeqMeanTokenMean || group.count == 0) return;
-    int64_t row = row_at(a, group.first);
+    int64_t row = row_at(a, group.first), end = row_of(a, row).end;
+    double mean = mean_of(row);
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       if (k >= group.count) break;
-      while (row_of(a, row).end <= group.first + k) ++row;
-      const int64_t length = a.lengths[row];
-      weight[k] = share / static_cast<double>(length > 0 ? length : 1);
+      if (end <= group.first + k) {
+        while (end <= group.first + k && row < a.rows - 1) end = row_of(a, ++row).end;
+        mean = mean_of(row);
+      }
+      weight[k] = mean;
     }
+  }
+  __device__ __forceinline__ double mean_of(int64_t row) const {
+    const int64_t length = a.lengths[row];
+    return share / static_cast<double>(length > 0 ? length : 1);
   }
 
   __device__ __forceinline__ void take(const Group& group) {
@@ -133,6 +100,8 @@ struct PpoPass {
     if (a.grad_logprobs) group.store(a.grad_logprobs, grad);
     if (a.entropy) bonus(group, real, weight);
     if (a.values) value(group, real, weight);
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) count[kReal] += real[k];
   }
 
   __device__ __forceinline__ void policy(const Group& group, const bool (&real)[kItems], const double (&weight)[kItems],
@@ -154,9 +123,9 @@ struct PpoPass {
       sum[kK3Sum] += static_cast<double>(k3_of(ratio.log_ratio));
       sum[kRatio] += r;
       sum[kRatioSquare] += r * r;
-      sum[kClipped] += static_cast<double>(t.clipped);
-      sum[kCapped] += static_cast<double>(t.capped);
-      sum[kClamped] += static_cast<double>(ratio.clamped);
+      count[kClipped] += t.clipped > 0;
+      count[kCapped] += t.capped > 0;
+      count[kClamped] += ratio.clamped > 0;
       low = fminf(low, ratio.ratio);
       high = fmaxf(high, ratio.ratio);
       grad[k] = static_cast<float>(weight[k]) * (t.slope * factor);
@@ -199,11 +168,13 @@ struct PpoPass {
     group.load(a.returns, real, returns);
     if (a.old_values) group.load(a.old_values, real, old);
     const float coef = static_cast<float>(a.value_coef);
+    int before = count[kReal];
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       float grad = 0;
       if (real[k]) {
         const ValueToken<float> t = value_token(values[k], a.old_values ? old[k] : values[k], returns[k], value_bound);
+        if (before++ == 0) value_0 = values[k], return_0 = returns[k];
         const double r = static_cast<double>(returns[k]), first = static_cast<double>(return_0), d = r - first;
         const double e = (r - static_cast<double>(values[k])) - (first - static_cast<double>(value_0));
         sum[kValue] += weight[k] * static_cast<double>(t.loss);
@@ -211,80 +182,109 @@ struct PpoPass {
         sum[kReturnSquare] += d * d;
         sum[kError] += e;
         sum[kErrorSquare] += e * e;
-        sum[kValueClipped] += static_cast<double>(t.clipped);
+        count[kValueClipped] += t.clipped > 0;
         grad = static_cast<float>(weight[k]) * coef * t.slope;
       }
       values[k] = grad;
     }
     if (a.grad_values) group.store(a.grad_values, values);
   }
+
+  // Brings the sums of all threads around the numbers of the first thread of the block that has a token. Equal numbers
+  // keep sums of exactly 0.
+  __device__ __forceinline__ void recentre() {
+    SIMT_SHARED(float, centres, [2]);
+    const int rank = kThreads - static_cast<int>(threadIdx.x);
+    const float most = block_max(count[kReal] > 0 ? static_cast<float>(rank) : 0);
+    if (most == 0) return;
+    if (rank == static_cast<int>(most)) centres[0] = return_0, centres[1] = value_0;
+    __syncthreads();
+    const double was = return_centre(), error_was = error_centre();
+    return_0 = centres[0];
+    value_0 = centres[1];
+    if (count[kReal] == 0) return;
+    shift<kReturn>(was - return_centre());
+    shift<kError>(error_was - error_centre());
+  }
+  __device__ __forceinline__ double return_centre() const { return static_cast<double>(return_0); }
+  __device__ __forceinline__ double error_centre() const { return return_centre() - static_cast<double>(value_0); }
+  template <int k>
+  __device__ __forceinline__ void shift(double by) {
+    const double all = by * count[kReal];
+    sum[k + 1] += by * (2 * sum[k] + all);
+    sum[k] += all;
+  }
 };
 
-__device__ __forceinline__ void ppo_loss_write(const PpoLossArgs& a, const double (&sum)[kSums], float low, float high,
-                                               double tokens) {
-  const double n = tokens > 0 ? tokens : 1, shift = sum[kRatio] / n;
-  const bool valid = tokens > 0 && !isnan(shift);
-  double loss = sum[kPolicy], stat[kStats];
-  if (a.values) loss += a.value_coef * sum[kValue];
-  if (a.entropy) loss -= a.entropy_coef * sum[kBonus];
-  if (a.ref_logprobs) loss += a.kl_coef * sum[kPenalty];
-  stat[kPolicyLoss] = sum[kPolicy];
-  stat[kValueLoss] = sum[kValue];
-  stat[kEntropy] = sum[kEntropySum] / n;
-  stat[kKl] = sum[kKlSum] / n;
-  stat[kClipFraction] = sum[kClipped] / n;
-  stat[kDualClipFraction] = sum[kCapped] / n;
-  stat[kValueClipFraction] = sum[kValueClipped] / n;
-  stat[kApproxKl] = sum[kSquare] / n / 2;
-  stat[kApproxKlK3] = sum[kK3Sum] / n;
-  stat[kRatioMean] = tokens > 0 ? 1 + shift : 0;
-  const double variance = sum[kRatioSquare] / n - shift * shift;
-  stat[kRatioVar] = variance < 0 ? 0 : variance;
-  stat[kRatioMin] = valid ? static_cast<double>(low) : shift;
-  stat[kRatioMax] = valid ? static_cast<double>(high) : shift;
-  stat[kRatioClamped] = sum[kClamped];
-  const double returns = sum[kReturnSquare] - sum[kReturn] * sum[kReturn] / n;
-  const double errors = sum[kErrorSquare] - sum[kError] * sum[kError] / n;
-  stat[kExplainedVariance] = sum[kReturnSquare] == 0 || returns <= 0 ? 0 : 1 - errors / returns;
-  stat[kTokens] = tokens;
-  *a.loss = static_cast<float>(loss);
+__device__ __forceinline__ void ppo_loss_part(const PpoLossTask& a, int64_t number, int64_t counted) {
+  PpoPass pass(a, counted);
+  const int64_t begin = number * a.part_length;
+  const int64_t end = begin + a.part_length < a.n ? begin + a.part_length : a.n;
+  for (int64_t at = begin + static_cast<int>(threadIdx.x) * kItems; at < end; at += kThreads * kItems)
+    pass.take(Group(at, end));
+  if (a.values) pass.recentre();
+  double sums[kAllSums], counts[kCounts];
+  block_sum_of_first(pass.sum, sums);
+  block_sum_of_first(pass.count, counts);
+  const float low = -block_max(-pass.low), high = block_max(pass.high);
+  if (threadIdx.x != 0) return;
+  double* to = a.scratch + number * kPpoNumbers;
+#pragma unroll
+  for (int k = 0; k < kAllSums; ++k) to[k] = sums[k];
+#pragma unroll
+  for (int k = 0; k < kCounts; ++k) to[kAllSums + k] = counts[k];
+  to[kLow] = static_cast<double>(low);
+  to[kHigh] = static_cast<double>(high);
+  to[kReturnCentre] = pass.return_centre();
+  to[kErrorCentre] = pass.error_centre();
+}
+
+// Sum of the squared deviations from the mean, of what the parts have kept sums of around a centre.
+template <int kOf, int kCentre>
+__device__ __forceinline__ double ppo_loss_squares(const PpoLossTask& a) {
+  Moments mine;
+  for (int p = static_cast<int>(threadIdx.x); p < a.parts; p += kThreads) {
+    const double* part = a.scratch + static_cast<int64_t>(p) * kPpoNumbers;
+    mine.join(moments_of(part[kAllSums + kReal], part[kCentre], part[kOf], part[kOf + 1]));
+  }
+  return pooled(mine).squares;
+}
+
+__device__ __forceinline__ void ppo_loss_finish(const PpoLossTask& a) {
+  double sums[kSums] = {}, counts[kCounts] = {};
+  float low = INFINITY, high = 0;
+  for (int p = static_cast<int>(threadIdx.x); p < a.parts; p += kThreads) {
+    const double* part = a.scratch + static_cast<int64_t>(p) * kPpoNumbers;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) sums[k] += part[k];
+#pragma unroll
+    for (int k = 0; k < kCounts; ++k) counts[k] += part[kAllSums + k];
+    low = fminf(low, static_cast<float>(part[kLow]));
+    high = fmaxf(high, static_cast<float>(part[kHigh]));
+  }
+  PpoTotals all;
+  block_sum_of_first(sums, all.sum);
+  block_sum_of_first(counts, all.count);
+  all.low = static_cast<double>(-block_max(-low));
+  all.high = static_cast<double>(block_max(high));
+  all.returns = a.values ? ppo_loss_squares<kReturn, kReturnCentre>(a) : 0;
+  all.errors = a.values ? ppo_loss_squares<kError, kErrorCentre>(a) : 0;
+  if (threadIdx.x != 0) return;
+  double stat[kStats];
+  *a.loss = static_cast<float>(ppo_loss_of(a, all, stat));
 #pragma unroll
   for (int k = 0; k < kStats; ++k) a.stats[k] = static_cast<float>(stat[k]);
 }
 
-__device__ __forceinline__ void ppo_loss_part(const PpoLossTask& a) {
-  const double* counted = a.scratch + 1;
-  double* parts = a.scratch + 1 + kMaxParts * kCountNumbers;
-  const Counts counts = all_counts(counted, a.count_parts);
-  PpoPass pass(a, counts);
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * a.part_length;
-  const int64_t end = begin + a.part_length < a.n ? begin + a.part_length : a.n;
-  for (int64_t at = begin + static_cast<int>(threadIdx.x) * kItems; at < end; at += kThreads * kItems)
-    pass.take(Group(at, end));
-  block_sum(pass.sum);
-  float low = -block_max(-pass.low), high = block_max(pass.high);
-  double* part = parts + static_cast<int64_t>(blockIdx.x) * kPpoNumbers;
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) part[k] = pass.sum[k];
-    part[kSums] = static_cast<double>(low);
-    part[kSums + 1] = static_cast<double>(high);
+__device__ __forceinline__ void ppo_loss_block(const PpoLossTask& a) {
+  const int ticket = take_ticket(a.counters);
+  if (ticket < a.count_parts) {
+    const int64_t counted = ppo_loss_count(a, ticket);
+    if (threadIdx.x == 0) add_count(a.counters, counted);
+    return;
   }
-  if (!is_last_block(reinterpret_cast<int*>(a.scratch))) return;
-  double sum[kSums] = {};
-  low = INFINITY;
-  high = 0;
-  for (int p = static_cast<int>(threadIdx.x); p < static_cast<int>(gridDim.x); p += kThreads) {
-    part = parts + static_cast<int64_t>(p) * kPpoNumbers;
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) sum[k] += part[k];
-    low = fminf(low, static_cast<float>(part[kSums]));
-    high = fmaxf(high, static_cast<float>(part[kSums + 1]));
-  }
-  block_sum(sum);
-  low = -block_max(-low);
-  high = block_max(high);
-  if (threadIdx.x == 0) ppo_loss_write(a, sum, low, high, counts.tokens);
+  ppo_loss_part(a, ticket - a.count_parts, a.count_parts ? whole_count(a.counters, a.count_parts) : 0);
+  if (is_last_block(a.counters, a.parts)) ppo_loss_finish(a);
 }
 
 }  // namespace

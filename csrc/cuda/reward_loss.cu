@@ -2,5 +2,4 @@
 
 using namespace rlhf_fast::cuda;
 
-SIMT_KERNEL(reward_loss_count, kThreads, 4, RewardLossTask) { reward_loss_count_part(a); }
-SIMT_KERNEL(reward_loss, kThreads, 2, RewardLossTask) { reward_loss_part(a); }
+SIMT_KERNEL(reward_loss, kThreads, 2, RewardLossTask) { reward_loss_block(a); }

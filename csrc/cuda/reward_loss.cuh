@@ -1,10 +1,10 @@
-// Bradley-Terry loss of a reward model: a launch that counts the pairs, and one for loss, statistics and both
-// gradients.
+// Bradley-Terry loss of a reward model, its statistics and both gradients in one launch, in which blocks that count the
+// pairs come first (grid.cuh).
 #pragma once
 
 #include "common/elementary.h"
 #include "cuda/counts.cuh"
-#include "cuda/finish.cuh"
+#include "cuda/grid.cuh"
 #include "cuda/reward_loss.h"
 
 namespace rlhf_fast::cuda {
@@ -12,18 +12,6 @@ namespace {
 
 enum Sum { kLoss, kChosenSum, kRejectedSum, kCenterSum, kRight, kSums };  // kRight: ties are half right
 static_assert(kSums == kRewardNumbers);
-
-template <class Task>
-__device__ __forceinline__ Row part_of(const Task& a) {
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * a.part_length, end = begin + a.part_length;
-  return {begin, end < a.n ? end : a.n};
-}
-
-__device__ __forceinline__ void reward_loss_count_part(const RewardLossTask& a) {
-  const Row part = part_of(a);
-  count_slots(a.mask, part.begin, part.end, a.scratch + 1 + blockIdx.x * kCountNumbers);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *reinterpret_cast<int*>(a.scratch) = 0;  // of the last block
-}
 
 __device__ __forceinline__ void reward_loss_group(const RewardLossArgs& a, const Group& group, float share,
                                                   double (&sum)[kSums]) {
@@ -56,24 +44,22 @@ __device__ __forceinline__ void reward_loss_group(const RewardLossArgs& a, const
   group.store(a.grads + a.n, down);
 }
 
-__device__ __forceinline__ void reward_loss_part(const RewardLossTask& a) {
-  const double pairs = all_counts(a.scratch + 1, a.parts).tokens, share = 1 / (pairs > 0 ? pairs : 1);
-  const Row slots = part_of(a);
+__device__ __forceinline__ void reward_loss_part(const RewardLossTask& a, int64_t number, double share) {
+  const int64_t begin = number * a.part_length, end = begin + a.part_length < a.n ? begin + a.part_length : a.n;
   double sum[kSums] = {};
-  for (int64_t at = slots.begin + static_cast<int>(threadIdx.x) * kItems; at < slots.end; at += kThreads * kItems)
-    reward_loss_group(a, Group(at, slots.end), static_cast<float>(share), sum);
+  for (int64_t at = begin + static_cast<int>(threadIdx.x) * kItems; at < end; at += kThreads * kItems)
+    reward_loss_group(a, Group(at, end), static_cast<float>(share), sum);
   block_sum(sum);
-  double* parts = a.scratch + 1 + kMaxParts * kCountNumbers;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x != 0) return;
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) parts[static_cast<int64_t>(blockIdx.x) * kSums + k] = sum[k];
-  }
-  if (!is_last_block(reinterpret_cast<int*>(a.scratch))) return;
+  for (int k = 0; k < kSums; ++k) a.scratch[number * kSums + k] = sum[k];
+}
+
+__device__ __forceinline__ void reward_loss_finish(const RewardLossTask& a, double pairs, double share) {
+  double sum[kSums] = {};
+  for (int p = static_cast<int>(threadIdx.x); p < a.parts; p += kThreads) {
 #pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    sum[k] = 0;
-    for (int p = static_cast<int>(threadIdx.x); p < static_cast<int>(gridDim.x); p += kThreads)
-      sum[k] += parts[static_cast<int64_t>(p) * kSums + k];
+    for (int k = 0; k < kSums; ++k) sum[k] += a.scratch[static_cast<int64_t>(p) * kSums + k];
   }
   block_sum(sum);
   if (threadIdx.x != 0) return;
@@ -87,6 +73,20 @@ __device__ __forceinline__ void reward_loss_part(const RewardLossTask& a) {
                           pairs};
 #pragma unroll
   for (int k = 0; k < 6; ++k) a.stats[k] = static_cast<float>(stats[k]);
+}
+
+__device__ __forceinline__ void reward_loss_block(const RewardLossTask& a) {
+  const int ticket = take_ticket(a.counters);
+  if (ticket < a.count_parts) {
+    const int64_t begin = ticket * a.count_length, end = begin + a.count_length;
+    const int64_t counted = count_slots(a.mask, begin, end < a.n ? end : a.n);
+    if (threadIdx.x == 0) add_count(a.counters, counted);
+    return;
+  }
+  const int64_t counted = a.mask ? whole_count(a.counters, a.count_parts) : a.n;
+  const double pairs = static_cast<double>(counted), share = 1 / (pairs > 0 ? pairs : 1);
+  reward_loss_part(a, ticket - a.count_parts, share);
+  if (is_last_block(a.counters, a.parts)) reward_loss_finish(a, pairs, share);
 }
 
 }  // namespace

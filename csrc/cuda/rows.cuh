@@ -79,6 +79,14 @@ struct Group {
       for (int k = 0; k < kItems; ++k) real[k] = k < count && mask[first + k];
     }
   }
+  __device__ __forceinline__ int count_real(const uint8_t* mask) const {
+    bool real[kItems];
+    load_mask(mask, real);
+    int found = 0;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) found += real[k];
+    return found;
+  }
   __device__ __forceinline__ void store(float* to, const float (&x)[kItems]) const {
     if (whole(to + first, 16)) {
       *reinterpret_cast<uint4*>(to + first) = {bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};

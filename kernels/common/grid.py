@@ -6,10 +6,8 @@ started already, so the order in which the device starts programs cannot stop it
 depend on the order either. Of the second half, the last one to finish combines what all have stored, in the order of the parts.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 _ARRIVED = tl.constexpr(1 << 40)
 """One program that has counted, in the second counter; below lies what they have counted."""
@@ -48,22 +46,3 @@ def reset(counters):
     """Zeros for the next launch, by the last program."""
     tl.store(counters + tl.arange(0, 4), tl.zeros((4,), tl.int64))
 
-
-_kept: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def counters_for(x: Tensor) -> Tensor:
-    """Four zeros (int64) on the device of x for one launch on the current stream; the kernel leaves zeros.
-
-    Launches of one stream follow each other, so they share. A graph that is being captured gets counters of its own, zeroed at
-    every replay: it may run beside the stream that it was captured on.
-    """
-    if x.device.type != "cuda":
-        return torch.zeros(4, dtype=torch.int64, device=x.device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(4, dtype=torch.int64, device=x.device)
-    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
-    found = _kept.get(key)
-    if found is None:
-        found = _kept[key] = torch.zeros(4, dtype=torch.int64, device=x.device)
-    return found

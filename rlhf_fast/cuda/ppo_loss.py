@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from rlhf_fast._counters import counters_for
 from rlhf_fast.cuda.common import run
 from rlhf_fast.cuda.whiten import MAX_PARTS
 from rlhf_fast.ops.kl_estimate import ALL_KINDS, KINDS
 from rlhf_fast.reference._reduce import REDUCTIONS
 from rlhf_fast.reference.ppo_loss import STATS
 
-COUNT_NUMBERS, NUMBERS = 3, 20
-"""The constants of csrc/cuda/ops.h."""
+NUMBERS = 23
+"""The constant of csrc/cuda/ops.h."""
 
 
 def forward(
@@ -33,11 +34,11 @@ def forward(
     else:
         rows, length = cu_seqlens.shape[0] - 1, 0
     lengths = logprobs.new_empty(rows, dtype=torch.int64) if reduction == "seq-mean-token-mean" else None
-    scratch = logprobs.new_empty(1 + (COUNT_NUMBERS + NUMBERS) * MAX_PARTS, dtype=torch.float64)
+    scratch = logprobs.new_empty(NUMBERS * MAX_PARTS, dtype=torch.float64)
     run(
         "ppo_loss", logprobs, logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns,
-        importance_weights, normalizer, cu_seqlens, loss, stats, d_logprobs, d_entropy, d_values, lengths, scratch,
-        rows, length, logprobs.numel(), low, high, dual, clamp, bonus, kl_coef, ALL_KINDS.index(kl_kind) % len(KINDS),
-        kl_kind[-1] == "+", kl_in, kl_out, value_clip, value_coef, REDUCTIONS.index(reduction), divisor,
+        importance_weights, normalizer, cu_seqlens, loss, stats, d_logprobs, d_entropy, d_values, lengths,
+        counters_for(logprobs), scratch, rows, length, logprobs.numel(), low, high, dual, clamp, bonus, kl_coef,
+        ALL_KINDS.index(kl_kind) % len(KINDS), kl_kind[-1] == "+", kl_in, kl_out, value_clip, value_coef, REDUCTIONS.index(reduction), divisor,
     )  # fmt: skip
     return loss, stats, grads

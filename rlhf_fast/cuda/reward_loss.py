@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from rlhf_fast._counters import counters_for
 from rlhf_fast.cuda.common import run
-from rlhf_fast.cuda.ppo_loss import COUNT_NUMBERS
 from rlhf_fast.cuda.whiten import MAX_PARTS
 from rlhf_fast.reference.reward_loss import STATS
 
@@ -17,9 +17,9 @@ def forward(chosen, rejected, margin, mask, center_coef, label_smoothing, gradie
     """(loss (), stats (6,), gradients of chosen and rejected stacked, or None)."""
     loss, stats = chosen.new_empty(()), chosen.new_empty(len(STATS))
     grads = chosen.new_empty((2, *chosen.shape)) if gradients else None
-    scratch = chosen.new_empty(1 + (COUNT_NUMBERS + NUMBERS) * MAX_PARTS, dtype=torch.float64)
+    scratch = chosen.new_empty(NUMBERS * MAX_PARTS, dtype=torch.float64)
     run(
-        "reward_loss", chosen, chosen, rejected, margin, mask, loss, stats, grads, scratch, chosen.numel(), center_coef,
-        label_smoothing,
+        "reward_loss", chosen, chosen, rejected, margin, mask, loss, stats, grads, counters_for(chosen), scratch, chosen.numel(),
+        center_coef, label_smoothing,
     )  # fmt: skip
     return loss, stats, grads

@@ -7,9 +7,9 @@ import torch
 from gpu.tools.driver import install
 from gpu.tools.on_cpu import on_cpu
 from rlhf_fast.kernels import ppo_loss as ppo_kernels
-from rlhf_fast.kernels.common import grid
 
 import rlhf_fast
+from rlhf_fast._counters import counters_for
 from rlhf_fast.reference import advantages, gae, ppo_loss, reward_loss, whiten
 
 ARCHS = [80, 90]
@@ -78,5 +78,5 @@ def test_a_loss_leaves_its_counters_as_it_found_them(arch, monkeypatch):
 
 def test_counters_of_a_cpu_tensor_are_zeros_of_its_own():
     x = torch.zeros(3)
-    a, b = grid.counters_for(x), grid.counters_for(x)
+    a, b = counters_for(x), counters_for(x)
     assert not a.any() and a.data_ptr() != b.data_ptr()

@@ -25,29 +25,29 @@ def nvcc() -> str | None:
 
 
 @functools.cache
-def text_of(file: str, arch: int) -> str:
-    """PTX of csrc/cuda/<file>.cu."""
+def text_of(file: str, arch: int, csrc: Path = CSRC) -> str:
+    """PTX of <csrc>/cuda/<file>.cu."""
     compiler = nvcc()
     assert compiler is not None
-    command = [compiler, "-std=c++17", "-O3", f"-arch=compute_{arch}", f"-I{CSRC}", "-ptx", "-o", "-"]
-    done = subprocess.run([*command, str(CSRC / "cuda" / f"{file}.cu")], capture_output=True, text=True)
+    command = [compiler, "-std=c++17", "-O3", f"-arch=compute_{arch}", f"-I{csrc}", "-ptx", "-o", "-"]
+    done = subprocess.run([*command, str(csrc / "cuda" / f"{file}.cu")], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     return done.stdout
 
 
 @functools.cache
-def program(name: str, arch: int) -> PTX:
+def program(name: str, arch: int, csrc: Path = CSRC) -> PTX:
     """The kernel `name`, of the file with the longest name that it begins with."""
     files = [path.stem for path in KERNELS if name.startswith(path.stem)]
-    return PTX(text_of(max(files, key=len), arch), name)
+    return PTX(text_of(max(files, key=len), arch, csrc), name)
 
 
 class Machine:
-    """Stands in for the shim: kernels are compiled for `arch` and executed. results: one per launch."""
+    """Stands in for the shim: kernels of `csrc` are compiled for `arch` and executed. results: one per launch."""
 
-    def __init__(self, arch: int, library: Shim) -> None:
-        self.arch, self.library = arch, library
+    def __init__(self, arch: int, library: Shim, csrc: Path) -> None:
+        self.arch, self.library, self.csrc = arch, library, csrc
         self.results: list[Result] = []
         self.configure = library.configure
         self._regions: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ class Machine:
 
     def launch(self, name: bytes, blocks: int, threads: int, address: int) -> int:
         try:
-            kernel = program(name.decode(), self.arch)
+            kernel = program(name.decode(), self.arch, self.csrc)
             ((_, size),) = kernel.kernel.parameters.values()
             argument = ctypes.string_at(address, size)
             self.results.append(kernel.launch((blocks,), (threads,), [argument], regions=self._regions))
@@ -76,10 +76,10 @@ class Machine:
 
 
 @contextmanager
-def machine(arch: int) -> Iterator[Machine]:
+def machine(arch: int, csrc: Path = CSRC) -> Iterator[Machine]:
     """Inside, the library's launches are executed as compiled code."""
     library = shim()
-    found = Machine(arch, library)
+    found = Machine(arch, library, csrc)
     library.hook(found.launch)
     try:
         yield found

@@ -261,7 +261,8 @@ void ppo_loss_cases() {
       for (auto& x : out) x.resize(n);
       const auto mask = mask_of(n);
       std::vector<int64_t> lengths(rows);
-      std::vector<double> scratch(1 + kMaxParts * (kCountNumbers + kPpoNumbers));
+      std::vector<Counter> counters(4);
+      std::vector<double> scratch(kMaxParts * kPpoNumbers);
       const std::vector<int64_t> cu_seqlens = {0, length / 2, length / 2, length, 2 * length, n};
       for (const int64_t* packed : {static_cast<const int64_t*>(nullptr), cu_seqlens.data()})
         expect(ppo_loss({in[0].data(),
@@ -282,6 +283,7 @@ void ppo_loss_cases() {
                          out[1].data(),
                          out[2].data(),
                          lengths.data(),
+                         counters.data(),
                          scratch.data(),
                          rows,
                          length,
@@ -312,9 +314,10 @@ void reward_loss_cases() {
     const auto a = floats(n), b = floats(n), margin = floats(n);
     const auto mask = mask_of(n);
     std::vector<float> loss(1), stats(6), grads(2 * n);
-    std::vector<double> scratch(1 + kMaxParts * (kCountNumbers + kRewardNumbers));
+    std::vector<Counter> counters(4);
+    std::vector<double> scratch(kMaxParts * kRewardNumbers);
     expect(reward_loss({a.data(), b.data(), margin.data(), mask.data(), loss.data(), stats.data(), grads.data(),
-                        scratch.data(), n, 0.01, 0.1, nullptr}),
+                        counters.data(), scratch.data(), n, 0.01, 0.1, nullptr}),
            "reward_loss");
   }
 }

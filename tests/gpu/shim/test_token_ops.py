@@ -229,3 +229,29 @@ def test_results_do_not_depend_on_the_order_of_blocks(cuda):
             out = evaluate(rlhf_fast.ppo_loss, kwargs, ("logprobs", "values"), {"kl_coef": 0.1})
             results.append([*out.values(), *rlhf_fast.advantages(**path, kl_coef=0.1)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_loss_is_one_launch_and_leaves_its_counters_as_it_found_them(cuda, monkeypatch):
+    """A captured graph replays with the counters that the run before has left."""
+    counters = torch.zeros(4, dtype=torch.int64)
+    for file in ("ppo_loss", "reward_loss"):
+        monkeypatch.setattr(f"rlhf_fast.cuda.{file}.counters_for", lambda x: counters)
+    calls = {
+        "ppo_loss": (rlhf_fast.ppo_loss, ppo_loss.sample((5, 900)), ("logprobs", "entropy", "values")),
+        "reward_loss": (rlhf_fast.reward_loss, reward_loss.sample(4500), ("chosen_scores", "rejected_scores")),
+    }
+    for name, (function, kwargs, leaves) in calls.items():
+        before = cuda.configure()
+        first, again = (evaluate(function, kwargs, leaves, {}) for _ in range(2))
+        assert cuda.configure() == before + 2, name
+        assert all(torch.equal(first[k], again[k]) for k in first) and not counters.any()
+
+
+def test_a_spread_far_from_zero_costs_no_digits_and_none_is_exactly_none(cuda):
+    """Variances are of deviations from the mean, not differences of squares."""
+    kwargs = ppo_loss.sample((4, 1100))
+    kwargs["returns"] = 1000 + torch.randn(4, 1100)
+    kwargs["values"] = kwargs["returns"] + 0.1 * torch.randn(4, 1100)
+    check(rlhf_fast.ppo_loss, kwargs, ("logprobs", "values"), ("loss", "policy_loss", "kl"))
+    kwargs["returns"] = torch.full((4, 1100), 0.1)
+    assert rlhf_fast.ppo_loss(**kwargs).stats["explained_variance"] == 0
