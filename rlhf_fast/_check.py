@@ -125,11 +125,17 @@ def cu_seqlens(op: str, x: Tensor, tokens: int, other: Tensor) -> Tensor:
     """Checked boundaries (S+1,) of S packed sequences over `tokens` tokens, as contiguous int64.
 
     The values are read when they lie on the CPU; on an accelerator that would stop the queue, so there
-    only the shape is checked and the kernels clamp.
+    only the shape is checked and the kernels clamp. A single boundary is the end of no sequence, and of no token.
     """
     integer(op, "cu_seqlens", x)
-    if x.dim() != 1 or x.numel() < 1:
-        raise error(ValueError, op, "cu_seqlens", f"shape {tuple(x.shape)}", "(sequences + 1,)")
+    if x.dim() != 1 or x.numel() < 1 or (x.numel() == 1 and tokens > 0):
+        raise error(
+            ValueError,
+            op,
+            "cu_seqlens",
+            f"shape {tuple(x.shape)}",
+            f"(sequences + 1,) of sequences over {tokens} tokens",
+        )
     device(op, "cu_seqlens", x, other, "the packed tensor")
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor:
         bounds = x.tolist()

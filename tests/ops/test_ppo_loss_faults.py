@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_fast.ops import ppo_loss
+from rlhf_fast import use_backend
+from rlhf_fast.ops import advantages, gae, ppo_loss
+from rlhf_fast.reference._reduce import REDUCTIONS
 
 Z = torch.zeros(2, 3)
 
@@ -50,3 +52,30 @@ def test_flat_input_without_cu_seqlens_has_no_sequences():
     assert ppo_loss(flat, flat, flat, torch.ones(6, dtype=torch.bool)).loss == 0
     with pytest.raises(ValueError, match="cu_seqlens for seq-mean-token-mean"):
         ppo_loss(flat, flat, flat, torch.ones(6, dtype=torch.bool), reduction="seq-mean-token-mean")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_sequence_of_no_token_has_a_loss_of_0(backend, reduction):
+    empty = torch.zeros(0, requires_grad=True)
+    with use_backend(backend):
+        out = ppo_loss(
+            empty, empty.detach(), empty.detach(), torch.zeros(0, dtype=torch.bool), cu_seqlens=torch.tensor([0]),
+            reduction=reduction,
+        )  # fmt: skip
+    out.loss.backward()
+    assert out.loss == 0 and empty.grad.shape == (0,) and not any(out.stats.values())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_single_boundary_is_refused_where_there_are_tokens_on_devices_too_whose_numbers_are_not_read(device):
+    flat, mask = torch.zeros(5, device=device), torch.ones(5, dtype=torch.bool, device=device)
+    bounds, scores = torch.tensor([0], device=device), torch.zeros(0, device=device)
+    calls = [
+        lambda: ppo_loss(flat, flat, flat, mask, cu_seqlens=bounds, reduction="seq-mean-token-mean"),
+        lambda: gae(flat, flat, mask, cu_seqlens=bounds),
+        lambda: advantages(scores, flat, mask, cu_seqlens=bounds),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"'cu_seqlens' got shape \(1,\), expected .* of sequences over 5 tokens"):
+            call()

@@ -44,6 +44,13 @@ def test_parity(shape, reduction):
     assert len(run.launches) == (1 if kwargs["logprobs"].numel() else 0)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_sequence_of_no_token_has_a_loss_of_0(reduction):
+    kwargs = reference.sample((0,)) | {"cu_seqlens": torch.tensor([0])}
+    run = check(lambda **k: call(**k, **FULL, reduction=reduction), kwargs, LEAVES)
+    assert run.results["loss"] == 0 and not run.launches
+
+
 def options_at(seed):
     """A drawn combination of options and inputs, on parts of some blocks of 16, padded or packed."""
     g = torch.Generator().manual_seed(seed)

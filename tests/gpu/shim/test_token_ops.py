@@ -175,6 +175,10 @@ def test_losses_without_a_token_are_0(cuda):
                 rlhf_fast.ppo_loss, kwargs, ("logprobs", "values"), {"reduction": reduction, "normalizer": None}
             )
             assert not any(v.any() for k, v in out.items() if k != "explained_variance"), reduction
+    kwargs = ppo_loss.sample((0,)) | {"cu_seqlens": torch.tensor([0])}
+    for reduction in REDUCTIONS:
+        out = evaluate(rlhf_fast.ppo_loss, kwargs, ("logprobs", "values"), {"reduction": reduction})
+        assert not any(v.any() for k, v in out.items() if k != "explained_variance"), reduction
     for n in (0, 5):
         kwargs = {**reward_loss.sample(n), "mask": torch.zeros(n, dtype=torch.bool)}
         out = evaluate(rlhf_fast.reward_loss, kwargs, ("chosen_scores", "rejected_scores"), {"center_coef": 0.1})
