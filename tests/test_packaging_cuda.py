@@ -96,7 +96,7 @@ def test_case_21_a_launch_without_a_driver_raises_the_documented_text(library):
     with pytest.raises(
         RuntimeError, match=r"CUDA kernel 'gae': libcuda\.so\.1: .* there is no NVIDIA driver; CPU tensors"
     ):
-        library.gae(x, x, None, None, None, out, out, 2, 3, 1.0, 0.95, False, 0)
+        library.gae(x, x, None, None, None, out, out, 2, 3, 6, 1.0, 0.95, False, 0)
     assert "there is no NVIDIA driver" in library.check()
 
 

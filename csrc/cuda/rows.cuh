@@ -11,10 +11,13 @@ struct Row {
   int64_t begin, end;
 };
 
+// Boundaries on an accelerator are not checked on the host, so they are clamped here.
 template <class Args>
 __device__ __forceinline__ Row row_of(const Args& a, int64_t i) {
-  if (a.cu_seqlens) return {a.cu_seqlens[i], a.cu_seqlens[i + 1]};
-  return {i * a.length, (i + 1) * a.length};
+  if (!a.cu_seqlens) return {i * a.length, (i + 1) * a.length};
+  const int64_t from = a.cu_seqlens[i], to = a.cu_seqlens[i + 1];
+  const int64_t begin = from < 0 ? 0 : from < a.n ? from : a.n;
+  return {begin, to < begin ? begin : to < a.n ? to : a.n};
 }
 
 // The last real slot of a row, or the one before the row. Looked for from the end: mostly one step.

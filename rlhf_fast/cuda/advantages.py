@@ -20,7 +20,7 @@ def forward(
     scratch = whiten.moments_scratch(values) if whitened else None
     run(
         "advantages", values, scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, *outputs, scratch,
-        *gae.rows_of(values, cu_seqlens), values.numel(), token_scores, kl_coef, ALL_KINDS.index(kl_kind) % len(KINDS),
+        *gae.rows_of(values, cu_seqlens), token_scores, kl_coef, ALL_KINDS.index(kl_kind) % len(KINDS),
         clamp_in, clamp_out, score_clip, after_last, gamma, lam, decay_gaps, whitened, unbiased, floor_variance, WHITEN_EPS,
     )  # fmt: skip
     return outputs

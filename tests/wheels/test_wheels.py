@@ -140,7 +140,7 @@ import torch
 from rlhf_fast import cuda
 x = torch.zeros(2, 3)
 try:
-    cuda.kernel("gae")(x, x, None, None, None, x, x, 2, 3, 1.0, 0.95, False, 0)
+    cuda.kernel("gae")(x, x, None, None, None, x, x, 2, 3, 6, 1.0, 0.95, False, 0)
 except RuntimeError as error:
     print(error)
 """

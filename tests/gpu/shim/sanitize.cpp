@@ -177,14 +177,14 @@ void gae_cases() {
       const int64_t rows = 3, n = rows * length;
       const auto a = floats(n), b = floats(n), bootstrap = floats(rows);
       const auto mask = mask_of(n);
-      const std::vector<int64_t> cu_seqlens = {0, length / 2, length / 2, n};
+      const std::vector<int64_t> cu_seqlens = {0, length / 2, length / 2, n}, outside = {n + 9, -9, n + 9, 5};
       std::vector<float> x(n), y(n), z(rows);
-      for (const int64_t* packed : {static_cast<const int64_t*>(nullptr), cu_seqlens.data()}) {
-        expect(gae({a.data(), b.data(), mask.data(), bootstrap.data(), packed, x.data(), y.data(), rows, length, 0.9,
+      for (const int64_t* packed : {static_cast<const int64_t*>(nullptr), cu_seqlens.data(), outside.data()}) {
+        expect(gae({a.data(), b.data(), mask.data(), bootstrap.data(), packed, x.data(), y.data(), rows, length, n, 0.9,
                     0.95, decay, nullptr}),
                "gae");
-        expect(gae_backward({a.data(), b.data(), mask.data(), packed, x.data(), y.data(), z.data(), rows, length, 0.9,
-                             0.95, decay, nullptr}),
+        expect(gae_backward({a.data(), b.data(), mask.data(), packed, x.data(), y.data(), z.data(), rows, length, n,
+                             0.9, 0.95, decay, nullptr}),
                "gae_backward");
       }
     }
@@ -216,37 +216,39 @@ void advantages_cases() {
       std::vector<float> out[4];
       for (auto& x : out) x.resize(n);
       std::vector<double> scratch(kMaxParts * kMomentDoubles);
-      expect(advantages({scores.data(),
-                         values.data(),
-                         mask.data(),
-                         a.data(),
-                         b.data(),
-                         nullptr,
-                         nullptr,
-                         out[0].data(),
-                         out[1].data(),
-                         out[2].data(),
-                         out[3].data(),
-                         scratch.data(),
-                         rows,
-                         length,
-                         n,
-                         after_last,
-                         0.1,
-                         2,
-                         10,
-                         10,
-                         5,
-                         after_last,
-                         1,
-                         0.95,
-                         after_last,
-                         true,
-                         true,
-                         false,
-                         1e-8,
-                         nullptr}),
-             "advantages");
+      const std::vector<int64_t> outside = {-9, length, length, n + 9};
+      for (const int64_t* packed : {static_cast<const int64_t*>(nullptr), outside.data()})
+        expect(advantages({scores.data(),
+                           values.data(),
+                           mask.data(),
+                           a.data(),
+                           b.data(),
+                           nullptr,
+                           packed,
+                           out[0].data(),
+                           out[1].data(),
+                           out[2].data(),
+                           out[3].data(),
+                           scratch.data(),
+                           rows,
+                           length,
+                           n,
+                           after_last,
+                           0.1,
+                           2,
+                           10,
+                           10,
+                           5,
+                           after_last,
+                           1,
+                           0.95,
+                           after_last,
+                           true,
+                           true,
+                           false,
+                           1e-8,
+                           nullptr}),
+               "advantages");
     }
 }
 #endif
@@ -264,7 +266,9 @@ void ppo_loss_cases() {
       std::vector<Counter> counters(4);
       std::vector<double> scratch(kMaxParts * kPpoNumbers);
       const std::vector<int64_t> cu_seqlens = {0, length / 2, length / 2, length, 2 * length, n};
-      for (const int64_t* packed : {static_cast<const int64_t*>(nullptr), cu_seqlens.data()})
+      const std::vector<int64_t> outside = {-9, length, length, 2 * length, 3 * length, n - 1}, beyond(6, n + 9);
+      for (const int64_t* packed :
+           {static_cast<const int64_t*>(nullptr), cu_seqlens.data(), outside.data(), beyond.data()})
         expect(ppo_loss({in[0].data(),
                          in[1].data(),
                          in[2].data(),

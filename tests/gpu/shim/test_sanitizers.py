@@ -77,6 +77,9 @@ MUTANTS = {
     "alignment of a group": ("gae", "rows.cuh", " && reinterpret_cast<uintptr_t>(at) % bytes == 0", "", 0, MEMORY, OUTSIDE),
     "end of a group": ("kl_estimate", "rows.cuh", "k < count ? from[first + k] : 0", "from[first + k]", 0, MEMORY, OUTSIDE),
     "end of a stored group": ("kl_estimate", "rows.cuh", "        if (k < count) to", "        to", 0, MEMORY, OUTSIDE),
+    "clamp of a first boundary": ("gae", "rows.cuh", "from < 0 ? 0 : from < a.n ? from : a.n", "from", 0, MEMORY, OUTSIDE),
+    "clamp of a last boundary": ("advantages", "rows.cuh", "to < a.n ? to : a.n", "to", 0, MEMORY, OUTSIDE),
+    "end of the rows": ("ppo_loss", "ppo_loss.cuh", " && row < a.rows - 1", "", 0, MEMORY, OUTSIDE),
     "end of the samples": ("group_advantages", "group_advantages.cuh", "if (inside) a.out[i]", "a.out[i]", 0, MEMORY, OUTSIDE),
 }  # fmt: skip
 
