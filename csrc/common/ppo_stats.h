@@ -62,33 +62,33 @@ struct PpoTotals {
   double returns, errors;  // sums of squared deviations from the mean, of returns and of returns - values
 };
 
-// The loss, and the statistics in `stat`.
-template <class Args>
-RLHF_FAST_INLINE_HD double ppo_loss_of(const Args& a, const PpoTotals& t, double (&stat)[kStats]) {
+// stats: (kStats,).
+template <class Args, class T>
+RLHF_FAST_INLINE_HD void write_ppo_loss(const Args& a, const PpoTotals& t, T* loss, T* stats) {
   const double tokens = t.count[kReal], n = tokens > 0 ? tokens : 1, shift = t.sum[kRatio] / n;
   const bool valid = tokens > 0 && !isnan(shift);
-  double loss = t.sum[kPolicy];
-  if (a.values) loss += a.value_coef * t.sum[kValue];
-  if (a.entropy) loss -= a.entropy_coef * t.sum[kBonus];
-  if (a.ref_logprobs) loss += a.kl_coef * t.sum[kPenalty];
-  stat[kPolicyLoss] = t.sum[kPolicy];
-  stat[kValueLoss] = t.sum[kValue];
-  stat[kEntropy] = t.sum[kEntropySum] / n;
-  stat[kKl] = t.sum[kKlSum] / n;
-  stat[kClipFraction] = t.count[kClipped] / n;
-  stat[kDualClipFraction] = t.count[kCapped] / n;
-  stat[kValueClipFraction] = t.count[kValueClipped] / n;
-  stat[kApproxKl] = t.sum[kSquare] / n / 2;
-  stat[kApproxKlK3] = t.sum[kK3Sum] / n;
-  stat[kRatioMean] = tokens > 0 ? 1 + shift : 0;
+  double all = t.sum[kPolicy];
+  if (a.values) all += a.value_coef * t.sum[kValue];
+  if (a.entropy) all -= a.entropy_coef * t.sum[kBonus];
+  if (a.ref_logprobs) all += a.kl_coef * t.sum[kPenalty];
   const double variance = t.sum[kRatioSquare] / n - shift * shift;
-  stat[kRatioVar] = variance < 0 ? 0 : variance;
-  stat[kRatioMin] = valid ? t.low : shift;
-  stat[kRatioMax] = valid ? t.high : shift;
-  stat[kRatioClamped] = t.count[kClamped];
-  stat[kExplainedVariance] = t.returns <= 0 ? 0 : 1 - t.errors / t.returns;
-  stat[kTokens] = tokens;
-  return loss;
+  *loss = static_cast<T>(all);
+  stats[kPolicyLoss] = static_cast<T>(t.sum[kPolicy]);
+  stats[kValueLoss] = static_cast<T>(t.sum[kValue]);
+  stats[kEntropy] = static_cast<T>(t.sum[kEntropySum] / n);
+  stats[kKl] = static_cast<T>(t.sum[kKlSum] / n);
+  stats[kClipFraction] = static_cast<T>(t.count[kClipped] / n);
+  stats[kDualClipFraction] = static_cast<T>(t.count[kCapped] / n);
+  stats[kValueClipFraction] = static_cast<T>(t.count[kValueClipped] / n);
+  stats[kApproxKl] = static_cast<T>(t.sum[kSquare] / n / 2);
+  stats[kApproxKlK3] = static_cast<T>(t.sum[kK3Sum] / n);
+  stats[kRatioMean] = static_cast<T>(tokens > 0 ? 1 + shift : 0);
+  stats[kRatioVar] = static_cast<T>(variance < 0 ? 0 : variance);
+  stats[kRatioMin] = static_cast<T>(valid ? t.low : shift);
+  stats[kRatioMax] = static_cast<T>(valid ? t.high : shift);
+  stats[kRatioClamped] = static_cast<T>(t.count[kClamped]);
+  stats[kExplainedVariance] = static_cast<T>(t.returns <= 0 ? 0 : 1 - t.errors / t.returns);
+  stats[kTokens] = static_cast<T>(tokens);
 }
 
 }  // namespace

@@ -298,9 +298,7 @@ void write(const PpoLossArgs& a, const Partial<T>& t, int64_t tokens) {
   all.high = static_cast<double>(bits_as<T>(t.high));
   all.returns = t.sum[kReturnSquare] - t.sum[kReturn] * t.sum[kReturn] / n;
   all.errors = t.sum[kErrorSquare] - t.sum[kError] * t.sum[kError] / n;
-  double stat[kStats];
-  *static_cast<T*>(a.loss) = static_cast<T>(ppo_loss_of(a, all, stat));
-  for (int k = 0; k < kStats; ++k) static_cast<T*>(a.stats)[k] = static_cast<T>(stat[k]);
+  write_ppo_loss(a, all, static_cast<T*>(a.loss), static_cast<T*>(a.stats));
 }
 
 template <class T>

@@ -223,26 +223,30 @@ __device__ __forceinline__ void ppo_loss_part(const PpoLossTask& a, int64_t numb
   for (int64_t at = begin + static_cast<int>(threadIdx.x) * kItems; at < end; at += kThreads * kItems)
     pass.take(Group(at, end));
   if (a.values) pass.recentre();
-  double sums[kAllSums], counts[kCounts];
-  block_sum_of_first(pass.sum, sums);
-  block_sum_of_first(pass.count, counts);
-  const float low = -block_max(-pass.low), high = block_max(pass.high);
-  if (threadIdx.x != 0) return;
   double* to = a.scratch + number * kPpoNumbers;
+  // What takes least registers goes first, and is stored before the rest is added up.
+  const float low = -block_max(-pass.low), high = block_max(pass.high);
+  double counts[kCounts], sums[kAllSums];
+  block_sum_of_first(pass.count, counts);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int k = 0; k < kCounts; ++k) to[kAllSums + k] = counts[k];
+    to[kLow] = static_cast<double>(low);
+    to[kHigh] = static_cast<double>(high);
+    to[kReturnCentre] = pass.return_centre();
+    to[kErrorCentre] = pass.error_centre();
+  }
+  block_sum_of_first(pass.sum, sums);
+  if (threadIdx.x != 0) return;
 #pragma unroll
   for (int k = 0; k < kAllSums; ++k) to[k] = sums[k];
-#pragma unroll
-  for (int k = 0; k < kCounts; ++k) to[kAllSums + k] = counts[k];
-  to[kLow] = static_cast<double>(low);
-  to[kHigh] = static_cast<double>(high);
-  to[kReturnCentre] = pass.return_centre();
-  to[kErrorCentre] = pass.error_centre();
 }
 
 // Sum of the squared deviations from the mean, of what the parts have kept sums of around a centre.
 template <int kOf, int kCentre>
 __device__ __forceinline__ double ppo_loss_squares(const PpoLossTask& a) {
   Moments mine;
+#pragma unroll 1
   for (int p = static_cast<int>(threadIdx.x); p < a.parts; p += kThreads) {
     const double* part = a.scratch + static_cast<int64_t>(p) * kPpoNumbers;
     mine.join(moments_of(part[kAllSums + kReal], part[kCentre], part[kOf], part[kOf + 1]));
@@ -253,6 +257,7 @@ __device__ __forceinline__ double ppo_loss_squares(const PpoLossTask& a) {
 __device__ __forceinline__ void ppo_loss_finish(const PpoLossTask& a) {
   double sums[kSums] = {}, counts[kCounts] = {};
   float low = INFINITY, high = 0;
+#pragma unroll 1
   for (int p = static_cast<int>(threadIdx.x); p < a.parts; p += kThreads) {
     const double* part = a.scratch + static_cast<int64_t>(p) * kPpoNumbers;
 #pragma unroll
@@ -269,11 +274,7 @@ __device__ __forceinline__ void ppo_loss_finish(const PpoLossTask& a) {
   all.high = static_cast<double>(block_max(high));
   all.returns = a.values ? ppo_loss_squares<kReturn, kReturnCentre>(a) : 0;
   all.errors = a.values ? ppo_loss_squares<kError, kErrorCentre>(a) : 0;
-  if (threadIdx.x != 0) return;
-  double stat[kStats];
-  *a.loss = static_cast<float>(ppo_loss_of(a, all, stat));
-#pragma unroll
-  for (int k = 0; k < kStats; ++k) a.stats[k] = static_cast<float>(stat[k]);
+  if (threadIdx.x == 0) write_ppo_loss(a, all, a.loss, a.stats);
 }
 
 __device__ __forceinline__ void ppo_loss_block(const PpoLossTask& a) {
