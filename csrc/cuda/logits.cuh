@@ -53,8 +53,13 @@ __device__ __forceinline__ double scale_of(const Args& a, int64_t i) {
   return scale < largest ? scale : largest;
 }
 
-// e^(scale u) as 2^(high u + low u), with scale log2(e) in two parts.
+// e^(scale u) as 2^(high u + low u), with scale log2(e) in two parts; u is a logit relative to another one.
+//
+// A row by itself takes the exponent as one rounding, d = high y - offset with `offset` the rounded high base and `rest`
+// what that lost: d = high (y - base) + rest. Two rows that are compared (exact KL) take u, whose gaps keep their digits.
 struct Exponent {
+  static constexpr float kLargestOffset = 1 << 20;  // from there on the rest would not be small: d is taken from u
+
   float high, low;
 
   __device__ __forceinline__ explicit Exponent(double scale) {
@@ -62,7 +67,14 @@ struct Exponent {
     high = static_cast<float>(both < largest ? both : largest);
     low = both < largest ? static_cast<float>(both - static_cast<double>(high)) : 0;
   }
-  __device__ __forceinline__ float of(float u) const { return exp2_of(u * high); }
+  __device__ __forceinline__ bool has_offset(float base) const { return fabsf(base * high) < kLargestOffset; }
+  // NaN where there is none.
+  __device__ __forceinline__ float offset(float base) const {
+    return has_offset(base) ? base * high : static_cast<float>(NAN);
+  }
+  __device__ __forceinline__ float rest(float base) const {
+    return has_offset(base) ? fmaf(base, high, -(base * high)) : 0;
+  }
   // Without the rounding of the product, which KL would show; NaN at -inf.
   __device__ __forceinline__ float exactly(float u) const {
     const float x = u * high, rest = fmaf(u, low, fmaf(u, high, -x)), e = exp2_of(x);

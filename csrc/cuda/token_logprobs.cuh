@@ -16,7 +16,41 @@ namespace {
 constexpr int kBatch = 16, kRefBatch = 8;  // logits of a thread at a time
 constexpr float kLargestSum = 8192;        // of a batch: e^9
 
-// Sums over logits relative to `base`, which is one of them: with u = y - base and e = 2^(scale u), sum e and sum e u.
+// What a row by itself is summed to, relative to `base`, one of its logits: sum e and sum e d with e = 2^d, d as
+// Exponent says.
+template <bool kRef>
+struct RowSums {
+  float base = -INFINITY, sum = 0, weighted = 0;
+
+  // Moves the point of reference up to `to`. Before the first logit every term is 0 (or NaN).
+  __device__ __forceinline__ void raise(float to, const Exponent& exp) {
+    if (!(to > base)) return;
+    if (base != -INFINITY) {
+      // 2^-256 is 0, and times a sum no NaN.
+      const float shift = fmaxf(fmaf(base - to, exp.high, exp.rest(to) - exp.rest(base)), -256.0f);
+      const float factor = exp2_of(shift);
+      weighted = factor * fmaf(shift, sum, weighted);
+      sum *= factor;
+    }
+    base = to;
+  }
+  __device__ __forceinline__ void join(RowSums other, const Exponent& exp) {
+    const float to = fmaxf(base, other.base);
+    raise(to, exp);
+    other.raise(to, exp);
+    sum += other.sum;
+    weighted += other.weighted;
+  }
+  // Fields in the scratch memory lie a block's threads apart.
+  __device__ __forceinline__ void save(float* to) const {
+    to[0] = base, to[kThreads] = sum, to[2 * kThreads] = weighted;
+  }
+  __device__ __forceinline__ void load(const float* from) {
+    base = from[0], sum = from[kThreads], weighted = from[2 * kThreads];
+  }
+};
+
+// Of two rows that are compared: sum e and sum e u with u = y - base and e = 2^(scale u).
 struct Sums {
   float base = -INFINITY, sum = 0, weighted = 0;
   float lost = 0;  // what roundings took off the sum
@@ -35,8 +69,7 @@ struct Sums {
     lost *= factor;
     return shift;
   }
-  __device__ __forceinline__ void add(float x) { sum += x; }
-  // The same with the rounding kept (Knuth's two-sum): KL is a small difference of the logarithms of two sums.
+  // With the rounding kept (Knuth's two-sum): KL is a small difference of the logarithms of two sums.
   __device__ __forceinline__ void add_exactly(float x) {
     const float s = sum + x, part = s - sum;
     lost += (sum - (s - part)) + (x - part);
@@ -54,69 +87,59 @@ struct Sums {
   }
 };
 
-template <bool kRef>
-struct RowSums {
+template <>
+struct RowSums<true> {
   Sums policy, reference;
   float gap = 0;  // sum e (u - v) with v the reference's u
 
   __device__ __forceinline__ void raise(float to, float ref_to, const Exponent& exp) {
     const float shift = policy.raise(to, exp);
-    if constexpr (kRef) {
-      const float gap_shift = shift - reference.raise(ref_to, exp);  // 0 when the two are equal
-      if (shift != 0) {
-        const float factor = exp.exactly_or_0(shift);
-        gap = factor == 0 ? 0 : factor * gap;  // an infinite gap of weight 0 is gone
-      }
-      if (gap_shift != 0) gap = fmaf(gap_shift, policy.sum, gap);
+    const float gap_shift = shift - reference.raise(ref_to, exp);  // 0 when the two are equal
+    if (shift != 0) {
+      const float factor = exp.exactly_or_0(shift);
+      gap = factor == 0 ? 0 : factor * gap;  // an infinite gap of weight 0 is gone
     }
+    if (gap_shift != 0) gap = fmaf(gap_shift, policy.sum, gap);
   }
   __device__ __forceinline__ void join(RowSums other, const Exponent& exp) {
     const float to = fmaxf(policy.base, other.policy.base), ref_to = fmaxf(reference.base, other.reference.base);
     raise(to, ref_to, exp);
     other.raise(to, ref_to, exp);
     policy.weighted += other.policy.weighted;
-    if constexpr (kRef) {
-      policy.add_exactly(other.policy);
-      reference.add_exactly(other.reference);
-      gap += other.gap;
-    } else {
-      policy.add(other.policy.sum);
-    }
+    policy.add_exactly(other.policy);
+    reference.add_exactly(other.reference);
+    gap += other.gap;
   }
-  // Fields in the scratch memory lie a block's threads apart.
   __device__ __forceinline__ void save(float* to) const {
     const float values[] = {policy.base, policy.sum,     policy.weighted, policy.lost,
                             gap,         reference.base, reference.sum,   reference.lost};
 #pragma unroll
-    for (int k = 0; k < (kRef ? kRefSliceFloats : kSliceFloats); ++k) to[k * kThreads] = values[k];
+    for (int k = 0; k < kRefSliceFloats; ++k) to[k * kThreads] = values[k];
   }
   __device__ __forceinline__ void load(const float* from) {
     policy.base = from[0];
     policy.sum = from[kThreads];
     policy.weighted = from[2 * kThreads];
-    if constexpr (kRef) {
-      policy.lost = from[3 * kThreads];
-      gap = from[4 * kThreads];
-      reference.base = from[5 * kThreads];
-      reference.sum = from[6 * kThreads];
-      reference.lost = from[7 * kThreads];
-    }
+    policy.lost = from[3 * kThreads];
+    gap = from[4 * kThreads];
+    reference.base = from[5 * kThreads];
+    reference.sum = from[6 * kThreads];
+    reference.lost = from[7 * kThreads];
   }
 };
 
 // Adds a batch: one exp2 a logit, nothing else to look at. False, having added nothing, where the terms are too large
-// or not numbers (-inf - -inf, 0 * -inf): add_carefully takes those.
-__device__ __forceinline__ bool add_batch(const float (&y)[kBatch], const Exponent& exp, Sums* row) {
-  const float first = y[0] - row->base;
-  float sum = exp.of(first), weighted = sum * first;
+// or not numbers (-inf - -inf, 0 * -inf, no offset): add_carefully takes those.
+__device__ __forceinline__ bool add_batch(const float (&y)[kBatch], float high, float offset, RowSums<false>* row) {
+  float sum = 0, weighted = 0;
 #pragma unroll
-  for (int k = 1; k < kBatch; ++k) {
-    const float u = y[k] - row->base, e = exp.of(u);
+  for (int k = 0; k < kBatch; ++k) {
+    const float d = fmaf(y[k], high, -offset), e = exp2_of(d);
     sum += e;
-    weighted = fmaf(e, u, weighted);
+    weighted = fmaf(e, d, weighted);
   }
   if (!(fmaf(weighted, 0.0f, sum) < kLargestSum)) return false;
-  row->add(sum);
+  row->sum += sum;
   row->weighted += weighted;
   return true;
 }
@@ -149,17 +172,17 @@ __device__ __forceinline__ float largest_of(const float (&y)[kCount]) {
   return m;
 }
 
-__device__ __forceinline__ void add_carefully(const float (&y)[kBatch], const Exponent& exp, Sums* row) {
+__device__ __forceinline__ void add_carefully(const float (&y)[kBatch], const Exponent& exp, RowSums<false>* row) {
   row->raise(largest_of(y), exp);
-  const float origin = row->origin();
+  const float origin = row->base == -INFINITY ? 0 : row->base, rest = exp.rest(row->base);
   float sum = 0;
 #pragma unroll
   for (int k = 0; k < kBatch; ++k) {
-    const float u = y[k] - origin, e = exp.of(u);
+    const float d = fmaf(y[k] - origin, exp.high, rest), e = exp2_of(d);
     sum += e;
-    row->weighted = e == 0 ? row->weighted : fmaf(e, u, row->weighted);
+    row->weighted = e == 0 ? row->weighted : fmaf(e, d, row->weighted);
   }
-  row->add(sum);
+  row->sum += sum;
 }
 
 __device__ __forceinline__ void add_carefully(const float (&y)[kRefBatch], const float (&yr)[kRefBatch],
@@ -225,14 +248,20 @@ template <int kShift, class T, bool kCap>
 __device__ __forceinline__ void add_slice(const Logits<T, kCap>& z, int64_t begin, int n, int64_t vocab,
                                           const Exponent& exp, RowSums<false>* row) {
   const Slice<T, kShift, kBatch> slice(z.row, begin, n, vocab);
-  Sums sums;
+  RowSums<false> sums;
+  float offset = 0;
   for (int j = static_cast<int>(threadIdx.x) * slice.kRun; j < n; j += kThreads * kBatch) {
     float y[kBatch];
     slice.load(z, j, slice.inside(j), y);
-    if (sums.base == -INFINITY) sums.base = largest_of(y);
-    if (!add_batch(y, exp, &sums)) add_carefully(y, exp, &sums);
+    if (sums.base == -INFINITY) {
+      sums.base = largest_of(y);
+      offset = exp.offset(sums.base);
+    }
+    if (add_batch(y, exp.high, offset, &sums)) continue;
+    add_carefully(y, exp, &sums);
+    offset = exp.offset(sums.base);
   }
-  row->policy = sums;
+  *row = sums;
 }
 
 template <int kShift, class T, bool kCap>
@@ -293,32 +322,38 @@ __device__ __forceinline__ void write_row(const TokenLogprobsArgs& a, int64_t i,
 template <class T, bool kCap, bool kRef>
 __device__ __forceinline__ void finish_row(const TokenLogprobsArgs& a, int64_t i, const Logits<T, kCap>& z,
                                            RowSums<kRef> row, double scale, const Exponent& exp) {
-  const float max = block_max(row.policy.base), ref_max = kRef ? block_max(row.reference.base) : 0;
-  row.raise(max, ref_max, exp);
-  double x[kRef ? 4 : 2];
-  if constexpr (kRef) {
-    double mine[] = {static_cast<double>(row.policy.sum) + static_cast<double>(row.policy.lost),
-                     static_cast<double>(row.policy.weighted),
-                     static_cast<double>(row.reference.sum) + static_cast<double>(row.reference.lost),
-                     static_cast<double>(row.gap)};
-    block_sum_of_first(mine, x);
-  } else {
-    float mine[] = {row.policy.sum, row.policy.weighted};
-    block_sum_of_first(mine, x);
-  }
-  if (threadIdx.x != 0) return;
+  float max, ref_max = 0, kl = 0;
   SoftmaxSums<double> p, q;
-  p.max = static_cast<double>(max);
-  p.sum = x[0];
-  p.weighted = scale * x[1];
-  float kl = 0;
-  const float nan = static_cast<float>(NAN);
   if constexpr (kRef) {
-    q.max = static_cast<double>(ref_max);
+    max = block_max(row.policy.base), ref_max = block_max(row.reference.base);
+    row.raise(max, ref_max, exp);
+    double x[4], mine[] = {static_cast<double>(row.policy.sum) + static_cast<double>(row.policy.lost),
+                           static_cast<double>(row.policy.weighted),
+                           static_cast<double>(row.reference.sum) + static_cast<double>(row.reference.lost),
+                           static_cast<double>(row.gap)};
+    block_sum_of_first(mine, x);
+    if (threadIdx.x != 0) return;
+    p.sum = x[0], p.weighted = scale * x[1];
     q.sum = x[2];
+    p.max = static_cast<double>(max), q.max = static_cast<double>(ref_max);
     const GapSum<double> gap = {scale * x[3]};
     kl = static_cast<float>(gap.kl(p, q));
+  } else {
+    max = block_max(row.base);
+    row.raise(max, exp);
+    double x[2];
+    float mine[] = {row.sum, row.weighted};
+    block_sum_of_first(mine, x);
+    if (threadIdx.x != 0) return;
+    // The largest term is taken out as it came in: a certain row has a log-probability and an entropy of 0.
+    const float rest = exp.rest(max), of_max = exp2_of(rest);
+    const double norm = 1 / static_cast<double>(of_max);
+    const double others = x[0] - static_cast<double>(of_max), moved = x[1] - static_cast<double>(of_max * rest);
+    p.max = static_cast<double>(max);
+    p.sum = 1 + others * norm;
+    p.weighted = 0.6931471805599453 * norm * (moved - static_cast<double>(rest) * others);
   }
+  const float nan = static_cast<float>(NAN);
   const double y = static_cast<double>(z.one(id_of(a, i)));
   const float entropy = static_cast<float>(p.entropy());
   write_row(a, i, {static_cast<float>(p.log_p(y, scale)), entropy, static_cast<float>(p.logsumexp(scale)), kl},
