@@ -55,8 +55,9 @@ __device__ __forceinline__ double scale_of(const Args& a, int64_t i) {
 
 // e^(scale u) as 2^(high u + low u), with scale log2(e) in two parts; u is a logit relative to another one.
 //
-// A row by itself takes the exponent as one rounding, d = high y - offset with `offset` the rounded high base and `rest`
-// what that lost: d = high (y - base) + rest. Two rows that are compared (exact KL) take u, whose gaps keep their digits.
+// A row by itself takes the exponent as one rounding, d = high y - offset with `offset` the rounded high base and
+// `rest` what that lost: d = high (y - base) + rest. Two rows that are compared (exact KL) take u, whose gaps keep
+// their digits.
 struct Exponent {
   static constexpr float kLargestOffset = 1 << 20;  // from there on the rest would not be small: d is taken from u
 

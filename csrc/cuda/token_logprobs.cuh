@@ -1,7 +1,7 @@
 // Log-probability of a token, entropy, log-sum-exp and exact KL of its distribution, in one read of the logits.
 //
 // A block sums a row, or a slice of one. Each thread takes 16 logits at a time relative to a point of reference of its
-// own, the largest of its first 16, which moves only when a sum says that it is far too low: one exp2 and five other
+// own, the largest of its first 16, which moves only when a sum says that it is far too low: one exp2 and four other
 // instructions a logit. Warps are joined in double. Which logits a thread takes depends on V alone, not on the
 // address of the row nor on the number of blocks, so a row has the same bits in any batch.
 #pragma once
@@ -13,8 +13,9 @@ namespace rlhf_fast::cuda {
 
 namespace {
 
-constexpr int kBatch = 16, kRefBatch = 8;  // logits of a thread at a time
-constexpr float kLargestSum = 8192;        // of a batch: e^9
+constexpr int kBatch = 16, kRefBatch = 8;             // logits of a thread at a time
+constexpr float kLargestSum = 8192;                   // of a batch: 2^13
+constexpr float kLargestWeighted = 13 * kLargestSum;  // of sum e d: the same, and no number where a sum would be none
 
 // What a row by itself is summed to, relative to `base`, one of its logits: sum e and sum e d with e = 2^d, d as
 // Exponent says.
@@ -131,14 +132,15 @@ struct RowSums<true> {
 // Adds a batch: one exp2 a logit, nothing else to look at. False, having added nothing, where the terms are too large
 // or not numbers (-inf - -inf, 0 * -inf, no offset): add_carefully takes those.
 __device__ __forceinline__ bool add_batch(const float (&y)[kBatch], float high, float offset, RowSums<false>* row) {
-  float sum = 0, weighted = 0;
+  const float first = fmaf(y[0], high, -offset);
+  float sum = exp2_of(first), weighted = sum * first;
 #pragma unroll
-  for (int k = 0; k < kBatch; ++k) {
+  for (int k = 1; k < kBatch; ++k) {
     const float d = fmaf(y[k], high, -offset), e = exp2_of(d);
     sum += e;
     weighted = fmaf(e, d, weighted);
   }
-  if (!(fmaf(weighted, 0.0f, sum) < kLargestSum)) return false;
+  if (!(fabsf(weighted) < kLargestWeighted)) return false;
   row->sum += sum;
   row->weighted += weighted;
   return true;
