@@ -229,10 +229,10 @@ struct TokenLogprobsBackwardArgs {
   const float* grad_entropy;
   const float* grad_logsumexp;
   const float* grad_kl;
-  void* grad_logits;  // (rows, vocab), rows grad_stride apart, `dtype`; may be the logits themselves
+  void* grad_logits;  // (rows, vocab), rows grad_stride apart, `grad_dtype`; may be the logits themselves
   int64_t rows, vocab, inner, outer_stride, inner_stride, ref_outer_stride, ref_inner_stride, state_width, grad_stride;
   double temperature_value, softcap;
-  int dtype;
+  int dtype, grad_dtype;  // the same, or a narrow gradient of fp32 logits
   bool ids32;
   void* stream;
 };

@@ -1,6 +1,6 @@
 // The gradient of token_logprobs, of all upstream gradients together: one read of the logits, one write, which may go
-// to the same memory. A block takes a chunk of a row; every element is computed by itself, so chunks may be cut
-// anywhere.
+// to the same memory or, narrowed for the matrix product to come, to other memory. A block takes a chunk of a row;
+// every element is computed by itself, so chunks may be cut anywhere.
 #pragma once
 
 #include "cuda/block.cuh"
@@ -9,9 +9,12 @@
 namespace rlhf_fast::cuda {
 namespace {
 
-// d logits of [begin, begin + n) of a row from the terms of common/softmax.h. kMixed: entropy or KL take part.
-template <class T, bool kCap, bool kRef, bool kMixed>
+// d logits of [begin, begin + n) of a row from the terms of common/softmax.h, in the format Out. kMixed: entropy or KL
+// take part.
+template <class T, class Out, bool kCap, bool kRef, bool kMixed>
 struct Gradient {
+  static constexpr int kEach = kLanes<Out>;  // elements of a thread at a time
+
   const Logits<T, kCap>&z, &zr;
   float base, ref_base, scale, constant, by_u, by_gap;
 
@@ -33,37 +36,41 @@ struct Gradient {
     if constexpr (kCap) out *= 1 - t * t;
     return out;
   }
-  __device__ __forceinline__ void one(T* grad, int64_t i) const {
+  __device__ __forceinline__ void one(Out* grad, int64_t i) const {
     const float xr = kRef ? widen(zr.row[i]) : 0;
-    grad[i] = narrow<T>(static_cast<double>(at(widen(z.row[i]), xr)));
+    grad[i] = narrow<Out>(static_cast<double>(at(widen(z.row[i]), xr)));
   }
-  // Vectors where the gradient begins one; the logits are read by vectors too where they lie the same way.
-  __device__ __forceinline__ void run(T* grad, int64_t begin, int n, int head) const {
-    constexpr int kStep = kThreads * kLanes<T>;
+  // Vectors where the gradient begins one; the logits are read by vectors too where they begin one there.
+  __device__ __forceinline__ void run(Out* grad, int64_t begin, int n, int head) const {
+    constexpr int kStep = kThreads * kEach;
     const auto aligned = [&](const T* row) { return phase_of(row + begin + head) == 0; };
     const bool whole = aligned(z.row), ref_whole = kRef && aligned(zr.row);
     if (static_cast<int>(threadIdx.x) < head) one(grad, begin + threadIdx.x);
-    int j = head + static_cast<int>(threadIdx.x) * kLanes<T>;
+    int j = head + static_cast<int>(threadIdx.x) * kEach;
 #pragma unroll 2
-    for (; j + kLanes<T> <= n; j += kStep) {
-      float x[kLanes<T>], xr[kLanes<T>];
+    for (; j + kEach <= n; j += kStep) {
+      float x[kEach], xr[kEach];
       load(z.row + begin + j, whole, x);
       if constexpr (kRef) load(zr.row + begin + j, ref_whole, xr);
 #pragma unroll
-      for (int k = 0; k < kLanes<T>; ++k) x[k] = at(x[k], kRef ? xr[k] : 0);
+      for (int k = 0; k < kEach; ++k) x[k] = at(x[k], kRef ? xr[k] : 0);
       store_vector(grad + begin + j, x);
     }
-    const int tail = head + (n - head) / kLanes<T> * kLanes<T> + static_cast<int>(threadIdx.x);
+    const int tail = head + (n - head) / kEach * kEach + static_cast<int>(threadIdx.x);
     if (tail < n) one(grad, begin + tail);
   }
-  __device__ __forceinline__ static void load(const T* from, bool whole, float (&x)[kLanes<T>]) {
+  __device__ __forceinline__ static void load(const T* from, bool whole, float (&x)[kEach]) {
     if (whole) {  // not past the coherent caches: the gradient may overwrite the logits
-      const uint4 v = *reinterpret_cast<const uint4*>(from);
-      const unsigned words[4] = {v.x, v.y, v.z, v.w};
-      return unpack<T>(words, x);
+#pragma unroll
+      for (int k = 0; k < kEach; k += kLanes<T>) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from + k);
+        const unsigned words[4] = {v.x, v.y, v.z, v.w};
+        unpack<T>(words, x + k);
+      }
+      return;
     }
 #pragma unroll
-    for (int k = 0; k < kLanes<T>; ++k) x[k] = widen(from[k]);
+    for (int k = 0; k < kEach; ++k) x[k] = widen(from[k]);
   }
 };
 
@@ -87,13 +94,13 @@ __device__ __forceinline__ void fill(T* grad, int64_t begin, int n, int head, fl
 
 // One chunk of a row. The thread that writes the target's gradient also replaces it by the one without cancellation:
 // it reads the logit before its loop, which may overwrite it, and no other thread does.
-template <class T, bool kCap, bool kRef>
+template <class T, class Out, bool kCap, bool kRef>
 __device__ __forceinline__ void token_logprobs_backward_chunk(const TokenLogprobsBackwardTask& a) {
   SIMT_SHARED(float, shared_terms, [3]);
   const int64_t i = blockIdx.x / a.chunks, begin = blockIdx.x % a.chunks * a.chunk_length, left = a.vocab - begin;
   const int n = static_cast<int>(left < a.chunk_length ? left : a.chunk_length);
-  T* grad = static_cast<T*>(a.grad_logits) + i * a.grad_stride;
-  const int off = phase_of(grad + begin), until = off ? kLanes<T> - off : 0, head = until < n ? until : n;
+  Out* grad = static_cast<Out*>(a.grad_logits) + i * a.grad_stride;
+  const int off = phase_of(grad + begin), until = off ? kLanes<Out> - off : 0, head = until < n ? until : n;
   const Upstream<double> g = {upstream(a.grad_logprobs, i), upstream(a.grad_entropy, i), upstream(a.grad_logsumexp, i),
                               upstream(a.grad_kl, i)};
   if ((a.mask && !a.mask[i]) || g.none()) return fill(grad, begin, n, head, 0.0f);
@@ -110,10 +117,10 @@ __device__ __forceinline__ void token_logprobs_backward_chunk(const TokenLogprob
   const auto zr = kRef ? logits_of<kCap, T>(a, a.ref_logits, a.ref_outer_stride, a.ref_inner_stride, i) : z;
 
   const int64_t target = id_of(a, i) - begin;
-  const int in_vectors = head + (n - head) / kLanes<T> * kLanes<T>;
+  const int in_vectors = head + (n - head) / kLanes<Out> * kLanes<Out>;
   const int64_t owner = target < 0 || target >= n ? -1
                         : target < head           ? target
-                        : target < in_vectors     ? (target - head) / kLanes<T> % kThreads
+                        : target < in_vectors     ? (target - head) / kLanes<Out> % kThreads
                                                   : target - in_vectors;
   double at_target = 0;
   if (owner == static_cast<int64_t>(threadIdx.x)) {
@@ -133,15 +140,15 @@ __device__ __forceinline__ void token_logprobs_backward_chunk(const TokenLogprob
   if (isnan(constant)) return fill(grad, begin, n, head, static_cast<float>(NAN));
   const float base = state[0], ref_base = kRef ? state[3] : 0, binary_scale = Exponent(scale).high;
   if (g.flat())
-    Gradient<T, kCap, false, false>{z, zr, base, ref_base, binary_scale, constant, by_u, by_gap}.run(grad, begin, n,
-                                                                                                     head);
+    Gradient<T, Out, kCap, false, false>{z, zr, base, ref_base, binary_scale, constant, by_u, by_gap}.run(grad, begin,
+                                                                                                          n, head);
   else if (kRef && g.kl != 0)
-    Gradient<T, kCap, kRef, true>{z, zr, base, ref_base, binary_scale, constant, by_u, by_gap}.run(grad, begin, n,
-                                                                                                   head);
+    Gradient<T, Out, kCap, kRef, true>{z, zr, base, ref_base, binary_scale, constant, by_u, by_gap}.run(grad, begin, n,
+                                                                                                        head);
   else
-    Gradient<T, kCap, false, true>{z, zr, base, ref_base, binary_scale, constant, by_u, by_gap}.run(grad, begin, n,
-                                                                                                    head);
-  if (owner == static_cast<int64_t>(threadIdx.x)) grad[target + begin] = narrow<T>(at_target);
+    Gradient<T, Out, kCap, false, true>{z, zr, base, ref_base, binary_scale, constant, by_u, by_gap}.run(grad, begin, n,
+                                                                                                         head);
+  if (owner == static_cast<int64_t>(threadIdx.x)) grad[target + begin] = narrow<Out>(at_target);
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ def backward_into(
     softcap: float,
 ) -> Tensor:
     """The backward into `grad`, (..., V) contiguous or (N, V) with rows any distance apart, which may be the logits
-    themselves. grads: four of (...) or None."""
+    themselves or, of fp32 logits, have another dtype. grads: four of (...) or None."""
     rows, vocab = token_ids.numel(), logits.shape[-1]
     if grads[3] is None:
         ref_logits = None
@@ -70,7 +70,7 @@ def backward_into(
     run(
         "token_logprobs_backward", logits, logits, ref_logits, token_ids, mask, temperature, state, *grads, grad,
         rows, vocab, *layout, state.shape[-1], grad.stride(0) if grad.dim() == 2 else vocab, temperature_value, softcap,
-        DTYPES[logits.dtype], token_ids.dtype is torch.int32,
+        DTYPES[logits.dtype], DTYPES[grad.dtype], token_ids.dtype is torch.int32,
     )  # fmt: skip
     return grad
 

@@ -181,6 +181,13 @@ class Rows(NamedTuple):
 
 
 @functools.cache
+def cuda_rows() -> Rows:
+    from rlhf_fast.cuda import token_logprobs
+
+    return Rows(token_logprobs.forward, token_logprobs.backward_into)
+
+
+@functools.cache
 def triton_rows() -> Rows:
     from rlhf_fast.kernels import token_logprobs
 

@@ -7,11 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import _native
 from rlhf_fast._native import contiguous
-from rlhf_fast._op import Backend, Op, last_use, no_doubles, triton
+from rlhf_fast._op import Backend, Op, cpp, cuda, last_use, no_doubles, triton
 from rlhf_fast._types import LossOutput, Stats
-from rlhf_fast.ops._lm_head import Chunk, Gradients, Inputs, Rows, check_rows, compute_dtype, triton_rows, whole_rows
+from rlhf_fast.ops._lm_head import (
+    Chunk,
+    Gradients,
+    Inputs,
+    Rows,
+    check_rows,
+    compute_dtype,
+    cuda_rows,
+    triton_rows,
+    whole_rows,
+)
 from rlhf_fast.ops._lm_head import arguments as head_arguments
 from rlhf_fast.ops.ppo_loss import _ppo_loss
 from rlhf_fast.ops.ppo_loss import arguments as loss_arguments
@@ -112,9 +121,17 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     return _forward_by(Rows(tokens_forward, backward_into), loss_forward, True, *args)
 
 
+def _forward_cuda(*args):  # type: ignore[no-untyped-def]
+    return _forward_on_gpu(cuda_rows(), *args)
+
+
 def _forward_triton(*args):  # type: ignore[no-untyped-def]
+    return _forward_on_gpu(triton_rows(), *args)
+
+
+def _forward_on_gpu(kernels: Rows, *args):  # type: ignore[no-untyped-def]
     with torch.no_grad():
-        return _forward_by(triton_rows(), lambda *inputs: _ppo_loss.cell(inputs).fn(*inputs), False, *args)
+        return _forward_by(kernels, lambda *inputs: _ppo_loss.cell(inputs).fn(*inputs), False, *args)
 
 
 def _forward_by(kernels: Rows, loss_of, picks: bool, *args):  # type: ignore[no-untyped-def]
@@ -245,8 +262,9 @@ _linear_ppo_loss = Op(
     reference=_reference_cell,
     fake=_fake,
     backends=[
+        Backend("cuda", "cuda", _forward_cuda, cuda("token_logprobs").missing, no_doubles),
         Backend("triton", "cuda", _forward_triton, triton("token_logprobs").missing, no_doubles),
-        Backend("cpp", "cpu", _forward, _native.missing),
+        cpp(_forward),
     ],
     setup_context=_setup,
     backward=_backward,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check, _native
-from rlhf_fast._op import Backend, Op, last_use, no_doubles, reference_backward, triton
+from rlhf_fast import _check
+from rlhf_fast._op import Backend, Op, cpp, cuda, last_use, no_doubles, reference_backward, triton
 from rlhf_fast._types import TokenStats
 from rlhf_fast.ops._lm_head import (
     Gradients,
@@ -18,6 +18,7 @@ from rlhf_fast.ops._lm_head import (
     check_bias,
     check_rows,
     check_weight,
+    cuda_rows,
     triton_rows,
     vocabulary_ranges,
     whole_rows,
@@ -130,6 +131,10 @@ def _forward(*args):  # type: ignore[no-untyped-def]
     return _forward_by(Rows(tokens_forward, backward_into), True, *args)
 
 
+def _forward_cuda(*args):  # type: ignore[no-untyped-def]
+    return _forward_by(cuda_rows(), False, *args)
+
+
 def _forward_triton(*args):  # type: ignore[no-untyped-def]
     return _forward_by(triton_rows(), False, *args)
 
@@ -199,6 +204,10 @@ def _backward_chunked(*args):  # type: ignore[no-untyped-def]
     return _backward_by(backward_into, True, *args)
 
 
+def _backward_cuda(*args):  # type: ignore[no-untyped-def]
+    return _backward_by(cuda_rows().backward_into, False, *args)
+
+
 def _backward_triton(*args):  # type: ignore[no-untyped-def]
     return _backward_by(triton_rows().backward_into, False, *args)
 
@@ -257,10 +266,13 @@ def _fake_backward(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
     )
 
 
-def _cells(on_gpu: Callable[..., tuple], on_cpu: Callable[..., tuple]) -> list[Backend]:  # type: ignore[type-arg]
+def _cells(*functions: Callable[..., tuple]) -> list[Backend]:  # type: ignore[type-arg]
+    """Of the functions on rows of CUDA, of Triton and of C++."""
+    on_cuda, on_triton, on_cpu = functions
     return [
-        Backend("triton", "cuda", on_gpu, triton("token_logprobs").missing, no_doubles),
-        Backend("cpp", "cpu", on_cpu, _native.missing),
+        Backend("cuda", "cuda", on_cuda, cuda("token_logprobs").missing, no_doubles),
+        Backend("triton", "cuda", on_triton, triton("token_logprobs").missing, no_doubles),
+        cpp(on_cpu),
     ]
 
 
@@ -269,7 +281,7 @@ _linear_backward = Op(
     f"({_SHARED}, Tensor state, {_UPSTREAM}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_fake_backward,
-    backends=_cells(_backward_triton, _backward_chunked),
+    backends=_cells(_backward_cuda, _backward_triton, _backward_chunked),
     strided=True,
 )
 
@@ -311,7 +323,7 @@ _linear = Op(
     f"({_SHARED}, bool keep_state, bool[4] kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_forward,
     fake=_fake,
-    backends=_cells(_forward_triton, _forward),
+    backends=_cells(_forward_cuda, _forward_triton, _forward),
     setup_context=_setup,
     backward=_backward,
     differentiable=(0, 1, 2),

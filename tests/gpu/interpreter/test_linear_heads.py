@@ -8,11 +8,10 @@ import pytest
 import torch
 from gpu.tools.on_cpu import on_cpu
 from gpu.tools.sanitizer import Sanitizer
-from parity import assert_parity, double
+from head_parity import NAMES, assert_ppo_parity, assert_statistics_parity, leaves, ppo, statistics
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_fast
-from rlhf_fast._types import TokenStats
 from rlhf_fast.ops._matmul import pitch
 from rlhf_fast.reference import linear_ppo_loss as ppo_reference
 from rlhf_fast.reference import linear_token_logprobs as reference
@@ -20,7 +19,6 @@ from rlhf_fast.reference import linear_token_logprobs as reference
 ppo_module = importlib.import_module("rlhf_fast.ops.linear_ppo_loss")
 linear_module = importlib.import_module("rlhf_fast.ops.linear_token_logprobs")
 NAN = float("nan")
-NAMES = TokenStats._fields
 FULL = {"entropy_coef": 0.01, "kl_coef": 0.1}
 
 
@@ -32,34 +30,9 @@ def sanitized(call, order="shuffle"):
     return found, [launch.kernel.removeprefix("token_logprobs_") for launch in s.launches]
 
 
-def leaves(kwargs, trained):
-    return {k: v.detach().clone().requires_grad_() if k in trained else v for k, v in kwargs.items()}
-
-
-def statistics(kwargs, trained=(), outputs=NAMES, **options):
-    """The statistics, and the gradients of a random combination of `outputs` towards `trained`."""
-    kwargs = leaves(kwargs, trained)
-    out = rlhf_fast.linear_token_logprobs(**kwargs, **options)
-    found = [x.detach() for x in out if x is not None]
-    if trained:
-        g = torch.Generator().manual_seed(3)
-        total = 0
-        for name in outputs:
-            x = getattr(out, name)
-            total = total + (x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum()
-        found += torch.autograd.grad(total, [kwargs[k] for k in trained])
-    return found
-
-
 def check(kwargs, trained=(), outputs=NAMES, **options):
     got, _ = sanitized(lambda: statistics(kwargs, trained, outputs, **options))
-    with rlhf_fast.use_backend("reference"):
-        options.pop("chunk_bytes", None)
-        options.pop("directions", None)
-        truth, plain = (statistics(k, trained, outputs, **options) for k in (double(kwargs), kwargs))
-    names = [n for n in NAMES if n != "kl" or "ref_hidden" in kwargs] + list(trained)
-    for g, t, p, name in zip(got, truth, plain, names, strict=True):
-        assert_parity(g, t, p, name)
+    assert_statistics_parity(got, kwargs, trained, outputs, **options)
     return got
 
 
@@ -181,14 +154,6 @@ def test_the_host_never_waits_for_the_device(dtype):
     assert waits.found == [] and found[0].isfinite()
 
 
-def ppo(kwargs, trained, **options):
-    """loss and statistics, and the gradients of the leaves for an upstream gradient of 1.7."""
-    inputs = leaves(kwargs, trained)
-    out = rlhf_fast.linear_ppo_loss(**inputs, **options)
-    grads = torch.autograd.grad(1.7 * out.loss, [inputs[k] for k in trained])
-    return {"loss": out.loss.detach(), **out.stats, **{f"d {k}": g for k, g in zip(trained, grads, strict=True)}}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -205,11 +170,7 @@ def test_ppo_loss_and_gradients(dtype, options, trained):
     options = {**FULL, **options}
     got, launches = sanitized(lambda: ppo(kwargs, trained, chunk_bytes=9000, **options))
     assert set(launches) == {"kernel", "backward_kernel", "_loss"}  # the last is that of ppo_loss
-    with rlhf_fast.use_backend("reference"):
-        truth, plain = (ppo(k, trained, **options) for k in (double(kwargs), kwargs))
-    for name, x in got.items():
-        size = float(truth[name].abs().max())
-        assert_parity(x, truth[name], plain[name], name, scale=size if x.dim() else max(1.0, size))
+    assert_ppo_parity(got, kwargs, trained, **options)
 
 
 def test_ppo_without_gradient_takes_no_backward_kernel():

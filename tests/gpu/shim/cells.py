@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,25 +13,7 @@ import torch
 from gpu.shim.build import shim
 
 import rlhf_fast
-from rlhf_fast._op import OPS, Backend, no_doubles
-
-FILES = (
-    "token_logprobs",
-    "kl_estimate",
-    "gae",
-    "advantages",
-    "whiten",
-    "ppo_loss",
-    "reward_loss",
-    "group_advantages",
-)
-
-
-def _backend(op: str) -> Backend:
-    file, function = op.removesuffix("_backward"), "backward" if op.endswith("_backward") else "forward"
-    return Backend(
-        "cuda", "cpu", getattr(importlib.import_module(f"rlhf_fast.cuda.{file}"), function), declines=no_doubles
-    )
+from rlhf_fast._op import OPS
 
 
 def _poisoned(function):
@@ -53,16 +36,15 @@ def cuda_cells(seed: int = 1, multiprocessors: int = 4, library: Any = None) -> 
     library = library or shim()
     library.configure(seed, multiprocessors)
     common = importlib.import_module("rlhf_fast.cuda.common")
-    ops = [op for name, op in OPS.items() if name.removesuffix("_backward") in FILES]
     with ExitStack() as stack:
         stack.enter_context(patch.object(common.cuda, "kernel", library.kernel, create=True))
         stack.enter_context(patch.object(common, "stream_of", lambda x: 0))
         stack.enter_context(patch.object(torch, "empty_like", _poisoned(torch.empty_like)))
         stack.enter_context(patch.object(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty)))
         stack.enter_context(rlhf_fast.use_backend(None))  # forgets what was chosen, on entry and on exit
-        for op in ops:
-            others = tuple(cell for cell in op.backends if cell.name != "cuda")
-            stack.enter_context(patch.object(op, "backends", (_backend(op.name), *others)))
+        for op in OPS.values():
+            cells = [replace(c, device="cpu", missing=lambda: None) if c.name == "cuda" else c for c in op.backends]
+            stack.enter_context(patch.object(op, "backends", tuple(cells)))
             op._chosen.clear()
         before = library.configure(seed, multiprocessors)
         yield library

@@ -106,8 +106,7 @@ void token_logprobs_case(int dtype, int64_t vocab, bool ref, double softcap, boo
                          false,
                          nullptr}),
          "token_logprobs");
-  for (const bool in_place : {false, true}) {
-    T* to = in_place ? logits.first : grad.first;
+  const auto backward = [&](void* to, int64_t stride, int grad_dtype) {
     expect(token_logprobs_backward({logits.first,
                                     second,
                                     ids.data(),
@@ -127,14 +126,21 @@ void token_logprobs_case(int dtype, int64_t vocab, bool ref, double softcap, boo
                                     0,
                                     ref_logits.stride,
                                     width,
-                                    grad.stride,
+                                    stride,
                                     0.8,
                                     softcap,
                                     dtype,
+                                    grad_dtype,
                                     false,
                                     nullptr}),
            "token_logprobs_backward");
+  };
+  backward(grad.first, grad.stride, dtype);
+  if (dtype == kFloat32) {
+    Rows<BFloat16> narrow(rows, vocab, offset);
+    backward(narrow.first, narrow.stride, kBFloat16);
   }
+  backward(logits.first, logits.stride, dtype);
 }
 
 // The variants of some_variants.cu.

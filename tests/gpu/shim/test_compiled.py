@@ -12,11 +12,21 @@ import torch
 from gpu.shim.build import CSRC, KERNELS, compiler
 from gpu.shim.cells import cuda_cells
 from gpu.shim.ptx import machine, nvcc
+from head_parity import assert_statistics_parity, statistics
 from parity import assert_parity
 from token_parity import NAMES, three
 
 import rlhf_fast
-from rlhf_fast.reference import advantages, gae, group_advantages, kl_estimate, ppo_loss, reward_loss, whiten
+from rlhf_fast.reference import (
+    advantages,
+    gae,
+    group_advantages,
+    kl_estimate,
+    linear_token_logprobs,
+    ppo_loss,
+    reward_loss,
+    whiten,
+)
 from rlhf_fast.reference import token_logprobs as reference
 from rlhf_fast.reference._reduce import REDUCTIONS
 
@@ -96,6 +106,18 @@ def test_machine_code_of_the_loop_over_a_row():
     assert len(loops) == 5  # aligned, and four words that a row may begin in
     assert loops[-1] / 16 <= LOOP_INSTRUCTIONS
     assert loops[0] < loops[-1]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=["", "cap"])
+def test_compiled_gradient_of_a_head_in_bf16(arch, options):
+    """From fp32 logits between the products; the row of 515 classes lies 64 bytes and more apart from the next."""
+    kwargs = linear_token_logprobs.sample((2, 2), 515, 32, dtype=torch.bfloat16)
+    with machine(arch) as m, cuda_cells(library=m):
+        got = statistics(kwargs, ("hidden",), directions=NAMES, **options)
+    assert_statistics_parity(got, kwargs, ("hidden",), **options)
+    narrow = [r.kernel for r in m.results if "_f32_to_bf16" in r.kernel]
+    assert len(narrow) == 4 and not any(r.findings for r in m.results), [r.findings for r in m.results]
 
 
 def test_compiled_token_ops():

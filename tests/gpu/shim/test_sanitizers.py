@@ -66,13 +66,13 @@ MUTANTS = {
     ),
     "alignment of the row": ("token_logprobs", "token_logprobs.cuh", "offset == 0) {", "true) {", 0, MEMORY, OUTSIDE),
     "peel of the gradient": (
-        "token_logprobs", "token_logprobs_backward.cuh", "off ? kLanes<T> - off : 0", "0", 0, MEMORY, OUTSIDE,
+        "token_logprobs", "token_logprobs_backward.cuh", "off ? kLanes<Out> - off : 0", "0", 0, MEMORY, OUTSIDE,
     ),
     "alignment of the logits": (
         "token_logprobs", "token_logprobs_backward.cuh", "phase_of(row + begin + head) == 0", "row != nullptr", 0, MEMORY, OUTSIDE,
     ),
     "end of the gradient": (
-        "token_logprobs", "token_logprobs_backward.cuh", "j + kLanes<T> <= n", "j < n", 0, MEMORY, OUTSIDE,
+        "token_logprobs", "token_logprobs_backward.cuh", "j + kEach <= n", "j < n", 0, MEMORY, OUTSIDE,
     ),
     "alignment of a group": ("gae", "rows.cuh", " && reinterpret_cast<uintptr_t>(at) % bytes == 0", "", 0, MEMORY, OUTSIDE),
     "end of a group": ("kl_estimate", "rows.cuh", "k < count ? from[first + k] : 0", "from[first + k]", 0, MEMORY, OUTSIDE),
