@@ -61,12 +61,30 @@ def test_the_readme_shows_the_grid_of_today():
     assert table.group(1).strip() == grid_table().strip()
 
 
+BACKENDS = {"cpu": "cpp", "triton": "triton", "cuda": "cuda"}
+
+
+def cells_of(column: str) -> set[str]:
+    """Ops with a cell in a column. A head has no file of its own for its backends: it composes those of other rows."""
+    if column not in BACKENDS:
+        return rows_of(column)
+    cells = {
+        op: {name for found in devices.values() for name, *_ in found} for op, devices in rlhf_fast.backends().items()
+    }
+    return {op for op in OPS if BACKENDS[column] in cells[op]}
+
+
+@pytest.mark.parametrize("column", BACKENDS)
+def test_every_kernel_of_a_row_is_a_cell_of_its_op(column):
+    assert rows_of(column) <= cells_of(column)
+
+
 def grid_table() -> str:
-    """Markdown table of the rows, made from the files that exist."""
+    """Markdown table of the rows, made from the files that exist and the backends that are registered."""
     header = ["op", "reference", "C++ CPU", "Triton", "CUDA", "tests", "bench"]
     columns = ["reference", "cpu", "triton", "cuda", "tests", "bench"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    present = {column: rows_of(column) for column in columns}
+    present = {column: cells_of(column) for column in columns}
     for op in sorted(OPS):
         cells = ["yes" if op in present[column] else "" for column in columns]
         lines.append("| " + " | ".join([f"`{op}`", *cells]) + " |")
