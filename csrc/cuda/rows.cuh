@@ -53,21 +53,15 @@ struct Group {
   __device__ __forceinline__ bool whole(const void* at, int bytes) const {
     return count == kItems && reinterpret_cast<uintptr_t>(at) % bytes == 0;
   }
-  // 0 outside.
-  __device__ __forceinline__ void load(const float* from, float (&x)[kItems]) const {
-    if (whole(from + first, 16)) {
+  // 0 where `real` is not set, which is so outside of the array: what the mask hides is not read.
+  __device__ __forceinline__ void load(const float* from, const bool (&real)[kItems], float (&x)[kItems]) const {
+    if (real[0] && real[1] && real[2] && real[3] && whole(from + first, 16)) {
       const uint4 v = *reinterpret_cast<const uint4*>(from + first);
       x[0] = float_of(v.x), x[1] = float_of(v.y), x[2] = float_of(v.z), x[3] = float_of(v.w);
     } else {
 #pragma unroll
-      for (int k = 0; k < kItems; ++k) x[k] = k < count ? from[first + k] : 0;
+      for (int k = 0; k < kItems; ++k) x[k] = real[k] ? from[first + k] : 0;
     }
-  }
-  // The same, and 0 where `real` is not set.
-  __device__ __forceinline__ void load(const float* from, const bool (&real)[kItems], float (&x)[kItems]) const {
-    load(from, x);
-#pragma unroll
-    for (int k = 0; k < kItems; ++k) x[k] = real[k] ? x[k] : 0;
   }
   __device__ __forceinline__ void load_mask(const uint8_t* mask, bool (&real)[kItems]) const {
 #pragma unroll

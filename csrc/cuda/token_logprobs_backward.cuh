@@ -101,9 +101,10 @@ __device__ __forceinline__ void token_logprobs_backward_chunk(const TokenLogprob
   const int n = static_cast<int>(left < a.chunk_length ? left : a.chunk_length);
   Out* grad = static_cast<Out*>(a.grad_logits) + i * a.grad_stride;
   const int off = phase_of(grad + begin), until = off ? kLanes<Out> - off : 0, head = until < n ? until : n;
+  if (a.mask && !a.mask[i]) return fill(grad, begin, n, head, 0.0f);
   const Upstream<double> g = {upstream(a.grad_logprobs, i), upstream(a.grad_entropy, i), upstream(a.grad_logsumexp, i),
                               upstream(a.grad_kl, i)};
-  if ((a.mask && !a.mask[i]) || g.none()) return fill(grad, begin, n, head, 0.0f);
+  if (g.none()) return fill(grad, begin, n, head, 0.0f);
   const double scale = scale_of(a, i);
   if (isnan(scale)) return fill(grad, begin, n, head, static_cast<float>(NAN));
   const float* state = a.state + i * a.state_width;

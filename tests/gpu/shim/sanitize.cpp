@@ -1,5 +1,5 @@
 // Every launcher on small seeded inputs, to be built with a sanitizer. Arrays are blocks of the heap of their own, rows
-// of logits have poisoned gaps between them, and lie at all distances from 16 bytes.
+// of logits have poisoned gaps between them, and lie at all distances from 16 bytes. What the mask hides is poisoned.
 // -DCASE_<op> compiles the cases of an op in.
 #include "cuda/driver.h"
 #include "cuda/ops.h"
@@ -7,7 +7,8 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #else
-#define ASAN_POISON_MEMORY_REGION(from, bytes) static_cast<void>(0)
+#define ASAN_POISON_MEMORY_REGION(from, bytes) static_cast<void>(from)
+#define ASAN_UNPOISON_MEMORY_REGION(from, bytes) static_cast<void>(from)
 #endif
 
 namespace rlhf_fast::cuda {
@@ -38,10 +39,19 @@ std::vector<float> floats(int64_t n) {
   return x;
 }
 
+// Two neighbours are real or not together, as AddressSanitizer marks 8 bytes together.
 std::vector<uint8_t> mask_of(int64_t n) {
   std::vector<uint8_t> x(n);
-  for (uint8_t& v : x) v = random_bits() % 5 != 0;
+  for (int64_t i = 0; i < n; ++i) x[i] = i % 2 ? x[i - 1] : random_bits() % 5 != 0;
   return x;
+}
+
+// From here on it is an error to read what the mask hides of the arrays.
+template <class... T>
+void hide(const std::vector<uint8_t>& mask, const std::vector<T>&... arrays) {
+  const int64_t n = mask.size();
+  for (int64_t i = 0; i < n; i += 2)
+    if (!mask[i]) (ASAN_POISON_MEMORY_REGION(&arrays[i], sizeof(T) * (i + 1 < n ? 2 : 1)), ...);
 }
 
 void expect(int64_t error, const char* what) {
@@ -76,12 +86,17 @@ void token_logprobs_case(int dtype, int64_t vocab, bool ref, double softcap, boo
   const int64_t rows = 3, width = ref ? 6 : 3, slices = (vocab + kSlice - 1) / kSlice;
   Rows<T> logits(rows, vocab, offset), ref_logits(rows, vocab, ref ? offset + 1 : 0), grad(rows, vocab, offset % 3);
   std::vector<int64_t> ids = {0, vocab - 1, vocab / 2};
-  std::vector<uint8_t> mask = {1, 1, 1};
+  std::vector<uint8_t> mask = {1, 1, static_cast<uint8_t>(offset % 2)};
   std::vector<float> out[4], state(rows * width), upstream[4];
   for (auto& x : out) x.resize(rows);
   for (auto& x : upstream) x = floats(rows);
   std::vector<float> scratch(split ? rows * slices * kRefSliceFloats * kThreads : 0);
   const void* second = ref ? ref_logits.first : nullptr;
+  if (!mask[2]) {
+    for (const auto* x : {&logits, &ref_logits}) ASAN_POISON_MEMORY_REGION(x->first + 2 * x->stride, sizeof(T) * vocab);
+    for (auto& x : upstream) ASAN_POISON_MEMORY_REGION(&x[2], sizeof(float));
+    ASAN_POISON_MEMORY_REGION(&ids[2], sizeof(int64_t));
+  }
   expect(token_logprobs({logits.first,
                          second,
                          ids.data(),
@@ -140,6 +155,7 @@ void token_logprobs_case(int dtype, int64_t vocab, bool ref, double softcap, boo
     Rows<BFloat16> narrow(rows, vocab, offset);
     backward(narrow.first, narrow.stride, kBFloat16);
   }
+  ASAN_UNPOISON_MEMORY_REGION(logits.first + 2 * logits.stride, sizeof(T) * vocab);  // zeros are written there
   backward(logits.first, logits.stride, dtype);
 }
 
@@ -165,6 +181,7 @@ void kl_estimate_cases() {
   for (const int64_t n : {1, 5, 2049}) {
     const auto a = floats(n), b = floats(n), grad = floats(n);
     const auto mask = mask_of(n);
+    hide(mask, a, b, grad);
     std::vector<float> out(n);
     for (int kind = 0; kind < 4; ++kind) {
       expect(kl_estimate({a.data(), b.data(), mask.data(), out.data(), n, kind, 9, 9, nullptr}), "kl_estimate");
@@ -183,6 +200,7 @@ void gae_cases() {
       const int64_t rows = 3, n = rows * length;
       const auto a = floats(n), b = floats(n), bootstrap = floats(rows);
       const auto mask = mask_of(n);
+      hide(mask, a, b);
       const std::vector<int64_t> cu_seqlens = {0, length / 2, length / 2, n}, outside = {n + 9, -9, n + 9, 5};
       std::vector<float> x(n), y(n), z(rows);
       for (const int64_t* packed : {static_cast<const int64_t*>(nullptr), cu_seqlens.data(), outside.data()}) {
@@ -202,6 +220,7 @@ void whiten_cases() {
   for (const int64_t n : {1, 6, 3001}) {
     const auto x = floats(n), grad = floats(n);
     const auto mask = mask_of(n);
+    hide(mask, x, grad);
     std::vector<float> out(n);
     std::vector<double> scratch(kMaxParts * (kMomentDoubles + kSumDoubles));
     expect(whiten({x.data(), mask.data(), out.data(), scratch.data(), n, true, true, 1e-8, nullptr}), "whiten");
@@ -219,6 +238,8 @@ void advantages_cases() {
       const int64_t rows = 3, n = rows * length;
       const auto scores = floats(after_last ? n : rows), values = floats(n), a = floats(n), b = floats(n);
       const auto mask = mask_of(n);
+      hide(mask, a, b);
+      if (!after_last) hide(mask, values);  // else some slots after the last one count
       std::vector<float> out[4];
       for (auto& x : out) x.resize(n);
       std::vector<double> scratch(kMaxParts * kMomentDoubles);
@@ -268,6 +289,7 @@ void ppo_loss_cases() {
       for (auto& x : in) x = floats(n);
       for (auto& x : out) x.resize(n);
       const auto mask = mask_of(n);
+      for (const auto& x : in) hide(mask, x);
       std::vector<int64_t> lengths(rows);
       std::vector<Counter> counters(4);
       std::vector<double> scratch(kMaxParts * kPpoNumbers);
@@ -323,6 +345,7 @@ void reward_loss_cases() {
   for (const int64_t n : {1, 6, 3001}) {
     const auto a = floats(n), b = floats(n), margin = floats(n);
     const auto mask = mask_of(n);
+    hide(mask, a, b, margin);
     std::vector<float> loss(1), stats(6), grads(2 * n);
     std::vector<Counter> counters(4);
     std::vector<double> scratch(kMaxParts * kRewardNumbers);
@@ -341,6 +364,7 @@ void group_advantages_cases() {
       const auto mask = mask_of(n);
       std::vector<int64_t> ids(n), lengths(n, 7);
       for (int64_t& id : ids) id = random_bits() % 5;
+      hide(mask, scores, greedy, grad, ids, lengths);
       std::vector<float> out(n);
       std::vector<double> scratch(n * 4 + 4);
       for (const float* upstream : {static_cast<const float*>(nullptr), grad.data()})

@@ -75,11 +75,15 @@ MUTANTS = {
         "token_logprobs", "token_logprobs_backward.cuh", "j + kEach <= n", "j < n", 0, MEMORY, OUTSIDE,
     ),
     "alignment of a group": ("gae", "rows.cuh", " && reinterpret_cast<uintptr_t>(at) % bytes == 0", "", 0, MEMORY, OUTSIDE),
-    "end of a group": ("kl_estimate", "rows.cuh", "k < count ? from[first + k] : 0", "from[first + k]", 0, MEMORY, OUTSIDE),
+    "end of a group": ("kl_estimate", "rows.cuh", "real[k] = k < count && mask[first + k]", "real[k] = mask[first + k]", 0, MEMORY, OUTSIDE),
     "end of a stored group": ("kl_estimate", "rows.cuh", "        if (k < count) to", "        to", 0, MEMORY, OUTSIDE),
     "clamp of a first boundary": ("gae", "rows.cuh", "from < 0 ? 0 : from < a.n ? from : a.n", "from", 0, MEMORY, OUTSIDE),
     "clamp of a last boundary": ("advantages", "rows.cuh", "to < a.n ? to : a.n", "to", 0, MEMORY, OUTSIDE),
     "end of the rows": ("ppo_loss", "ppo_loss.cuh", " && row < a.rows - 1", "", 0, MEMORY, OUTSIDE),
+    "what the mask hides of a group": ("kl_estimate", "rows.cuh", "real[0] && real[1] && real[2] && real[3] && whole", "whole", 0, MEMORY, OUTSIDE),
+    "what the mask hides of a mixed group": ("kl_estimate", "rows.cuh", "x[k] = real[k] ? from[first + k] : 0", "x[k] = k < count ? from[first + k] : 0", 0, MEMORY, OUTSIDE),
+    "what the mask hides of a row": ("token_logprobs", "token_logprobs.cuh", "const double scale = real ? scale_of(a, i) : 0;", "const double scale = scale_of(a, i);", 0, MEMORY, OUTSIDE),
+    "ids of samples that the mask hides": ("group_advantages", "group_advantages.cuh", "real ? a.group_ids[j] : 0", "j < a.n ? a.group_ids[j] : 0", 0, MEMORY, OUTSIDE),
     "end of the samples": ("group_advantages", "group_advantages.cuh", "if (inside) a.out[i]", "a.out[i]", 0, MEMORY, OUTSIDE),
 }  # fmt: skip
 
