@@ -67,6 +67,27 @@ def test_a_large_logit_anywhere_moves_the_point_of_reference(cuda, dtype):
         assert_all_parity(*three(kwargs))
 
 
+# Exponents relative to a rounded offset near 0, at its limit of 2^20, and beyond it, where there is none.
+@pytest.mark.parametrize("shift", [0.0, -1e5, 7e5, -8e5, 3e7])
+@pytest.mark.parametrize("temperature", [1.0, 1e-3])
+def test_logits_far_from_0(cuda, shift, temperature):
+    kwargs = reference.sample((3,), 5000, dtype=torch.float32, ref=False, spread=temperature)
+    kwargs["logits"] += shift
+    kwargs["mask"], kwargs["token_ids"] = None, torch.tensor([0, 4999, int(kwargs["logits"][2].argmax())])
+    got, truth, plain = three(kwargs, temperature=temperature)
+    for g, t, p, name in zip(got, truth, plain, (*NAMES[:3], "gradient"), strict=True):
+        assert_parity(g, t, p, name)
+
+
+@pytest.mark.parametrize("largest, temperature", [(200.0, 1.0), (1.7, 1e-30), (3e38, 1.0), (-2e5, 1e-3)])
+def test_a_certain_row_has_a_log_probability_and_an_entropy_of_0(cuda, largest, temperature):
+    z = largest - (largest if largest > 1e30 else 200.0) * (1 + torch.rand(2, 5000)) * max(temperature, 1e-7)
+    z[:, 77] = largest
+    out = rlhf_fast.token_logprobs(z, torch.tensor([77, 77]), temperature=temperature)
+    assert out.logprobs.tolist() == [0.0, 0.0] == out.entropy.tolist()
+    torch.testing.assert_close(out.logsumexp, (z.double()[:, 77] / temperature).float())
+
+
 def at_offset(x, offset, gap):
     """x (N, V) in memory that begins `offset` elements past 16 bytes, rows `gap` further apart, NaN in between."""
     N, V = x.shape
