@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kBatch = 16, kRefBatch = 8;             // logits of a thread at a time
 constexpr float kLargestSum = 8192;                   // of a batch: 2^13
-constexpr float kLargestWeighted = 13 * kLargestSum;  // of sum e d: the same, and no number where a sum would be none
+constexpr float kLargestWeighted = 13 * kLargestSum;  // the same of sum e d, which is NaN where a logit is -inf
 
 // What a row by itself is summed to, relative to `base`, one of its logits: sum e and sum e d with e = 2^d, d as
 // Exponent says.
