@@ -13,6 +13,7 @@ from typing import Any
 from rlhf_fast._op import backends, use_backend
 from rlhf_fast._types import Advantages, LossOutput, PreferenceOutput, TokenStats
 from rlhf_fast._version import __version__
+from rlhf_fast.integrations import patch, unpatch
 from rlhf_fast.losses import policy_loss, preference_loss
 from rlhf_fast.ops import (
     advantages,
@@ -42,11 +43,13 @@ __all__ = [
     "kl_estimate",
     "linear_ppo_loss",
     "linear_token_logprobs",
+    "patch",
     "policy_loss",
     "ppo_loss",
     "preference_loss",
     "reward_loss",
     "token_logprobs",
+    "unpatch",
     "use_backend",
     "whiten",
 ]

@@ -1,0 +1,228 @@
+"""OpenRLHF: policy, value, preference and reward losses, log-probs, KL, rewards and GAE.
+
+Supported: openrlhf >= 0.11, < 0.12. Losses are patched as methods of their classes, so that instances and names that were
+imported before follow. The losses are built inside Ray actors: patch in the worker process as well (docs: a module that calls
+`patch("openrlhf")`, named in runtime_env's worker_process_setup_hook). Only what can be imported is patched; openrlhf.models
+itself needs deepspeed and flash_attn.
+
+Corrections: slots outside of the action mask give 0 (OpenRLHF keeps KL there, and multiplies NaN by 0), a score without a real
+token is dropped, and with half_precision=True log-probs of half-precision logits are computed in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.integrations._compare import HALF, Unsupported, as_mask, common_dtype, constants
+from rlhf_fast.integrations._patch import Framework, Socket
+from rlhf_fast.ops.advantages import advantages as advantages_op
+from rlhf_fast.ops.gae import gae
+from rlhf_fast.ops.kl_estimate import kl_estimate
+from rlhf_fast.ops.ppo_loss import ppo_loss
+from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.token_logprobs import token_logprobs
+from rlhf_fast.preference import preference_loss
+
+LOSS = "openrlhf.models.loss"
+UTILS = "openrlhf.models.utils"
+MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
+
+KL_CLAMP = 10.0
+
+
+def _reduction(
+    token_level_loss: bool, dp_size: int, batch_num_tokens: Any, global_batch_size: Any
+) -> tuple[str, Any, float]:
+    """(reduction, normalizer, factor) of aggregate_loss."""
+    kind = "token-mean" if token_level_loss else "seq-mean-token-mean"
+    normalizer = batch_num_tokens if token_level_loss else global_batch_size
+    return kind, normalizer, 1.0 if normalizer is None else float(dp_size)
+
+
+def _real(action_mask: Tensor | None) -> Tensor:
+    if action_mask is None:
+        raise Unsupported("no action mask")
+    return as_mask(action_mask)
+
+
+def policy_loss_forward(
+    self: Any,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    dp_size: int = 1,
+    batch_num_tokens: Any = None,
+    global_batch_size: Any = None,
+) -> tuple[Tensor | None, ...]:
+    """(B, T) -> loss, clip fraction, KL of the un-clamped ratio and, without a rollout correction, None for its statistics."""
+    if self.policy_loss_type != "ppo":
+        raise Unsupported(f"policy_loss_type {self.policy_loss_type!r}")
+    if getattr(self, "is_correction_level", "off") != "off" or getattr(self, "enable_vllm_is_correction", False):
+        raise Unsupported("a correction of the rollout's log-probs")
+    constants(old_log_probs=old_log_probs, advantages=advantages)
+    kind, normalizer, factor = _reduction(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+    found = ppo_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        _real(action_mask),
+        clip=(float(self.clip_eps_low), float(self.clip_eps_high)),
+        dual_clip=self.dual_clip,
+        ref_logprobs=old_log_probs,
+        kl_kind="k1",
+        reduction=kind,
+        normalizer=normalizer,
+    )
+    dtype = common_dtype(log_probs, old_log_probs, action_mask)
+    loss = (found.loss * factor).to(torch.promote_types(dtype, advantages.dtype))
+    extra = 2 if hasattr(self, "is_correction_level") else 1  # a later version adds the filtered fraction
+    return loss, found.stats["clip_fraction"].float(), -found.stats["kl"].to(dtype), *[None] * extra
+
+
+def value_loss_forward(
+    self: Any,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    action_mask: Tensor | None = None,
+    dp_size: int = 1,
+    batch_num_tokens: Any = None,
+    global_batch_size: Any = None,
+) -> Tensor:
+    """(B, T) -> clipped value loss."""
+    kind, normalizer, factor = _reduction(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
+    constants(old_values=old_values, returns=returns)
+    nothing = torch.zeros_like(old_values)
+    found = ppo_loss(
+        nothing,
+        nothing,
+        nothing,
+        _real(action_mask),
+        values=values,
+        old_values=None if self.clip_eps is None else old_values,
+        returns=returns,
+        value_clip=None if self.clip_eps is None else float(self.clip_eps),
+        value_coef=1.0,
+        reduction=kind,
+        normalizer=normalizer,
+    )
+    return (found.loss * factor).to(common_dtype(values, returns, action_mask))
+
+
+def dpo_loss_forward(
+    self: Any,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) -> loss and implicit rewards; IPO on the summed log-probs."""
+    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    constants(reference_chosen_logps=reference_chosen_logps, reference_rejected_logps=reference_rejected_logps)
+    smoothing = 0.0 if self.ipo else float(self.label_smoothing)  # OpenRLHF's ipo does not read it
+    kind = "ipo" if self.ipo else "cdpo"
+    found = preference_loss(*logps, kind=kind, beta=float(self.beta), label_smoothing=smoothing)
+    dtype = common_dtype(*logps)
+    return found.loss.to(dtype), found.chosen_rewards.to(dtype), found.rejected_rewards.to(dtype)
+
+
+def pairwise_loss_forward(
+    self: Any, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None
+) -> Tensor:
+    """(B,) or (B, 1) -> Bradley-Terry loss."""
+    constants(margin=margin)
+    loss = reward_loss(chosen_reward, reject_reward, margin=margin).loss
+    return loss.to(common_dtype(chosen_reward, reject_reward, margin))
+
+
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """(..., V), (...) -> (...). Divides the logits in place by a temperature other than 1, as callers expect."""
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return token_logprobs(logits, labels).logprobs.to(logits.dtype)
+
+
+def _rounds_logprobs(tensors: Sequence[Tensor]) -> bool:
+    return tensors[0].dtype in HALF
+
+
+def compute_approx_kl(
+    log_probs: Tensor,
+    log_probs_base: Tensor,
+    log_probs_old: Tensor | None = None,
+    kl_estimator: str = "k1",
+    unbiased_gradient: bool = False,
+) -> Tensor:
+    """(...) -> (...) fp32, every estimator within +-10."""
+    if kl_estimator not in ("k1", "k2", "k3"):
+        raise Unsupported(f"estimator {kl_estimator!r}")
+    if unbiased_gradient and log_probs_old is not None:
+        raise Unsupported("a KL gradient with importance weights")
+    plus = "+" if unbiased_gradient else ""
+    return kl_estimate(log_probs.float(), log_probs_base.float(), kl_estimator + plus, clamp=KL_CLAMP)
+
+
+def compute_reward(
+    r: Tensor,
+    kl_coef: float,
+    kl: Tensor,
+    action_mask: Tensor | None = None,
+    reward_clip_range: tuple[float, float] | None = None,
+) -> Tensor:
+    """Scores (B,), KL (B, T) -> token rewards (B, T): -kl_coef kl, and the score at the last real token."""
+    if not isinstance(r, Tensor) or not isinstance(kl, Tensor):
+        raise Unsupported("rewards or KL that are no tensor")
+    constants(r=r, kl=kl)
+    if reward_clip_range:
+        r = r.clamp(*reward_clip_range)
+    zeros = torch.zeros_like(kl)
+    found = advantages_op(
+        r,
+        zeros,
+        _real(action_mask),
+        logprobs=kl,
+        ref_logprobs=zeros,
+        kl_coef=max(0.0, float(kl_coef)),
+        kl_kind="k1",  # of (kl, 0) is kl
+        whiten=False,
+    )
+    return found.rewards.to(kl.dtype)
+
+
+def get_advantages_and_returns(
+    self: Any, values: Tensor, rewards: Tensor, action_mask: Tensor, gamma: float, lambd: float
+) -> tuple[Tensor, Tensor]:
+    """(B, T) -> advantages and returns, not whitened; masked slots between real tokens decay."""
+    constants(values=values, rewards=rewards)
+    found = gae(rewards, values, _real(action_mask), gamma=float(gamma), lam=float(lambd), gap="decay")
+    dtype = common_dtype(values, rewards, action_mask)
+    return found[0].to(dtype), found[1].to(dtype)
+
+
+FRAMEWORK = Framework(
+    "openrlhf",
+    ("0.11", "0.12"),
+    (
+        Socket(LOSS, "PolicyLoss.forward", policy_loss_forward),
+        Socket(LOSS, "ValueLoss.forward", value_loss_forward),
+        Socket(LOSS, "DPOLoss.forward", dpo_loss_forward),
+        Socket(LOSS, "PairWiseLoss.forward", pairwise_loss_forward),
+        Socket(
+            UTILS, "log_probs_from_logits", log_probs_from_logits, rows=("logits", "labels"), rounds=_rounds_logprobs
+        ),
+        Socket(UTILS, "compute_approx_kl", compute_approx_kl),
+        Socket(UTILS, "compute_reward", compute_reward, counts="action_mask"),
+        Socket(
+            MAKER,
+            "RemoteExperienceMaker.get_advantages_and_returns",
+            get_advantages_and_returns,
+            counts="action_mask",
+        ),
+    ),
+)
