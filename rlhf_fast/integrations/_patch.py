@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,13 @@ class Table(list[Row]):
 _MISSING = object()
 
 
+class _Checking(threading.local):
+    on = False
+
+
+_checking = _Checking()
+
+
 @dataclass
 class Patched:
     """One replaced function."""
@@ -160,7 +168,7 @@ class Patched:
         return Row(self.symbol, self.state, len(self.places), self.reached, dict(self.fell_through))
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active:  # someone kept the replacement
+        if not self.active or _checking.on:  # someone kept the replacement, or it is part of another's original
             return self.original(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
         try:
@@ -206,9 +214,12 @@ class Patched:
         args, kwargs = self._few_rows(args, kwargs)
         wants = wants_gradients(tensors)
         try:
+            _checking.on = True
             theirs = recorded(self.original, args, kwargs, wants, cuda)
         except Exception as error:  # the caller gets it from the real call
             raise Unsupported(f"the original raises {type(error).__name__}") from error
+        finally:
+            _checking.on = False
         try:
             ours = recorded(self.socket.ours, args, kwargs, wants, cuda)
         except DECLINED:
@@ -270,7 +281,6 @@ def install(framework: Framework, modules: Mapping[str, ModuleType] | None, half
 
     Raises ImportError when none can; warns outside of the supported versions.
     """
-    _check_version(framework)
     patched = _active.setdefault(framework.name, [])
     table = Table()
     for socket in framework.sockets:
@@ -290,6 +300,7 @@ def install(framework: Framework, modules: Mapping[str, ModuleType] | None, half
         table.append(known[0].row())
     if all(row.state.startswith("absent") for row in table):
         raise ImportError(f"patch: nothing of {framework.name} could be imported:\n{table}")
+    _check_version(framework)
     return table
 
 

@@ -43,10 +43,10 @@ def _reduction(
     return kind, normalizer, 1.0 if normalizer is None else float(dp_size)
 
 
-def _real(action_mask: Tensor | None) -> Tensor:
+def _given(action_mask: Tensor | None) -> Tensor:
     if action_mask is None:
         raise Unsupported("no action mask")
-    return as_mask(action_mask)
+    return action_mask
 
 
 def policy_loss_forward(
@@ -66,12 +66,13 @@ def policy_loss_forward(
     if getattr(self, "is_correction_level", "off") != "off" or getattr(self, "enable_vllm_is_correction", False):
         raise Unsupported("a correction of the rollout's log-probs")
     constants(old_log_probs=old_log_probs, advantages=advantages)
+    action_mask = _given(action_mask)
     kind, normalizer, factor = _reduction(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     found = ppo_loss(
         log_probs,
         old_log_probs,
         advantages,
-        _real(action_mask),
+        as_mask(action_mask),
         clip=(float(self.clip_eps_low), float(self.clip_eps_high)),
         dual_clip=self.dual_clip,
         ref_logprobs=old_log_probs,
@@ -82,7 +83,8 @@ def policy_loss_forward(
     dtype = common_dtype(log_probs, old_log_probs, action_mask)
     loss = (found.loss * factor).to(torch.promote_types(dtype, advantages.dtype))
     extra = 2 if hasattr(self, "is_correction_level") else 1  # a later version adds the filtered fraction
-    return loss, found.stats["clip_fraction"].float(), -found.stats["kl"].to(dtype), *[None] * extra
+    clipped = found.stats["clip_fraction"].to(torch.promote_types(torch.float32, action_mask.dtype))
+    return loss, clipped, -found.stats["kl"].to(dtype), *[None] * extra
 
 
 def value_loss_forward(
@@ -103,7 +105,7 @@ def value_loss_forward(
         nothing,
         nothing,
         nothing,
-        _real(action_mask),
+        as_mask(_given(action_mask)),
         values=values,
         old_values=None if self.clip_eps is None else old_values,
         returns=returns,
@@ -185,7 +187,7 @@ def compute_reward(
     found = advantages_op(
         r,
         zeros,
-        _real(action_mask),
+        as_mask(_given(action_mask)),
         logprobs=kl,
         ref_logprobs=zeros,
         kl_coef=max(0.0, float(kl_coef)),
@@ -200,7 +202,7 @@ def get_advantages_and_returns(
 ) -> tuple[Tensor, Tensor]:
     """(B, T) -> advantages and returns, not whitened; masked slots between real tokens decay."""
     constants(values=values, rewards=rewards)
-    found = gae(rewards, values, _real(action_mask), gamma=float(gamma), lam=float(lambd), gap="decay")
+    found = gae(rewards, values, as_mask(_given(action_mask)), gamma=float(gamma), lam=float(lambd), gap="decay")
     dtype = common_dtype(values, rewards, action_mask)
     return found[0].to(dtype), found[1].to(dtype)
 

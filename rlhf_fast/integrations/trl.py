@@ -194,16 +194,18 @@ class LigerGRPOLoss(torch.nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden (B, T, H), head (V, H), ids, mask and log-probs (B, T), advantages (B,) -> loss and [KL,] clip fraction.
 
-        Raises ValueError for reference hidden states (give ref_per_token_logps).
+        Raises ValueError for reference hidden states (give ref_per_token_logps), and for weights per token with a ratio per
+        sequence.
         """
         if ref_input is not None or ref_weight is not None or ref_bias is not None:
             raise _check.error(ValueError, "LigerGRPOLoss", "ref_input", "a tensor", "None; give ref_per_token_logps")
+        if vllm_is_ratio is not None and self.recipe == "gspo" and vllm_is_ratio.shape[-1] != 1:
+            got = f"shape {tuple(vllm_is_ratio.shape)}"
+            raise _check.error(ValueError, "LigerGRPOLoss", "vllm_is_ratio", got, "(B, 1) with a sequence ratio")
         real = attention_mask != 0
         logprobs = linear_token_logprobs(
             _input, lin_weight, selected_token_ids, bias=bias, temperature=self.temperature, mask=real
         ).logprobs
-        if vllm_is_ratio is not None:
-            vllm_is_ratio = vllm_is_ratio.expand_as(logprobs)
         if self.beta and ref_per_token_logps is None:  # as in Liger: the policy itself, which gives a KL of 0
             ref_per_token_logps = logprobs.detach()
         rows = real.shape[0]
@@ -226,7 +228,7 @@ class LigerGRPOLoss(torch.nn.Module):
             ref_logprobs=ref_per_token_logps if self.beta else None,
             kl_coef=self.beta,
             kl_kind="k3",
-            importance_weights=vllm_is_ratio,
+            importance_weights=None if vllm_is_ratio is None else vllm_is_ratio.expand_as(logprobs),
             reduction="seq-mean-token-mean" if self.loss_type == "grpo" else "token-sum",
             normalizer=normalizer,
         )

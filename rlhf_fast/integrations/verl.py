@@ -250,7 +250,7 @@ def compute_value_loss(
         normalizer=how.normalizer,
     )
     loss = how.scaled(found.loss).to(common_dtype(vpreds, values, returns, response_mask))
-    return loss, found.stats["value_clip_fraction"].float()
+    return loss, found.stats["value_clip_fraction"].to(torch.promote_types(torch.float32, response_mask.dtype))
 
 
 def compute_policy_loss_vanilla(
