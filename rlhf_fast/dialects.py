@@ -36,6 +36,8 @@ class Dialect:
     """The PPO log-ratio is clamped to +-this."""
     dual_clip: float | None = None
     """Dual clipping that is always on."""
+    value_scale: float = 1.0
+    """Factor of the value loss: 2 for a loss without the 1/2. The statistic value_loss is that of the loss with it."""
 
     def kl_bounds(self, kind: str) -> tuple[float, float]:
         """(bound of the log-ratio, bound of the estimate) for an estimator; infinity for none."""
@@ -61,6 +63,15 @@ DIALECTS: dict[str, Dialect] = {
         ratio_clamp=20.0,
     ),
     "nemo": Dialect(kl_clamp=dict.fromkeys(_ALL, (20.0, 10.0))),
+    # slime/utils/ppo_utils.py, slime/backends/megatron_utils/loss.py: "k3" is its unbounded one (low_var_kl is bounded by 10). Its
+    # scan ignores the loss mask: mask is that of the response. The value loss lacks the factor 1/2.
+    "slime": Dialect(value_scale=2.0),
+    # areal/trainer/ppo/actor.py, areal/utils/data.py: scores are clipped after their scaling, every estimator is bounded. Its
+    # whitening adds a configurable eps to the standard deviation; ours is the default of 1e-8 in the variance.
+    "areal": Dialect(score_clip=20.0, kl_clamp=dict.fromkeys(_ALL, (None, 10.0))),
+    # roll/utils/functionals.py: only k3 is bounded. Its scan has no mask at all, so that critic outputs on padding leak in: give
+    # a mask of ones and token rewards to get its numbers.
+    "roll": Dialect(kl_clamp={"k3": (None, 10.0)}),
     # lm-human-preferences (Ziegler et al. 2019): biased variance.
     "openai": Dialect(gap="decay", unbiased=False),
 }

@@ -1,4 +1,4 @@
-"""What two calls with the same inputs have in common: copies of the inputs, and the comparison of results and gradients."""
+"""Two calls with the same inputs: how they leave no trace, and how their results and gradients are compared."""
 
 from __future__ import annotations
 
@@ -49,45 +49,52 @@ def wants_gradients(tensors: Sequence[Tensor]) -> bool:
 
 
 class Recorded(NamedTuple):
-    """One call on copies of the inputs."""
+    """One call on stand-ins for the inputs."""
 
     results: list[tuple[str, Any]]
     """Tensors, numbers and what else the call returned, each with its place."""
     inputs: list[Tensor]
-    """Copies that gradients can be asked for, in the order of the arguments."""
+    """Leaves that gradients can be asked for, in the order of the arguments."""
 
 
 def recorded(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], wants: bool, cuda: Sequence[int]
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wants: bool,
+    cuda: Sequence[int],
+    *,
+    copies: bool,
 ) -> Recorded:
-    """Call a function without a trace in inputs, graph, or random numbers (of the CPU and of the devices in `cuda`)."""
+    """Call a function without a trace in the graph or in the random numbers of the CPU and of the devices in `cuda`; nor in the
+    inputs, when it gets copies."""
     # The hooks of a checkpoint around the caller count what its forward saves: these tensors are not among them.
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
         torch.set_grad_enabled(wants),
         torch.random.fork_rng(devices=cuda),
     ):
-        copies: dict[int, tuple[Tensor, Tensor]] = {}
-        args, kwargs = _copied((args, kwargs), copies, wants)
+        leaves: dict[int, tuple[Tensor, Tensor]] = {}
+        args, kwargs = _detached((args, kwargs), leaves, wants, copies)
         results = list(_leaves(function(*args, **kwargs)))
-    return Recorded(results, [leaf for leaf, _ in copies.values() if leaf.requires_grad])
+    return Recorded(results, [leaf for leaf, _ in leaves.values() if leaf.requires_grad])
 
 
-def _copied(x: Any, copies: dict[int, tuple[Tensor, Tensor]], wants: bool) -> Any:
-    """The same structure around copies of the tensors (some originals work in place), in a graph of their own.
+def _detached(x: Any, leaves: dict[int, tuple[Tensor, Tensor]], wants: bool, copies: bool) -> Any:
+    """The same structure around detached tensors, or copies of them (some originals work in place), in a graph of their own.
 
-    Fills {id: (leaf that a gradient can be asked for, copy)}.
+    Fills {id: (leaf that a gradient can be asked for, what stands in for the tensor)}.
     """
     if isinstance(x, Tensor):
-        if id(x) not in copies:
+        if id(x) not in leaves:
             leaf = x.detach()
             leaf = leaf.requires_grad_() if wants and x.requires_grad else leaf
-            copies[id(x)] = leaf, leaf.clone()
-        return copies[id(x)][1]
+            leaves[id(x)] = leaf, leaf.clone() if copies else leaf
+        return leaves[id(x)][1]
     if type(x) in (list, tuple):
-        return type(x)(_copied(y, copies, wants) for y in x)
+        return type(x)(_detached(y, leaves, wants, copies) for y in x)
     if type(x) is dict:
-        return {k: _copied(y, copies, wants) for k, y in x.items()}
+        return {k: _detached(y, leaves, wants, copies) for k, y in x.items()}
     return x
 
 

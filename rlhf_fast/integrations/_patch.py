@@ -213,19 +213,22 @@ class Patched:
             raise Unsupported("not checked yet, and a CUDA graph is being captured")
         args, kwargs = self._few_rows(args, kwargs)
         wants = wants_gradients(tensors)
+        failure = None
+        try:  # first, since it may decline; ours changes no argument
+            ours = recorded(self.socket.ours, args, kwargs, wants, cuda, copies=False)
+        except DECLINED:
+            raise
+        except Exception as error:
+            failure = f"ours raises {type(error).__name__}: {error}"
+        _checking.on = True
         try:
-            _checking.on = True
-            theirs = recorded(self.original, args, kwargs, wants, cuda)
+            theirs = recorded(self.original, args, kwargs, wants, cuda, copies=True)
         except Exception as error:  # the caller gets it from the real call
             raise Unsupported(f"the original raises {type(error).__name__}") from error
         finally:
             _checking.on = False
-        try:
-            ours = recorded(self.socket.ours, args, kwargs, wants, cuda)
-        except DECLINED:
-            raise
-        except Exception as error:
-            return f"ours raises {type(error).__name__}: {error}"
+        if failure is not None:
+            return failure
         dtypes = [x.dtype for x in tensors]
         return compare(ours, theirs, self._counted(args, kwargs), self.socket.constant, dtypes)
 

@@ -144,9 +144,9 @@ def pairwise_loss_forward(
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """(..., V), (...) -> (...). Divides the logits in place by a temperature other than 1, as callers expect."""
+    """(..., V), (...) -> (...)."""
     if temperature != 1.0:
-        logits.div_(temperature)
+        raise Unsupported("a temperature, by which OpenRLHF divides the logits in place")
     return token_logprobs(logits, labels).logprobs.to(logits.dtype)
 
 

@@ -131,7 +131,7 @@ def arguments(
     entropy_coef = _check.number(op, "entropy_coef", entropy_coef, 0.0)
     kl_coef = _check.number(op, "kl_coef", kl_coef, 0.0)
     _check.choice(op, "kl_kind", kl_kind, ALL_KINDS)
-    value_coef = _check.number(op, "value_coef", value_coef, 0.0)
+    value_coef = _check.number(op, "value_coef", value_coef, 0.0) * rules.value_scale
     if value_clip is None:
         old_values = None
     else:
