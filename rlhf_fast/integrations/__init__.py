@@ -12,9 +12,10 @@ from types import ModuleType
 from rlhf_fast import _check
 from rlhf_fast.integrations._patch import Table, status
 from rlhf_fast.integrations._patch import install as _install
+from rlhf_fast.integrations._patch import install_on_import as _install_on_import
 from rlhf_fast.integrations._patch import uninstall as _uninstall
 
-__all__ = ["FRAMEWORKS", "Table", "patch", "sockets", "status", "unpatch"]
+__all__ = ["FRAMEWORKS", "Table", "patch", "patch_on_import", "sockets", "status", "unpatch"]
 
 FRAMEWORKS = ("trl", "verl", "openrlhf", "slime")
 
@@ -51,6 +52,15 @@ def patch(
     if not quiet:
         print(table)
     return table
+
+
+def patch_on_import(framework: str, *, half_precision: bool = False) -> None:
+    """`patch` for processes that do not hold the framework yet, such as the workers of Ray: each of its modules is patched right after
+    its first import, and nothing is imported for it. `unpatch` ends it.
+
+    Raises ValueError for an unknown framework.
+    """
+    _install_on_import(_table("patch_on_import", framework), half_precision)
 
 
 def unpatch(framework: str) -> Table:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
 import importlib.metadata
+import importlib.util
 import inspect
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -279,14 +282,21 @@ def _holders(framework: str, target: Any) -> Iterator[tuple[dict[str, Any], Any]
 _active: dict[str, list[Patched]] = {}
 
 
-def install(framework: Framework, modules: Mapping[str, ModuleType] | None, half_precision: bool) -> Table:
-    """Install every socket of a framework whose module can be imported.
+def install(
+    framework: Framework,
+    modules: Mapping[str, ModuleType] | None = None,
+    half_precision: bool = False,
+    homes: Sequence[str] | None = None,
+) -> Table:
+    """Install every socket of a framework (in `homes`, when given) whose module can be imported.
 
     Raises ImportError when none can; warns outside of the supported versions.
     """
     patched = _active.setdefault(framework.name, [])
     table = Table()
     for socket in framework.sockets:
+        if homes is not None and socket.home not in homes:
+            continue
         symbol = f"{socket.home}.{socket.name}"
         try:
             owner, original = _find(socket, modules)
@@ -307,8 +317,60 @@ def install(framework: Framework, modules: Mapping[str, ModuleType] | None, half
     return table
 
 
+def install_on_import(framework: Framework, half_precision: bool) -> None:
+    """Install what is imported already now, and the sockets of every other module as soon as it has been imported."""
+    homes = {socket.home for socket in framework.sockets}
+    loaded = [home for home in homes if home in sys.modules]
+    if loaded:
+        install(framework, half_precision=half_precision, homes=loaded)
+    _Finder.withdraw(framework.name)
+    sys.meta_path.insert(0, _Finder(framework, half_precision, homes - set(loaded)))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds what the other finders find, and has each module in `homes` patched after its first import."""
+
+    def __init__(self, framework: Framework, half_precision: bool, homes: set[str]) -> None:
+        self.framework = framework
+        self.half_precision = half_precision
+        self.homes = homes
+
+    @staticmethod
+    def withdraw(name: str) -> None:
+        sys.meta_path[:] = [f for f in sys.meta_path if not (isinstance(f, _Finder) and f.framework.name == name)]
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.homes:
+            return None
+        self.homes.remove(fullname)  # the search below comes here again
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads a module with its own loader, then patches it."""
+
+    def __init__(self, own: importlib.abc.Loader, finder: _Finder) -> None:
+        self.own = own
+        self.finder = finder
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.own.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.own
+        self.own.exec_module(module)
+        install(self.finder.framework, half_precision=self.finder.half_precision, homes=[module.__name__])
+
+
 def uninstall(name: str) -> Table:
     """Put every original of a framework back; returns the last counts."""
+    _Finder.withdraw(name)
     patched = _active.pop(name, [])
     for p in reversed(patched):
         p.remove("rejected" if p.state.startswith("rejected") else "removed")

@@ -1,9 +1,11 @@
 """OpenRLHF: policy, value, preference and reward losses, log-probs, KL, rewards and GAE.
 
 Supported: openrlhf >= 0.11, < 0.12. Losses are patched as methods of their classes, so that instances and names that were
-imported before follow. The losses are built inside Ray actors: patch in the worker process as well (docs: a module that calls
-`patch("openrlhf")`, named in runtime_env's worker_process_setup_hook). Only what can be imported is patched; openrlhf.models
-itself needs deepspeed and flash_attn.
+imported before follow. Only what can be imported is patched; openrlhf.models itself needs deepspeed and flash_attn.
+
+The losses are built inside Ray actors, so every worker process has to be patched:
+
+    ray.init(runtime_env={"worker_process_setup_hook": "rlhf_fast.integrations.openrlhf.setup_worker"})
 
 Corrections: slots outside of the action mask give 0 (OpenRLHF keeps KL there, and multiplies NaN by 0), a score without a real
 token is dropped, and with half_precision=True log-probs of half-precision logits are computed in fp32 and rounded once.
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.integrations import patch_on_import
 from rlhf_fast.integrations._compare import HALF, Unsupported, as_mask, common_dtype, constants
 from rlhf_fast.integrations._patch import Framework, Socket
 from rlhf_fast.ops.advantages import advantages as advantages_op
@@ -32,6 +35,11 @@ UTILS = "openrlhf.models.utils"
 MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
 
 KL_CLAMP = 10.0
+
+
+def setup_worker() -> None:
+    """For Ray's worker_process_setup_hook: patches the modules of OpenRLHF that the worker imports, as it imports them."""
+    patch_on_import("openrlhf")
 
 
 def _reduction(

@@ -10,6 +10,7 @@ import torch
 from integrations import fakes
 
 import rlhf_fast
+from rlhf_fast import integrations
 from rlhf_fast.integrations import FRAMEWORKS, _patch, sockets, status
 from rlhf_fast.integrations._compare import Unsupported
 from rlhf_fast.integrations._patch import Framework, Socket, install
@@ -25,7 +26,7 @@ def patched(ours, theirs, **socket):
     """A framework of one function, patched with `ours`: (what the framework now calls, its row)."""
     theirs.__module__ = "verl"
     fakes.module("verl", __version__="1.0", f=theirs)
-    install(Framework("verl", ("1", "2"), (Socket("verl", "f", ours, **socket),)), None, False)
+    install(Framework("verl", ("1", "2"), (Socket("verl", "f", ours, **socket),)))
     return (lambda *args, **kwargs: sys.modules["verl"].f(*args, **kwargs)), (lambda: row(status("verl"), "verl.f"))
 
 
@@ -180,7 +181,7 @@ def test_a_function_that_disagrees_is_put_back_with_one_warning(kind):
     assert sys.modules["verl"].f is original
     call(x)
     assert found().state.startswith("rejected: ") and (found().reached, found().places) == (0, 0)
-    install(Framework("verl", ("1", "2"), (_patch._active["verl"][0].socket,)), None, False)
+    install(Framework("verl", ("1", "2"), (_patch._active["verl"][0].socket,)))
     assert sys.modules["verl"].f is original  # stays rejected
 
 
@@ -336,3 +337,55 @@ def test_the_original_of_a_check_is_not_made_of_ours(framework):
     get("verl.trainer.ppo.core_algos.kl_penalty")(torch.randn(3), torch.randn(3), "k3+")
     forward = row(status(), "verl.trainer.ppo.core_algos.kl_penalty_forward")
     assert (forward.state, forward.reached) == ("waiting", 0)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A framework on disk: openrlhf.models imports its utils by name."""
+    root = tmp_path / "openrlhf"
+    (root / "models").mkdir(parents=True)
+    (root / "__init__.py").write_text('__version__ = "0.11.2"\n')
+    (root / "models" / "__init__.py").write_text("from .utils import compute_approx_kl\n")
+    (root / "models" / "utils.py").write_text(
+        "def compute_approx_kl(log_probs, log_probs_base, log_probs_old=None, kl_estimator='k1', unbiased_gradient=False):\n"
+        "    return (log_probs.float() - log_probs_base.float()).clamp(-10, 10)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    meta_path = list(sys.meta_path)
+    yield "openrlhf.models.utils.compute_approx_kl"
+    assert sys.meta_path == meta_path
+
+
+def test_modules_are_patched_as_they_are_imported(package):
+    from rlhf_fast.integrations import openrlhf
+
+    openrlhf.setup_worker()
+    openrlhf.setup_worker()
+    assert not status("openrlhf") and "openrlhf" not in sys.modules
+    import openrlhf.models  # type: ignore[no-redef]
+
+    assert openrlhf.models.compute_approx_kl is openrlhf.models.utils.compute_approx_kl
+    assert row(status("openrlhf"), package).state == "waiting"
+    openrlhf.models.compute_approx_kl(torch.randn(3), torch.randn(3))
+    assert row(status("openrlhf"), package).reached == 1
+    utils = openrlhf.models.utils
+    assert utils.__loader__ is utils.__spec__.loader and "_Loader" not in type(utils.__loader__).__name__
+    rlhf_fast.unpatch("openrlhf")
+    assert not hasattr(openrlhf.models.compute_approx_kl, "__wrapped__")
+
+
+def test_unpatching_before_the_import_leaves_it_alone(package):
+    integrations.patch_on_import("openrlhf")
+    rlhf_fast.unpatch("openrlhf")
+    import openrlhf.models
+
+    assert not hasattr(openrlhf.models.compute_approx_kl, "__wrapped__")
+
+
+def test_what_is_imported_already_is_patched_at_once(package):
+    import openrlhf.models
+
+    integrations.patch_on_import("openrlhf")
+    assert openrlhf.models.compute_approx_kl is openrlhf.models.utils.compute_approx_kl
+    assert hasattr(openrlhf.models.compute_approx_kl, "__wrapped__")
+    rlhf_fast.unpatch("openrlhf")
