@@ -37,6 +37,8 @@ def tensors_in(x: Any) -> Iterator[Tensor]:
 
 
 def plain(tensors: Sequence[Tensor]) -> None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Unsupported("inside of a function transform")
     for x in tensors:
         if (type(x) is not Tensor and type(x) is not torch.nn.Parameter) or x.is_nested:
             raise Unsupported(f"an argument is a {'nested tensor' if x.is_nested else type(x).__name__}")

@@ -24,11 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast._op import plain as undispatched
 from rlhf_fast.integrations._compare import Unsupported, compare, plain, recorded, tensors_in, wants_gradients
 
 CHECKED_ROWS = 512
 """Rows of logits the check looks at: both results and both gradients of a whole batch would take four times its memory."""
 
+
+REASONS = 32
+"""Reasons that are kept apart per function."""
 
 DECLINED = (Unsupported, TypeError, ValueError, AttributeError, KeyError)
 """What a replacement raises before it has done anything: arguments it does not take, which get the original's own answer."""
@@ -184,19 +188,23 @@ class Patched:
                 if difference is not None:
                     self.remove(f"rejected: {difference}")
                     warnings.warn(
-                        f"rlhf_fast.patch: {self.symbol} stays the original: {difference}", RuntimeWarning, stacklevel=3
+                        f"rlhf_fast.patch: {self.symbol} stays the original: {difference}", RuntimeWarning, stacklevel=4
                     )
                     return self.original(*args, **kwargs)
                 self.checked.add(kind)
                 self.state = "checked"
             found = self.socket.ours(*args, **kwargs)
         except DECLINED as error:
-            reason = str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
-            self.fell_through[reason] = self.fell_through.get(reason, 0) + 1
+            self._note(str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}")
         else:
             self.reached += 1
             return found
         return self.original(*args, **kwargs)
+
+    def _note(self, reason: str) -> None:
+        if len(self.fell_through) >= REASONS:  # some name shapes or rows, which never end
+            reason = reason if reason in self.fell_through else "other reasons"
+        self.fell_through[reason] = self.fell_through.get(reason, 0) + 1
 
     def _kind(self, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         options = [*args, *kwargs.values()]
@@ -211,6 +219,9 @@ class Patched:
 
         Raises Unsupported when there is nothing to compare with.
         """
+        if tensors and not undispatched(tensors[0]):
+            # Such as selective checkpointing, which counts the ops of the caller.
+            raise Unsupported("not checked yet, and a dispatch mode sees every op")
         cuda = sorted({x.device.index for x in tensors if x.is_cuda})
         if cuda and torch.cuda.is_current_stream_capturing():
             raise Unsupported("not checked yet, and a CUDA graph is being captured")

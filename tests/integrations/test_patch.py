@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 from integrations import fakes
+from torch.utils.flop_counter import FlopCounterMode
 
 import rlhf_fast
 from rlhf_fast import integrations
@@ -24,7 +25,8 @@ def row(table, symbol):
 
 def patched(ours, theirs, **socket):
     """A framework of one function, patched with `ours`: (what the framework now calls, its row)."""
-    theirs.__module__ = "verl"
+    if hasattr(theirs, "__code__"):
+        theirs.__module__ = "verl"
     fakes.module("verl", __version__="1.0", f=theirs)
     install(Framework("verl", ("1", "2"), (Socket("verl", "f", ours, **socket),)))
     return (lambda *args, **kwargs: sys.modules["verl"].f(*args, **kwargs)), (lambda: row(status("verl"), "verl.f"))
@@ -178,6 +180,7 @@ def test_a_function_that_disagrees_is_put_back_with_one_warning(kind):
     with pytest.warns(RuntimeWarning, match=r"verl\.f stays the original: ") as caught:
         y = call(x)
     assert len(caught) == 1 and torch.equal(y, softplus(x)) and y.requires_grad
+    assert caught[0].filename == __file__
     assert sys.modules["verl"].f is original
     call(x)
     assert found().state.startswith("rejected: ") and (found().reached, found().places) == (0, 0)
@@ -312,6 +315,32 @@ def test_tensors_of_other_kinds_go_to_the_original(framework):
         "an argument is a Odd": 1,
         "an argument is a parameter of DeepSpeed, which ZeRO-3 partitions before the backward": 1,
     }
+
+
+def test_nothing_is_checked_where_every_op_is_watched():
+    call, found = patched(lambda x, mask=None: softplus(x), lambda x, mask=None: softplus(x, mask))
+    x = torch.randn(3)
+    with FlopCounterMode(display=False):
+        call(x)
+    torch.testing.assert_close(torch.func.vmap(call)(x), softplus(x))
+    assert (found().reached, sum(found().fell_through.values())) == (0, 2)
+    call(x)
+    with FlopCounterMode(display=False):
+        call(x)
+    torch.testing.assert_close(torch.func.vmap(call)(x), softplus(x))
+    assert (found().reached, sum(found().fell_through.values())) == (2, 3)
+
+
+def test_the_reasons_end():
+    def ours(x):
+        raise Unsupported(f"the number {float(x)}")
+
+    call, found = patched(ours, torch.sin)
+    for n in range(200):
+        call(torch.tensor(float(n % 100)))
+    reasons = found().fell_through
+    assert len(reasons) == _patch.REASONS + 1 and sum(reasons.values()) == 200
+    assert reasons["the number 0.0"] == 2 and reasons["other reasons"] == 2 * (100 - _patch.REASONS)
 
 
 def test_a_check_of_logits_reads_some_rows_only(framework, monkeypatch):
