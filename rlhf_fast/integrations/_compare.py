@@ -196,6 +196,16 @@ def _named(x: Any) -> str:
     return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
 
 
+def any_half(tensors: Sequence[Tensor]) -> bool:
+    """Some tensor is in half precision, so what PyTorch computes from it is rounded at every step."""
+    return any(x.dtype in HALF for x in tensors)
+
+
+def never(tensors: Sequence[Tensor]) -> bool:
+    """The original computes in fp32 whatever it is given."""
+    return False
+
+
 def as_mask(mask: Tensor) -> Tensor:
     """A mask of a framework as bool. Raises Unsupported when its floats are weights."""
     if mask.dtype is torch.bool:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast._op import plain as undispatched
-from rlhf_fast.integrations._compare import Unsupported, compare, plain, recorded, tensors_in, wants_gradients
+from rlhf_fast.integrations._compare import Unsupported, any_half, compare, plain, recorded, tensors_in, wants_gradients
 
 CHECKED_ROWS = 512
 """Rows of logits the check looks at: both results and both gradients of a whole batch would take four times its memory."""
@@ -53,7 +53,7 @@ class Socket:
     of the arguments where ours corrects more than that."""
     rows: tuple[str, ...] = ()
     """Arguments whose leading dimensions are independent rows, so that a few of them are enough for the check."""
-    rounds: Callable[[Sequence[Tensor]], bool] | None = None
+    rounds: Callable[[Sequence[Tensor]], bool] = any_half
     """Of the tensors of a call: whether the original computes in half precision, so that ours, which computes in fp32 and rounds
     once, gives other bits."""
     constant: tuple[int, ...] = ()
@@ -180,7 +180,7 @@ class Patched:
         tensors = list(tensors_in((args, kwargs)))
         try:
             plain(tensors)
-            if not self.half_precision and self.socket.rounds is not None and self.socket.rounds(tensors):
+            if not self.half_precision and self.socket.rounds(tensors):
                 raise Unsupported("half precision: ours has other bits, patch(..., half_precision=True) takes them")
             kind = self._kind(tensors, args, kwargs)
             if kind not in self.checked:

@@ -8,19 +8,18 @@ The losses are built inside Ray actors, so every worker process has to be patche
     ray.init(runtime_env={"worker_process_setup_hook": "rlhf_fast.integrations.openrlhf.setup_worker"})
 
 Corrections: slots outside of the action mask give 0 (OpenRLHF keeps KL there, and multiplies NaN by 0), a score without a real
-token is dropped, and with half_precision=True log-probs of half-precision logits are computed in fp32 and rounded once.
+token is dropped, and with half_precision=True half-precision inputs are computed in fp32 and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.integrations import patch_on_import
-from rlhf_fast.integrations._compare import HALF, Unsupported, as_mask, common_dtype, constants
+from rlhf_fast.integrations._compare import Unsupported, as_mask, common_dtype, constants, never
 from rlhf_fast.integrations._patch import Framework, Socket
 from rlhf_fast.ops.advantages import advantages as advantages_op
 from rlhf_fast.ops.gae import gae
@@ -158,10 +157,6 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
     return token_logprobs(logits, labels).logprobs.to(logits.dtype)
 
 
-def _rounds_logprobs(tensors: Sequence[Tensor]) -> bool:
-    return tensors[0].dtype in HALF
-
-
 def compute_approx_kl(
     log_probs: Tensor,
     log_probs_base: Tensor,
@@ -223,10 +218,8 @@ FRAMEWORK = Framework(
         Socket(LOSS, "ValueLoss.forward", value_loss_forward),
         Socket(LOSS, "DPOLoss.forward", dpo_loss_forward),
         Socket(LOSS, "PairWiseLoss.forward", pairwise_loss_forward),
-        Socket(
-            UTILS, "log_probs_from_logits", log_probs_from_logits, rows=("logits", "labels"), rounds=_rounds_logprobs
-        ),
-        Socket(UTILS, "compute_approx_kl", compute_approx_kl),
+        Socket(UTILS, "log_probs_from_logits", log_probs_from_logits, rows=("logits", "labels")),
+        Socket(UTILS, "compute_approx_kl", compute_approx_kl, rounds=never),
         Socket(UTILS, "compute_reward", compute_reward, counts="action_mask"),
         Socket(
             MAKER,

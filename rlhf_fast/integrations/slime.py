@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_fast.integrations._compare import Unsupported, common_dtype, constants
+from rlhf_fast.integrations._compare import Unsupported, common_dtype, constants, never
 from rlhf_fast.integrations._patch import Framework, Socket
 from rlhf_fast.losses import RECIPES, policy_loss
 from rlhf_fast.ops.advantages import advantages as advantages_op
@@ -187,8 +187,14 @@ FRAMEWORK = Framework(
     "slime",
     ("0.3", "0.4"),
     (
-        Socket(UTILS, "calculate_log_probs_and_entropy", calculate_log_probs_and_entropy, rows=("logits", "tokens")),
-        Socket(UTILS, "compute_approx_kl", compute_approx_kl),
+        Socket(
+            UTILS,
+            "calculate_log_probs_and_entropy",
+            calculate_log_probs_and_entropy,
+            rows=("logits", "tokens"),
+            rounds=never,
+        ),
+        Socket(UTILS, "compute_approx_kl", compute_approx_kl, rounds=never),
         Socket(UTILS, "vanilla_gae", vanilla_gae),
         Socket(UTILS, "chunked_gae", chunked_gae),
     ),

@@ -2,7 +2,7 @@
 
 Supported: verl >= 0.9, < 0.11. Metrics stay Python floats and dtypes stay verl's. Corrections: slots outside of the response
 mask give 0 (verl leaves whitened leftovers there, and a NaN there spreads through its sums), equal scores of a GRPO group give
-exactly 0, and with half_precision=True the softmax of half-precision logits is computed in fp32 and rounded once.
+exactly 0, and with half_precision=True half-precision inputs are computed in fp32 and rounded once.
 
 `inplace_backward` of logprobs_from_logits needs no answer: our backward never writes into the logits.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_fast.integrations._compare import HALF, Unsupported, as_mask, common_dtype, constants
+from rlhf_fast.integrations._compare import Unsupported, any_half, as_mask, common_dtype, constants, never
 from rlhf_fast.integrations._patch import Framework, Socket
 from rlhf_fast.losses import RECIPES, policy_loss
 from rlhf_fast.ops.advantages import advantages as advantages_op
@@ -35,14 +35,17 @@ TORCH = "verl.utils.torch_functional"
 
 KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 K3_CLAMP = (20.0, 10.0)
+FLASH_IGNORES = -100
+"""Label for which flash-attn's cross entropy is 0."""
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """(..., V), (...) -> (...)."""
     if getattr(sys.modules.get(TORCH), "NPU_CROSS_ENTROPY_LOSS_AVAILABLE", False):
         raise Unsupported("verl uses the cross entropy of an NPU")
-    found = token_logprobs(logits, labels).logprobs
-    return found if _flash() else found.to(logits.dtype)
+    if _flash():
+        return token_logprobs(logits, labels, mask=labels != FLASH_IGNORES).logprobs
+    return token_logprobs(logits, labels).logprobs.to(logits.dtype)
 
 
 def _flash() -> bool:
@@ -52,11 +55,7 @@ def _flash() -> bool:
 
 
 def _rounds_logprobs(tensors: Sequence[Tensor]) -> bool:
-    return tensors[0].dtype in HALF and not _flash()
-
-
-def _rounds_entropy(tensors: Sequence[Tensor]) -> bool:
-    return tensors[0].dtype in HALF
+    return any_half(tensors) and not _flash()
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -359,8 +358,14 @@ FRAMEWORK = Framework(
     ("0.9", "0.11"),
     (
         Socket(TORCH, "logprobs_from_logits", logprobs_from_logits, rows=("logits", "labels"), rounds=_rounds_logprobs),
-        Socket(TORCH, "entropy_from_logits", entropy_from_logits, rows=("logits",), rounds=_rounds_entropy),
-        Socket(TORCH, "entropy_from_logits_with_chunking", entropy_from_logits_with_chunking, rows=("logits",)),
+        Socket(TORCH, "entropy_from_logits", entropy_from_logits, rows=("logits",)),
+        Socket(
+            TORCH,
+            "entropy_from_logits_with_chunking",
+            entropy_from_logits_with_chunking,
+            rows=("logits",),
+            rounds=never,
+        ),
         Socket(TORCH, "masked_whiten", masked_whiten, counts="mask"),
         Socket(ALGOS, "compute_gae_advantage_return", compute_gae_advantage_return, counts="response_mask"),
         Socket(ALGOS, "compute_grpo_outcome_advantage", compute_grpo_outcome_advantage, counts=_signal),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -418,3 +420,42 @@ def test_what_is_imported_already_is_patched_at_once(package):
     assert openrlhf.models.compute_approx_kl is openrlhf.models.utils.compute_approx_kl
     assert hasattr(openrlhf.models.compute_approx_kl, "__wrapped__")
     rlhf_fast.unpatch("openrlhf")
+
+
+SUITE = """
+import importlib.util, torch
+from openrlhf.models import compute_approx_kl
+
+def load(name):
+    spec = importlib.util.spec_from_file_location("_copy.utils", name)
+    module = importlib.util.module_from_spec(spec)
+    import sys
+    sys.modules["_copy.utils"] = module
+    spec.loader.exec_module(module)
+    return module
+
+copy = load(__file__.replace("test_suite.py", "openrlhf/models/utils.py"))
+
+def test_by_name():
+    compute_approx_kl(torch.zeros(3), torch.zeros(3))
+
+def test_of_a_copy():
+    copy.compute_approx_kl(torch.zeros(3), torch.zeros(3))
+    copy.compute_approx_kl(torch.zeros(3), torch.zeros(3), torch.zeros(3), "k1", True)
+"""
+
+
+def test_the_plugin_of_pytest_patches_a_suite_and_prints_the_counters(package, tmp_path):
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    command = [sys.executable, "-m", "pytest", "-p", "rlhf_fast.integrations.pytest_plugin", "-p", "no:cacheprovider"]
+    root = str(Path(rlhf_fast.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((root, str(tmp_path)))}
+    run = lambda *options: subprocess.run(
+        [*command, *options, "test_suite.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    found = run("--patch=openrlhf")
+    assert found.returncode == 0 and "2 passed" in found.stdout, found.stdout
+    lines = [line.split() for line in found.stdout.splitlines() if line.startswith(package + "  ")]
+    assert [line[2:] for line in lines] == [["1", "0", "checked"], ["1", "1", "checked"]]
+    assert "calls that reached" not in run().stdout
+    assert "invalid choice" in run("--patch=deepspeed").stderr

@@ -33,10 +33,10 @@ def batch(shape=(6, 9), dtype=torch.float32, mask_dtype=torch.int64):
     return [torch.randn(shape, dtype=dtype) for _ in range(4)], mask
 
 
-def both(get, path, call):
+def both(get, path, call, **options):
     """call(function) before and after the patch, and the counters of the function."""
     before = call(get(path))
-    rlhf_fast.patch("verl", quiet=True)
+    rlhf_fast.patch("verl", quiet=True, **options)
     return before, call(get(path)), next(r for r in status("verl") if r.symbol == path)
 
 
@@ -83,7 +83,12 @@ def test_half_precision_keeps_verls_bits_and_dtypes(framework, monkeypatch):
     monkeypatch.setattr(
         home, "logprobs_from_logits", lambda logits, labels, inplace_backward=True: before_flash(logits, labels)
     )
-    before_flash = lambda logits, labels: logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+    def before_flash(logits, labels):  # its label -100 gives 0
+        found = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+        return found.where(labels >= 0, 0.0)
+
+    ids[3] = -100
     rlhf_fast.patch("verl", quiet=True)
     assert call(paths[0]).dtype is torch.float32 and status("verl")[0].reached == 1
     monkeypatch.setenv("VERL_DISABLE_FLASH_ATTN_CE", "1")
@@ -147,8 +152,10 @@ def test_kl(kind, dtype, framework):
     new[0, 0], ref[0, 0] = -40.0, 3.0  # beyond both bounds of k3
     new.requires_grad_()
     get = framework("verl")
-    before, after, counts = both(get, f"{ALGOS}.kl_penalty", lambda f: with_gradients(f, [new], new, ref, kind))
-    torch.testing.assert_close(after, before, **({} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}))
+    half = dtype is torch.bfloat16
+    call = lambda f: with_gradients(f, [new], new, ref, kind)
+    before, after, counts = both(get, f"{ALGOS}.kl_penalty", call, half_precision=half)
+    torch.testing.assert_close(after, before, **({"rtol": 2e-2, "atol": 2e-2} if half else {}))
     assert counts.reached == 1
     with pytest.raises(NotImplementedError):
         get(f"{ALGOS}.kl_penalty")(new, ref, "full")
