@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast import _check
@@ -23,6 +24,9 @@ from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
 from rlhf_fast.ops.token_logprobs import token_logprobs
 
 UTILS = "trl.trainer.utils"
+
+TOP1_BYTES = 2**26
+"""Logits that live at a time while is_top1 is computed."""
 
 
 def selective_log_softmax(
@@ -116,12 +120,31 @@ def chunked_logprobs(
     logit_scale: float = 1.0,
     outputs: Sequence[str] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
 ) -> tuple[Tensor | None, ...]:
-    """`ChunkedLogProbFunction.apply` of trl >= 1.15: log-probs and, when asked for, entropy; (N,) fp32, and three None."""
-    extra = [name for name in outputs if name not in ("log_probs", "entropy")]
-    if extra:
-        raise Unsupported(f"the head also returns {', '.join(extra)}")
+    """`ChunkedLogProbFunction.apply` of trl >= 1.15: log-probs and what `outputs` names, (N,) each, None for the others.
+
+    mean_logits is linear in the hidden state (without a softcap); is_top1 takes a product with the head of its own.
+    """
+    if "log_sum_sq_probs" in outputs:
+        raise Unsupported("the head also returns log_sum_sq_probs")
+    if "mean_logits" in outputs and final_logit_softcapping is not None:
+        raise Unsupported("the head also returns the mean of capped logits")
     logprobs, entropy = _head(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale)
-    return logprobs, entropy if "entropy" in outputs else None, None, None, None
+    with torch.no_grad():
+        mean = _mean_logits(hidden, weight, bias) * (logit_scale / temperature) if "mean_logits" in outputs else None
+        top = _is_top1(hidden, weight, bias, targets) if "is_top1" in outputs else None
+    return logprobs, entropy if "entropy" in outputs else None, None, mean, top
+
+
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return found if bias is None else found + bias.float().mean()
+
+
+def _is_top1(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Whether no other token has a larger logit; scale, cap and temperature change no order."""
+    rows = max(1, TOP1_BYTES // (hidden.element_size() * weight.shape[0]))
+    pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.linear(h, weight, bias).argmax(-1) == t for h, t in pairs])
 
 
 class LigerGRPOLoss(torch.nn.Module):

@@ -62,8 +62,16 @@ def trl(version="1.16.0"):
             ctx.save_for_backward(hidden, weight, bias, targets)
             ctx.rest = temperature, final_logit_softcapping, logit_scale
             logps, entropy = head(hidden, weight, bias, targets, *ctx.rest)
-            extra = "mean_logits" in outputs
-            return logps, entropy if "entropy" in outputs else None, None, logps * 0 if extra else None, None
+            z = capped(hidden, weight, bias, *ctx.rest[1:]) / temperature
+            extra = {
+                "log_sum_sq_probs": 2 * F.log_softmax(z, -1),
+                "mean_logits": z.mean(-1),
+                "is_top1": z.argmax(-1) == targets,
+            }
+            extra["log_sum_sq_probs"] = extra["log_sum_sq_probs"].logsumexp(-1)
+            given = [extra[name] if name in outputs else None for name in extra]
+            ctx.mark_non_differentiable(*(x for x in given if x is not None))
+            return logps, entropy if "entropy" in outputs else None, *given
 
         @staticmethod
         def backward(ctx, grad_logps, grad_entropy, *_):
@@ -77,10 +85,12 @@ def trl(version="1.16.0"):
             )
             return *(None if x is None else next(grads) for x in leaves), *[None] * 6
 
-    def head(hidden, weight, bias, targets, temperature, softcap, scale):
+    def capped(hidden, weight, bias, softcap, scale):
         logits = F.linear(hidden, weight, bias).float() * scale
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        logps = F.log_softmax(logits / temperature, -1)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def head(hidden, weight, bias, targets, temperature, softcap, scale):
+        logps = F.log_softmax(capped(hidden, weight, bias, softcap, scale) / temperature, -1)
         return logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
 
     module("trl", __version__=version)

@@ -118,19 +118,35 @@ def test_the_head(options, bias, framework):
     assert counts.reached == 1
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_heads_metrics(bias, framework, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.integrations.trl.TOP1_BYTES", 100)  # 2 rows at a time
+    hidden, weight = torch.randn(7, 6, requires_grad=True), torch.randn(13, 6)
+    bias = torch.randn(13) if bias else None
+    targets = F.linear(hidden, weight, bias).argmax(-1)
+    targets[::3] = 0
+    outputs = ("log_probs", "entropy", "mean_logits", "is_top1")
+    call = lambda function: function(hidden, weight, bias, targets, 0.7, 4, None, 1.5, outputs)
+    before, after, counts = both(framework("trl"), HEAD, call)
+    close(after, before)
+    assert after[4].sum() >= 4 and not after[4].all() and not after[3].requires_grad and counts.reached == 1
+
+
 def test_what_the_head_leaves_to_trl(framework):
     hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.randint(0, 5, (3,))
     get = framework("trl")
     rlhf_fast.patch("trl", quiet=True)
     apply = get(HEAD)
-    assert apply(hidden, weight, None, targets, 1.0, 4)[3] is not None  # the default asks for every output
+    assert apply(hidden, weight, None, targets, 1.0, 4)[2] is not None  # the default asks for every output
+    apply(hidden, weight, None, targets, 1.0, 4, 2.0, 1.0, ("mean_logits",))
     apply(hidden, weight, None, targets, 1.0, 4, None, -1.0, ())
     apply(hidden.bfloat16(), weight.bfloat16(), None, targets, 1.0, 4, None, 1.0, ())
     assert apply(hidden, weight, None, targets, 1.0, 4, None, 1.0, ())[1] is None
     found = next(r for r in status() if r.symbol == HEAD)
     assert found.reached == 1 and sorted(found.fell_through)[1:] == [
         "logit_scale -1.0",
-        "the head also returns log_sum_sq_probs, mean_logits, is_top1",
+        "the head also returns log_sum_sq_probs",
+        "the head also returns the mean of capped logits",
     ]
 
 
