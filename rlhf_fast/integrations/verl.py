@@ -1,8 +1,8 @@
 """verl: log-probs, entropy, KL, advantages, whitening, policy and value losses.
 
 Supported: verl >= 0.9, < 0.11. Metrics stay Python floats and dtypes stay verl's. Corrections: slots outside of the response
-mask give 0 (verl leaves whitened leftovers there, and a NaN there spreads through its sums), equal scores of a GRPO group give
-exactly 0, and with half_precision=True half-precision inputs are computed in fp32 and rounded once.
+mask give 0 (verl leaves whitened leftovers there, and a NaN there spreads through its sums), a loss without a real token is 0
+instead of NaN, equal scores of a GRPO group give exactly 0, and with half_precision=True half-precision inputs are computed in fp32 and rounded once.
 
 `inplace_backward` of logprobs_from_logits needs no answer: our backward never writes into the logits.
 """
@@ -35,6 +35,14 @@ TORCH = "verl.utils.torch_functional"
 
 KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 K3_CLAMP = (20.0, 10.0)
+MODES = {
+    "token-mean": ("token-mean", "tokens"),
+    "token-sum": ("token-sum", None),
+    "seq-mean-token-sum": ("seq-mean-token-sum", "sequences"),
+    "seq-mean-token-sum-norm": ("seq-mean-token-sum", "sequences"),
+    "seq-mean-token-mean": ("seq-mean-token-mean", "sequences"),
+}
+"""{loss_agg_mode: (reduction, what it divides by)}."""
 FLASH_IGNORES = -100
 """Label for which flash-attn's cross entropy is 0."""
 
@@ -164,19 +172,13 @@ class _Reduction:
         global_batch_size: Any = None,
         loss_scale_factor: Any = None,
     ) -> None:
-        tokens = mode in ("token-mean", "token-sum")
-        self.kind = mode.removesuffix("-norm") if mode == "seq-mean-token-sum-norm" else mode
-        self.normalizer = None if mode == "token-sum" else batch_num_tokens if tokens else global_batch_size
-        if mode not in (
-            "token-mean",
-            "token-sum",
-            "seq-mean-token-sum",
-            "seq-mean-token-mean",
-            "seq-mean-token-sum-norm",
-        ):
+        if mode not in MODES:
             raise Unsupported(f"loss_agg_mode {mode!r}")
-        if self.normalizer is None and dp_size > 1 and mode != "token-sum":
-            raise Unsupported(f"{mode} without a global count for dp_size {dp_size}")
+        self.kind, count = MODES[mode]
+        counts = {"tokens": batch_num_tokens, "sequences": global_batch_size}
+        self.normalizer = None if count is None else counts[count]
+        if self.normalizer is None and count is not None and dp_size > 1:
+            raise Unsupported(f"no global number of {count} for dp_size {dp_size}")
         if mask.dim() != 2:
             raise Unsupported(f"a loss of {mask.dim()} dimensions")
         self.factor = float(dp_size)
