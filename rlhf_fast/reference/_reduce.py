@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
+"""Those of the kernels; what divides each of them is counted by `tokens` and `sequences`."""
 
 
 def segments(like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
@@ -23,6 +24,16 @@ def per_sequence(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     index, count = segments(x, cu_seqlens)
     total = torch.zeros(count, dtype=x.dtype, device=x.device).index_add(0, index.reshape(-1), x.reshape(-1))
     return total, index
+
+
+def tokens(mask: Tensor) -> Tensor:
+    """Number of real tokens, 0-d int64."""
+    return mask.sum()
+
+
+def sequences(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Number of sequences with a real token, 0-d int64."""
+    return (per_sequence(mask.long(), cu_seqlens)[0] > 0).sum()
 
 
 def token_weights(
@@ -49,9 +60,9 @@ def token_weights(
     elif divisor > 0:
         denominator = torch.full((), divisor, dtype=dtype, device=mask.device)
     elif reduction == "token-mean":
-        denominator = real.sum()
+        denominator = tokens(mask).to(dtype)
     elif reduction == "token-sum":
         denominator = torch.ones((), dtype=dtype, device=mask.device)
     else:
-        denominator = (per_sequence(real, cu_seqlens)[0] > 0).sum().to(dtype)
+        denominator = sequences(mask, cu_seqlens).to(dtype)
     return torch.where(denominator > 0, weights / denominator.where(denominator > 0, 1.0), 0.0)
