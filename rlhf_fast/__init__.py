@@ -14,6 +14,9 @@ from rlhf_fast._op import backends, use_backend
 from rlhf_fast._types import Advantages, LossOutput, PreferenceOutput, TokenStats
 from rlhf_fast._version import __version__
 from rlhf_fast.integrations import patch, unpatch
+from rlhf_fast.corrections import off_policy_mask, rollout_correction
+from rlhf_fast.denominators import Denominators
+from rlhf_fast.entropy import EntropyController, covariance_mask, top_entropy_mask
 from rlhf_fast.losses import policy_loss, preference_loss
 from rlhf_fast.ops import (
     advantages,
@@ -30,6 +33,8 @@ from rlhf_fast.ops import (
 
 __all__ = [
     "Advantages",
+    "Denominators",
+    "EntropyController",
     "LoraConfig",
     "LossOutput",
     "PreferenceOutput",
@@ -38,18 +43,22 @@ __all__ = [
     "__version__",
     "advantages",
     "backends",
+    "covariance_mask",
     "gae",
     "group_advantages",
     "kl_estimate",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "patch",
+    "off_policy_mask",
     "policy_loss",
     "ppo_loss",
     "preference_loss",
     "reward_loss",
+    "rollout_correction",
     "token_logprobs",
     "unpatch",
+    "top_entropy_mask",
     "use_backend",
     "whiten",
 ]

@@ -1,30 +1,36 @@
 """Policy losses by name, as data over four axes: ratio level, surrogate, KL term, aggregation.
 
-A new recipe is one line in RECIPES; a new surrogate or ratio level is one function and one line. Everything is plain PyTorch
-on (N,)-sized tensors; the hot recipe, ppo, also has a fused twin in `rlhf_fast.ppo_loss`.
+A new recipe is one line in RECIPES; a new surrogate or ratio level is one function and one line in `rlhf_fast.surrogates`.
+Everything is plain PyTorch on (N,)-sized tensors; the hot recipe, ppo, also has a fused twin in `rlhf_fast.ppo_loss`.
+`table()` lists the recipes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _check, corrections
+from rlhf_fast._sequences import layout
 from rlhf_fast._types import LossOutput, PreferenceOutput, Stats
+from rlhf_fast.denominators import DIVISORS, Denominators
 from rlhf_fast.ops.kl_estimate import ALL_KINDS, Clamp, bounds
-from rlhf_fast.ops.ppo_loss import clip_range, scalar
+from rlhf_fast.ops.ppo_loss import clip_range, scalar, token_advantages
 from rlhf_fast.preference import preference_loss
-from rlhf_fast.reference._reduce import REDUCTIONS, per_sequence, token_weights
+from rlhf_fast.reference._reduce import token_weights
+from rlhf_fast.reference.group_advantages import KINDS as GROUP_KINDS
 from rlhf_fast.reference.kl_estimate import estimate, k3_of
+from rlhf_fast.surrogates import LEVELS, RATIO_CLAMP, SURROGATES, Batch, Terms
 
-__all__ = ["RECIPES", "LossOutput", "PreferenceOutput", "Recipe", "policy_loss", "preference_loss"]
+__all__ = ["RECIPES", "LossOutput", "PreferenceOutput", "Recipe", "policy_loss", "preference_loss", "table"]
 
 STATS = (
     "policy_loss",
     "kl",
+    "entropy",
     "clip_fraction",
     "approx_kl",
     "approx_kl_k3",
@@ -36,95 +42,12 @@ STATS = (
 """policy_loss is reduced like the loss; tokens is a count; the rest are means (extremes) over the real tokens, 0 without any.
 The ratio is the one the surrogate sees; approx_kl and approx_kl_k3 are of the token log-ratios."""
 
-RATIO_CLAMP = 20.0
-SEQUENCE_CLAMP = 10.0
-"""Bound of a sequence log-ratio from above (verl)."""
+PLACEMENTS = ("none", "reward", "loss", "corrected")
+"""Where a recipe puts its KL term. corrected: in the loss, times pi / pi_old with its gradient, which makes k3 an unbiased
+estimate off-policy and its gradient that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556, eq. 7)."""
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Checked inputs of a surrogate: masked tokens are 0, constants are detached."""
-
-    logprobs: Tensor
-    log_ratio: Tensor
-    """logprobs - old_logprobs per token, clamped to +-20."""
-    advantages: Tensor
-    mask: Tensor
-    lengths: Tensor
-    """Real tokens of the token's sequence, at least 1."""
-    cu_seqlens: Tensor | None
-
-    def sequence_sum(self, x: Tensor) -> Tensor:
-        """Sum over the token's sequence, at every token."""
-        total, index = per_sequence(x, self.cu_seqlens)
-        return total[index]
-
-
-def _token(b: Batch, low: float, high: float) -> Tensor:
-    return b.log_ratio.exp()
-
-
-def _sequence(b: Batch, low: float, high: float) -> Tensor:
-    """GSPO (2507.18071): geometric mean over the sequence, in the form whose gradient arrives token by token."""
-    mean = b.sequence_sum(b.log_ratio.detach()) / b.lengths
-    return (mean + b.log_ratio - b.log_ratio.detach()).clamp(max=SEQUENCE_CLAMP).exp()
-
-
-def _product(b: Batch, low: float, high: float) -> Tensor:
-    """RLOO as in TRL: the likelihood ratio of the whole sequence."""
-    return b.sequence_sum(b.log_ratio).clamp(-RATIO_CLAMP, RATIO_CLAMP).exp()
-
-
-def _geometric(b: Batch, low: float, high: float) -> Tensor:
-    """GMPO (2507.20673): geometric mean of the token ratios, each clipped on the side that would help too much."""
-    clipped = b.log_ratio.clamp(-low, high)
-    helpful = torch.where(b.advantages > 0, torch.minimum(b.log_ratio, clipped), torch.maximum(b.log_ratio, clipped))
-    return (b.sequence_sum(helpful) / b.lengths).exp()
-
-
-LEVELS: dict[str, Callable[[Batch, float, float], Tensor]] = {
-    "token": _token,
-    "sequence": _sequence,
-    "product": _product,
-    "geometric": _geometric,
-}
-
-
-def _clip(b: Batch, ratio: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """PPO (1707.06347), eq. 7."""
-    plain, clipped = -b.advantages * ratio, -b.advantages * ratio.clamp(1 - low, 1 + high)
-    return torch.maximum(plain, clipped), clipped > plain
-
-
-def _cispo(b: Batch, ratio: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """CISPO (2506.13585): the clipped ratio is a weight without gradient; the cap is relative, [1 - low, 1 + high]."""
-    ratio = ratio.detach()
-    weight = ratio.clamp(1 - low, 1 + high)
-    return -weight * b.advantages * b.logprobs, weight != ratio
-
-
-def _sapo(b: Batch, ratio: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """SAPO: a sigmoid gate (4 / tau) sigmoid(tau (ratio - 1)) with tau 1 where A > 0 and 1.05 elsewhere."""
-    tau = torch.where(b.advantages > 0, 1.0, 1.05).to(ratio.dtype)
-    return -b.advantages * torch.sigmoid(tau * (ratio - 1)) * 4 / tau, torch.zeros_like(b.mask)
-
-
-def _unclipped(b: Batch, ratio: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    return -b.advantages * ratio, torch.zeros_like(b.mask)
-
-
-def _score(b: Batch, ratio: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """REINFORCE: the score function, no ratio."""
-    return -b.advantages * b.logprobs, torch.zeros_like(b.mask)
-
-
-SURROGATES: dict[str, Callable[[Batch, Tensor, float, float], tuple[Tensor, Tensor]]] = {
-    "clip": _clip,
-    "cispo": _cispo,
-    "sapo": _sapo,
-    "unclipped": _unclipped,
-    "score": _score,
-}
+ADVANTAGES = ("gae", "returns", *GROUP_KINDS)
+"""gae: `advantages` with a critic; returns: `advantages` with values of 0 and lam=1; the rest: kinds of `group_advantages`."""
 
 
 @dataclass(frozen=True)
@@ -135,25 +58,56 @@ class Recipe:
     surrogate: str = "clip"
     clip: tuple[float, float] = (0.2, 0.2)
     dual_clip: float | None = None
+    ratio_cap: float | None = None
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Options of the surrogate that differ from its own."""
     kl_kind: str = "k3"
+    kl_placement: str = "none"
     reduction: str = "token-mean"
-    """One of the reductions of `ppo_loss`, or "constant": the token sum over the number of slots (rows x padded length)."""
+    """One of rlhf_fast.denominators.DIVISORS."""
+    advantages: str = "grpo"
+    """One of ADVANTAGES: what the paper feeds the loss with."""
+    correction: str | None = None
+    """Kind of `rollout_correction` that is part of the recipe."""
+    local: bool = False
+    """Whether the denominator is that of the batch at hand by definition, however the whole is split."""
+    paper: str = ""
+    """arXiv id, or where else it is from."""
 
+
+SEQ_MEAN, SEQ_SUM = "seq-mean-token-mean", "seq-mean-token-sum"
+# One factor per batch apart: the paper of lite_ppo divides by the std of the scores, reinforce++ by that of the centred scores;
+# the paper of gpg multiplies by batch / answers with a signal, dr_grpo does not.
 
 RECIPES: dict[str, Recipe] = {
-    "ppo": Recipe(),
-    "ppo_dual_clip": Recipe(dual_clip=3.0),
-    "grpo": Recipe(reduction="seq-mean-token-mean"),
-    "dapo": Recipe(clip=(0.2, 0.28)),
-    "bnpo": Recipe(),  # the token mean of the local batch: never give it a global normalizer
-    "dr_grpo": Recipe(reduction="constant"),
-    "gspo": Recipe(level="sequence", clip=(3e-4, 4e-4), reduction="seq-mean-token-mean"),
-    "gmpo": Recipe(level="geometric", surrogate="unclipped", clip=(0.4, 0.4), reduction="seq-mean-token-mean"),
-    "cispo": Recipe(surrogate="cispo", clip=(1.0, 4.0)),  # no lower cap, ratio at most 5
-    "sapo": Recipe(surrogate="sapo", reduction="seq-mean-token-mean"),
-    "reinforce": Recipe(surrogate="score", reduction="seq-mean-token-sum"),
-    "rloo": Recipe(level="product", reduction="seq-mean-token-mean"),
-}
+    "ppo": Recipe(kl_kind="k1", kl_placement="reward", advantages="gae", paper="1707.06347"),
+    "ppo_dual_clip": Recipe(dual_clip=3.0, advantages="gae", paper="1912.09729"),
+    "clip_higher": Recipe(clip=(0.2, 0.28), advantages="gae", paper="2503.14476"),
+    "two_sided_clip": Recipe(ratio_cap=4.0, kl_placement="loss", paper="2505.07291"),
+    "decoupled_ppo": Recipe(correction="token", advantages="gae", paper="2505.24298"),
+    "grpo": Recipe(kl_placement="loss", reduction=SEQ_MEAN, paper="2402.03300"),
+    "dapo": Recipe(clip=(0.2, 0.28), paper="2503.14476"),
+    "bnpo": Recipe(local=True, paper="TRL loss_type"),
+    "dr_grpo": Recipe(reduction="constant", advantages="dr_grpo", paper="2503.20783"),
+    "lite_ppo": Recipe(advantages="reinforce++", paper="2508.08221"),
+    "gspo": Recipe("sequence", clip=(3e-4, 4e-4), reduction=SEQ_MEAN, paper="2507.18071"),
+    "gspo_token": Recipe("sequence-token", clip=(3e-4, 4e-4), reduction=SEQ_MEAN, paper="2507.18071"),
+    "luspo": Recipe("sequence", clip=(2e-3, 2.5e-3), reduction=SEQ_SUM, paper="2602.05261"),
+    "gmpo": Recipe("geometric", "unclipped", clip=(0.4, 0.4), reduction=SEQ_MEAN, paper="2507.20673"),
+    "cispo": Recipe(surrogate="cispo", clip=(1.0, 4.0), paper="2506.13585"),  # no lower bound, ratio at most 5
+    "cispo_cap": Recipe(surrogate="cispo-cap", ratio_cap=5.0, paper="2506.13585, TRL"),
+    "sapo": Recipe(surrogate="sapo", reduction=SEQ_MEAN, paper="2511.20347"),
+    "vespo": Recipe("product", "vespo", paper="2602.10693"),
+    "clip_cov": Recipe(surrogate="clip-cov", paper="2505.22617"),
+    "kl_cov": Recipe(surrogate="kl-cov", paper="2505.22617"),
+    "reinforce": Recipe(surrogate="score", reduction=SEQ_SUM, advantages="returns", paper="Williams 1992"),
+    "reinforce++": Recipe(kl_kind="k1", kl_placement="reward", advantages="returns", paper="2501.03262"),
+    "reinforce++_baseline": Recipe(kl_kind="k2", kl_placement="loss", advantages="reinforce++", paper="2501.03262"),
+    "rloo": Recipe("product", reduction=SEQ_MEAN, kl_kind="k1", kl_placement="reward", advantages="rloo", paper="2402.14740"),
+    "remax": Recipe(surrogate="score", reduction=SEQ_SUM, advantages="remax", paper="2310.10505"),
+    "opo": Recipe(surrogate="score", reduction=SEQ_SUM, advantages="opo", paper="2505.23585"),
+    "gpg": Recipe(surrogate="score", advantages="dr_grpo", paper="2504.02546"),
+}  # fmt: skip
 
 
 def policy_loss(
@@ -166,132 +120,216 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     clip: float | tuple[float, float] | None = None,
     dual_clip: float | None = None,
+    ratio_cap: float | None = None,
+    options: Mapping[str, float] | None = None,
     kl_coef: float = 0.0,
     kl_kind: str | None = None,
     kl_clamp: Clamp = None,
+    kl_placement: str | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    correction: str | None = None,
+    correction_bounds: corrections.Bounds | float | None = None,
+    selected: Tensor | None = None,
     reduction: str | None = None,
     normalizer: Tensor | float | None = None,
+    denominators: Denominators | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> LossOutput:
-    """A policy loss by name; keywords left at None take the recipe's value.
+    """A policy loss by name: loss = policy + kl_coef kl - entropy_coef entropy; keywords left at None take the recipe's value.
 
-    ppo (Schulman et al. 2017, arXiv 1707.06347); ppo_dual_clip (1912.09729); grpo (2402.03300); dapo (2503.14476); bnpo; dr_grpo
-    (2503.20783); gspo (2507.18071); gmpo (2507.20673); cispo (2506.13585); sapo; reinforce; rloo (2402.14740).
+    `rlhf_fast.losses.table()` lists the recipes with their papers. The log-probs may come from anywhere: from logits by
+    `token_logprobs(logits, token_ids)`, from hidden states by `linear_token_logprobs(hidden, head.weight, token_ids)`, which
+    never stores the logits, or from a model that returns them. Both ops give `.logprobs` and, from the same read, `.entropy`,
+    and the gradient of this loss flows through either into the model:
+
+        s = linear_token_logprobs(hidden, head.weight, token_ids, mask=mask)
+        out = policy_loss("dapo", s.logprobs, old, advantages, mask, entropy=s.entropy, entropy_coef=0.01, denominators=d)
+        out.loss.backward()
+
+    Losses of parts add up to the loss of the whole, gradients included, when all of them get the `Denominators` of the whole.
+    That holds for every recipe but bnpo, whose denominator is the token count of the batch at hand by definition. clip_cov and
+    kl_cov look across the batch: their tokens are chosen once, by `covariance_mask`, and passed in.
 
     Args:
         recipe: one of RECIPES.
         logprobs: (B, T) of the sampled tokens, in nats; (N,) with cu_seqlens.
-        old_logprobs: like logprobs, of the policy that sampled; None = logprobs, detached (on-policy).
+        old_logprobs: like logprobs, of the policy before the update ("proximal"); None = logprobs, detached (on-policy).
         advantages: like logprobs, or one per sequence.
         mask: like logprobs, True = real token. Masked tokens are never read; gradient 0.
         ref_logprobs: like logprobs; adds kl_coef kl, per token and reduced like the policy term.
         clip: (low, high) of the ratio (of the log-ratio for gmpo), or one number for both.
         dual_clip: c > 1: where A < 0 the loss is at most -c A.
-        kl_kind, kl_clamp: as in `kl_estimate`.
-        importance_weights: like logprobs, factor of the policy term.
-        reduction: as in `ppo_loss`, or "constant" (token sum over the number of slots).
+        ratio_cap: > 0, largest ratio before it is multiplied by A (TRL's `delta`); for cispo_cap the largest weight.
+        options: numbers of the surrogate by name, each > 0: those in its row of rlhf_fast.surrogates.SURROGATES.
+        kl_kind, kl_clamp: as in `kl_estimate`. kl_kind defaults to the recipe's, or to k3 where its KL is not in the loss.
+        kl_placement: "loss", or "corrected" (times pi / pi_old, with gradient). A kl_coef > 0 always adds the term to the loss:
+            leave it 0 where the reward carries the KL.
+        entropy: like logprobs, per token; entropy_coef >= 0 (`EntropyController` steers it).
+        importance_weights: like logprobs, factor of the policy term. Masks that shall not change the denominators go here.
+        rollout_logprobs: like logprobs, of the engine or the older policy that sampled, with `correction`: the policy term is
+            multiplied by the weights of `rollout_correction(old_logprobs, rollout_logprobs, kind=correction)`.
+        correction: kind of `rollout_correction`; correction_bounds: its bounds.
+        selected: bool, like logprobs; for clip_cov and kl_cov.
+        reduction: "token-mean"; "token-sum"; "seq-mean-token-mean"; "seq-mean-token-sum"; "seq-mean-token-sum-norm" (over
+            sequences x horizon); "constant" (token sum over all slots, rows x horizon). The horizon of padded input is T; packed
+            input has none, so the last two need `denominators` there.
         normalizer: > 0, replaces the denominator of the reduction.
+        denominators: counts of the whole optimiser step; replaces those of this call.
         cu_seqlens: (S+1,) boundaries of packed sequences.
 
     Returns:
-        LossOutput(loss, stats), differentiable towards logprobs; 0 without a real token.
+        LossOutput(loss, stats), differentiable towards logprobs and entropy; 0 without a real token.
 
     Raises:
-        TypeError, ValueError: wrong recipe, dtype, shape, device or range; names the argument.
+        TypeError, ValueError: wrong recipe, dtype, shape, device or range, or a keyword that the recipe does not read; names
+            the argument.
     """
     op = "policy_loss"
     _check.choice(op, "recipe", recipe, tuple(RECIPES))
     rules = RECIPES[recipe]
-    low, high = rules.clip if clip is None else clip_range(op, clip)
-    dual = rules.dual_clip if dual_clip is None else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True)
-    kind = rules.kl_kind if kl_kind is None else kl_kind
+    terms = _terms(op, recipe, rules, clip, dual_clip, ratio_cap, options)
+    in_loss = rules.kl_placement in ("loss", "corrected")
+    kind = (rules.kl_kind if in_loss else "k3") if kl_kind is None else kl_kind
     _check.choice(op, "kl_kind", kind, ALL_KINDS)
+    placement = (rules.kl_placement if in_loss else "loss") if kl_placement is None else kl_placement
+    _check.choice(op, "kl_placement", placement, ("loss", "corrected"))
     clamp_in, clamp_out = bounds(op, "kl_clamp", kl_clamp)
     kl_coef = _check.number(op, "kl_coef", kl_coef, 0.0)
+    entropy_coef = _check.number(op, "entropy_coef", entropy_coef, 0.0)
     reduction = rules.reduction if reduction is None else reduction
-    _check.choice(op, "reduction", reduction, (*REDUCTIONS, "constant"))
-    if kl_coef and ref_logprobs is None:
-        raise _check.error(ValueError, op, "ref_logprobs", None, f"a tensor with kl_coef={kl_coef}")
-    b, ref, importance = _batch(logprobs, old_logprobs, advantages, mask, ref_logprobs, importance_weights, cu_seqlens)
+    _check.choice(op, "reduction", reduction, tuple(DIVISORS))
+    correction = rules.correction if correction is None else correction
+    if correction is not None:
+        _check.choice(op, "correction", correction, tuple(corrections.KINDS))
+    for name, value, reason in (
+        ("ref_logprobs", ref_logprobs, f"kl_coef={kl_coef}" if kl_coef else ""),
+        ("entropy", entropy, f"entropy_coef={entropy_coef}" if entropy_coef else ""),
+        ("rollout_logprobs", rollout_logprobs, f"correction={correction!r}" if correction else ""),
+        ("selected", selected, f"recipe {recipe!r}" if "selected" in SURROGATES[rules.surrogate].reads else ""),
+    ):
+        if value is None and reason:
+            raise _check.error(ValueError, op, name, None, f"a tensor with {reason}")
+    if correction is None:
+        if rollout_logprobs is not None:
+            raise _check.error(ValueError, op, "correction", None, "a kind of rollout_correction with rollout_logprobs")
+        if correction_bounds is not None:
+            raise _check.error(ValueError, op, "correction_bounds", correction_bounds, "None without correction")
+    else:
+        low, high = corrections.bounds_of(op, "correction_bounds", correction, correction_bounds)
 
-    weights = _weights(b, reduction, normalizer)
-    ratio = LEVELS[rules.level](b, low, high)
-    token_loss, clipped = SURROGATES[rules.surrogate](b, ratio, low, high)
-    if dual is not None:
-        cap = -dual * b.advantages
-        token_loss = torch.where((b.advantages < 0) & (token_loss > cap), cap, token_loss)
+    tensors = {"entropy": entropy, "ref_logprobs": ref_logprobs, "importance_weights": importance_weights}
+    b, others = _batch(op, logprobs, old_logprobs, advantages, mask, selected, cu_seqlens, tensors, rollout_logprobs)
+    entropy, ref, importance, mismatch = others
+    weights = _weights(op, recipe, b, reduction, normalizer, denominators)
+    ratio = LEVELS[rules.level].ratio(b, terms)
+    token_loss, clipped = SURROGATES[rules.surrogate].loss(b, ratio, terms)
     if importance is not None:
         token_loss = token_loss * importance
+    if mismatch is not None:
+        token_loss = token_loss * corrections.weigh(mismatch, b.at, correction, low, high)[0]
     policy = (weights * token_loss).sum()
     loss, kl = policy, None
     if ref is not None:
         kl = estimate(b.logprobs, ref, kind, clamp_in, clamp_out)
+        if placement == "corrected":
+            kl = kl * b.log_ratio.exp()
         loss = loss + kl_coef * (weights * kl).sum()
-    return LossOutput(loss, Stats(_stats(b, policy, kl, ratio, clipped), STATS))
+    if entropy is not None:
+        loss = loss - entropy_coef * (weights * entropy).sum()
+    return LossOutput(loss, Stats(_stats(b, policy, kl, entropy, ratio, clipped), STATS))
 
 
-def _batch(logprobs, old_logprobs, advantages, mask, ref_logprobs, importance_weights, cu_seqlens):  # type: ignore[no-untyped-def]
-    op = "policy_loss"
-    _check.floating(op, "logprobs", logprobs)
-    _check.boolean(op, "mask", mask)
-    mask = _check.mask_like(op, mask, logprobs, "logprobs")
-    if cu_seqlens is not None:
-        if logprobs.dim() != 1:
-            raise _check.error(ValueError, op, "logprobs", f"shape {tuple(logprobs.shape)}", "(N,) with cu_seqlens")
-        cu_seqlens = _check.cu_seqlens(op, cu_seqlens, logprobs.shape[0], logprobs)
-        per_row: tuple[int, ...] = (cu_seqlens.shape[0] - 1,)
-    else:
-        if logprobs.dim() != 2:
-            raise _check.error(ValueError, op, "logprobs", f"shape {tuple(logprobs.shape)}", "(B, T), or cu_seqlens")
-        per_row = (logprobs.shape[0],)
+def _terms(op, recipe, rules, clip, dual_clip, ratio_cap, options) -> Terms:  # type: ignore[no-untyped-def]
+    """The recipe's numbers with those of the call; a number that nothing would read is an error."""
+    surrogate = SURROGATES[rules.surrogate]
+    reads = (*LEVELS[rules.level].reads, *surrogate.reads)
+    for name, value in (("clip", clip), ("dual_clip", dual_clip), ("ratio_cap", ratio_cap)):
+        if value is not None and name not in reads:
+            raise _check.error(ValueError, op, name, value, f"None: {recipe} does not read it")
+    found = {**surrogate.options, **rules.options}
+    for name, value in (options or {}).items():
+        if name not in found:
+            expected = f"only {', '.join(map(repr, found))}" if found else f"none: {recipe} has no options"
+            raise _check.error(ValueError, op, "options", repr(name), expected)
+        found[name] = _check.number(op, f"options[{name!r}]", value, 0.0, open_low=True)
+    return Terms(
+        rules.clip if clip is None else clip_range(op, clip),
+        rules.dual_clip if dual_clip is None else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True),
+        rules.ratio_cap if ratio_cap is None else _check.number(op, "ratio_cap", ratio_cap, 0.0, open_low=True),
+        found,
+    )
+
+
+def _batch(op, logprobs, old_logprobs, advantages, mask, selected, cu_seqlens, others, rollout):  # type: ignore[no-untyped-def]
+    """Checked tensors in one dtype, 0 where masked: the batch; then entropy, reference, importance and old - rollout."""
+    at = layout(op, "logprobs", logprobs, mask, cu_seqlens)
     _check.floating(op, "advantages", advantages)
-    if advantages.shape == per_row and advantages.shape != logprobs.shape:
-        advantages = (
-            advantages[:, None].expand(logprobs.shape)
-            if cu_seqlens is None
-            else advantages.repeat_interleave(cu_seqlens[1:] - cu_seqlens[:-1], output_size=logprobs.shape[0])
-        )
-    others = {
+    constants = {
         "old_logprobs": logprobs if old_logprobs is None else old_logprobs,
-        "advantages": advantages,
-        "ref_logprobs": ref_logprobs,
-        "importance_weights": importance_weights,
+        "advantages": token_advantages(advantages, logprobs, at.cu_seqlens),
+        "rollout_logprobs": rollout,
+        **others,
     }
-    for name, x in others.items():
+    for name, x in constants.items():
         if x is not None:
             _check.like(op, name, x, logprobs, "logprobs")
-    logprobs, *constants = _check.common_wide(logprobs, *others.values())
-    new = logprobs.where(mask, 0.0)
-    old, A, ref, importance = (None if x is None else x.detach().where(mask, 0.0) for x in constants)
-    lengths, index = per_sequence(mask.to(new.dtype), cu_seqlens)
+    if selected is not None:
+        _check.boolean(op, "selected", selected)
+        selected = _check.mask_like(op, selected, logprobs, "logprobs", "selected") & at.mask
+    zeroed = [None if x is None else x.where(at.mask, 0.0) for x in _check.common_wide(logprobs, *constants.values())]
+    new, old, A, rollout, entropy, ref, importance = zeroed
+    old, A, rollout, ref, importance = (None if x is None else x.detach() for x in (old, A, rollout, ref, importance))
     log_ratio = (new - old).clamp(-RATIO_CLAMP, RATIO_CLAMP)
-    return Batch(new, log_ratio, A, mask, lengths.clamp(min=1)[index], cu_seqlens), ref, importance
+    mismatch = None if rollout is None else old - rollout
+    return Batch(new, log_ratio, A, at, selected), (entropy, ref, importance, mismatch)
 
 
-def _weights(b: Batch, reduction: str, normalizer: Tensor | float | None) -> Tensor:
-    divisor = 0.0
-    if isinstance(normalizer, Tensor):
-        normalizer = scalar("policy_loss", normalizer, b.logprobs)
-    elif normalizer is not None:
-        divisor, normalizer = _check.number("policy_loss", "normalizer", normalizer, 0.0, open_low=True), None
-    if reduction == "constant":
-        reduction = "token-sum"
-        if normalizer is None and divisor == 0:
-            divisor = float(b.mask.numel())
-    return token_weights(b.mask, b.logprobs.dtype, reduction, normalizer, divisor, b.cu_seqlens)
+def _weights(
+    op: str,
+    recipe: str,
+    b: Batch,
+    reduction: str,
+    normalizer: Tensor | float | None,
+    denominators: Denominators | None,
+) -> Tensor:
+    divisor, mask, dtype = 0.0, b.at.mask, b.logprobs.dtype
+    if denominators is not None:
+        if not isinstance(denominators, Denominators):
+            raise _check.error(TypeError, op, "denominators", type(denominators).__name__, "rlhf_fast.Denominators")
+        if normalizer is not None:
+            raise _check.error(ValueError, op, "normalizer", normalizer, "None with denominators")
+        if RECIPES[recipe].local:
+            raise _check.error(
+                ValueError, op, "denominators", "a Denominators", f"None: {recipe} divides by the tokens of this call"
+            )
+        _check.device(op, "denominators", denominators.counts, b.logprobs, "logprobs")
+    elif normalizer is None:
+        denominators = Denominators.of(mask, b.at.cu_seqlens)
+    if denominators is not None:
+        normalizer = denominators.normalizer(reduction, dtype)
+    elif isinstance(normalizer, Tensor):
+        normalizer = scalar(op, normalizer, b.logprobs)
+    else:
+        divisor, normalizer = _check.number(op, "normalizer", normalizer, 0.0, open_low=True), None
+    return token_weights(mask, dtype, reduction, normalizer, divisor, b.at.cu_seqlens)
 
 
 @torch.no_grad()
-def _stats(b: Batch, policy: Tensor, kl: Tensor | None, ratio: Tensor, clipped: Tensor) -> Tensor:
-    zero = torch.zeros_like(policy)
-    tokens = b.mask.sum()
-    mean = lambda x: zero if x is None else x.to(zero.dtype).where(b.mask, 0.0).sum() / tokens.clamp(min=1)
-    extreme = lambda fill, f: torch.where(tokens > 0, f(ratio.where(b.mask, fill)), 0.0) if b.mask.numel() else zero
+def _stats(
+    b: Batch, policy: Tensor, kl: Tensor | None, entropy: Tensor | None, ratio: Tensor, clipped: Tensor
+) -> Tensor:
+    zero, mask = torch.zeros_like(policy), b.at.mask
+    tokens = mask.sum()
+    mean = lambda x: zero if x is None else x.to(zero.dtype).where(mask, 0.0).sum() / tokens.clamp(min=1)
+    extreme = lambda fill, f: torch.where(tokens > 0, f(ratio.where(mask, fill)), 0.0) if mask.numel() else zero
     return torch.stack(
         [
             policy,
             mean(kl),
+            mean(entropy),
             mean(clipped),
             mean(b.log_ratio.square()) / 2,
             mean(k3_of(b.log_ratio)),
@@ -301,3 +339,22 @@ def _stats(b: Batch, policy: Tensor, kl: Tensor | None, ratio: Tensor, clipped: 
             tokens.to(zero.dtype),
         ]
     )
+
+
+def table() -> str:
+    """The recipes as a Markdown table."""
+    head = ("recipe", "ratio", "surrogate", "bounds", "KL", "aggregation", "advantages", "paper")
+    rows = [_row(name, recipe) for name, recipe in RECIPES.items()]
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(name: str, r: Recipe) -> tuple[str, ...]:
+    reads = (*LEVELS[r.level].reads, *SURROGATES[r.surrogate].reads)
+    numbers = [f"-{r.clip[0]:g} / +{r.clip[1]:g}"] if "clip" in reads else []
+    numbers += [f"dual {r.dual_clip:g}"] if r.dual_clip is not None else []
+    numbers += [f"ratio <= {r.ratio_cap:g}"] if r.ratio_cap is not None else []
+    surrogate = r.surrogate + (f" x {r.correction} weights" if r.correction else "")
+    kl = "" if r.kl_placement == "none" else f"{r.kl_kind}, {r.kl_placement}"
+    reduction = r.reduction + (" of the batch at hand" if r.local else "")
+    return f"`{name}`", r.level, surrogate, ", ".join(numbers), kl, reduction, r.advantages, r.paper

@@ -7,8 +7,9 @@ import tolerances
 import torch
 from parity import assert_parity, double
 
-from rlhf_fast.losses import LEVELS, RECIPES, SURROGATES, policy_loss, preference_loss
-from rlhf_fast.ops import kl_estimate, ppo_loss
+from rlhf_fast.denominators import Denominators
+from rlhf_fast.losses import RECIPES, policy_loss, preference_loss
+from rlhf_fast.ops import kl_estimate, linear_token_logprobs, ppo_loss, token_logprobs
 from rlhf_fast.preference import KINDS
 from rlhf_fast.reference import ppo_loss as sample_source
 
@@ -44,7 +45,7 @@ def test_the_fused_loss_and_the_recipe_agree(recipe):
         leaf = kwargs["logprobs"].clone().requires_grad_()
         fused = ppo_loss(
             **{**kwargs, "logprobs": leaf}, clip=rules.clip, dual_clip=rules.dual_clip, kl_coef=0.1,
-            kl_kind=rules.kl_kind, reduction=rules.reduction,
+            kl_kind="k3", reduction=rules.reduction,
         )  # fmt: skip
         loss, grad, stats = run(recipe, kwargs, kl_coef=0.1)
         truth = run(recipe, double(kwargs), kl_coef=0.1)
@@ -52,34 +53,6 @@ def test_the_fused_loss_and_the_recipe_agree(recipe):
         assert_parity(torch.autograd.grad(fused.loss, leaf)[0], truth[1], grad)
         for name in stats:
             assert_parity(1 + fused.stats[name], 1 + truth[2][name], 1 + stats[name], name)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_gradcheck_of_every_recipe(recipe):
-    kwargs = batch((3, 6), torch.float64)
-    leaf = kwargs["logprobs"].requires_grad_()
-    if RECIPES[recipe].surrogate == "cispo":  # the ratio is a constant weight, so freeze it for the finite differences
-        weight = (leaf - kwargs["old_logprobs"]).detach().exp().clamp(0, 5)
-        expected = -(weight * kwargs["advantages"]).where(kwargs["mask"], 0.0) / kwargs["mask"].sum()
-        torch.testing.assert_close(run(recipe, {**kwargs, "logprobs": leaf.detach()})[1], expected)
-        return
-    if (
-        RECIPES[recipe].level == "sequence"
-    ):  # the token form has the value, and per token the gradient, of the sequence ratio
-        lengths = kwargs["mask"].sum(1, keepdim=True).clamp(min=1)
-        A = kwargs["advantages"] = torch.randn(3, dtype=torch.float64)
-
-        def direct(logprobs):
-            s = ((logprobs - kwargs["old_logprobs"]).where(kwargs["mask"], 0.0).sum(1) / lengths[:, 0]).exp()
-            return torch.maximum(-A * s, -A * s.clamp(1 - 3e-4, 1 + 4e-4)).mean()
-
-        expected = torch.autograd.grad(direct(leaf), leaf)[0]
-        loss, grad, _ = run(recipe, {**kwargs, "logprobs": leaf.detach()})
-        torch.testing.assert_close(loss, direct(leaf).detach())
-        torch.testing.assert_close(grad, expected)
-        return
-    call = lambda x: policy_loss(recipe, **{**kwargs, "logprobs": x}, kl_coef=0.2).loss
-    assert torch.autograd.gradcheck(call, leaf, **tolerances.GRADCHECK)
 
 
 def test_worked_values_of_sequence_ratios():
@@ -120,59 +93,26 @@ def test_worked_values_of_the_aggregations():
     ):
         got = policy_loss(recipe, zeros, None, -token_loss, mask).loss.item()
         assert got == pytest.approx(expected, abs=tolerances.WORKED4), recipe
-    summed = policy_loss("ppo", zeros, None, -token_loss, mask, reduction="seq-mean-token-sum").loss.item()
-    assert summed == pytest.approx(7.3333, abs=tolerances.WORKED4)
+    for options, expected in (
+        ({"reduction": "seq-mean-token-sum"}, 7.3333),
+        ({"reduction": "seq-mean-token-sum-norm"}, 2.4444),  # verl: the line above over the horizon
+        ({"reduction": "token-sum", "normalizer": 3.0}, 7.3333),  # verl before it divided by the batch: sum / horizon
+        ({"reduction": "constant"}, 2.4444),
+        ({"reduction": "constant", "denominators": Denominators.of(mask, horizon=10)}, 22 / 30),
+        ({"reduction": "seq-mean-token-sum-norm", "denominators": Denominators.of(mask, horizon=10)}, 22 / 30),
+        ({"reduction": "token-mean", "denominators": Denominators.of(mask).averaged(2)}, 2 * 3.6667),
+    ):
+        got = policy_loss("ppo", zeros, None, -token_loss, mask, **options).loss.item()
+        assert got == pytest.approx(expected, abs=2 * tolerances.WORKED4), options
 
 
-def test_the_constant_reduction_does_not_scale_with_the_batch():
-    # verl's seq-mean-token-sum-norm lacks the batch mean: its loss doubles when the batch does.
-    kwargs = batch()
-    twice = {k: torch.cat([v, v]) for k, v in kwargs.items()}
-    for recipe in RECIPES:
-        torch.testing.assert_close(run(recipe, twice)[0], run(recipe, kwargs)[0], msg=recipe)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_micro_batches_that_share_a_normalizer_add_up_to_the_one_shot_gradient(recipe):
-    kwargs = batch(dtype=torch.float64)
-    reduction = RECIPES[recipe].reduction
-    count = {"token-mean": kwargs["mask"].sum(), "constant": torch.tensor(kwargs["mask"].numel())}
-    normalizer = count.get(reduction, kwargs["mask"].any(1).sum()).double()
-    whole = run(recipe, kwargs, kl_coef=0.1)
-    parts = [
-        run(recipe, {k: v[i : i + 2] for k, v in kwargs.items()}, kl_coef=0.1, normalizer=normalizer) for i in (0, 2, 4)
-    ]
-    torch.testing.assert_close(torch.cat([p[1] for p in parts]), whole[1])
-    torch.testing.assert_close(sum(p[0] for p in parts), whole[0])
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_on_policy_every_recipe_has_the_reinforce_gradient(recipe):
-    kwargs = batch(dtype=torch.float64)
-    kwargs.pop("ref_logprobs")
-    kwargs["advantages"] = torch.randn(6, dtype=torch.float64)  # one per sequence: where all ratio levels agree
-    mask, A = kwargs["mask"], kwargs["advantages"][:, None]
-    lengths = mask.sum(1, keepdim=True)
-    weight = {
-        "token-mean": 1 / mask.sum(),
-        "seq-mean-token-mean": 1 / (lengths * 6),
-        "seq-mean-token-sum": torch.tensor(1 / 6),
-        "constant": torch.tensor(1 / mask.numel()),
-    }[RECIPES[recipe].reduction]
-    if RECIPES[recipe].level == "product":
-        weight = torch.tensor(1 / 6)  # the ratio of the whole answer moves with every token
-    got = run(recipe, {**kwargs, "old_logprobs": None})[1]
-    torch.testing.assert_close(got, (-A * weight).where(mask, 0.0).double())
-    assert torch.equal(got, run(recipe, {**kwargs, "old_logprobs": kwargs["logprobs"].clone()})[1])
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_policy_equal_to_reference_recovers_the_loss_without_kl(recipe):
-    kwargs = batch()
-    kwargs["ref_logprobs"] = kwargs["logprobs"].clone()
-    bare = {k: v for k, v in kwargs.items() if k != "ref_logprobs"}
-    a, b, c = run(recipe, kwargs, kl_coef=0.5), run(recipe, kwargs), run(recipe, bare)
-    assert torch.equal(a[0], c[0]) and torch.equal(a[1], c[1]) and torch.equal(b[0], c[0]) and a[2]["kl"] == 0
+def test_a_fully_masked_row_counts_as_a_slot_but_not_as_a_sequence():
+    token_loss, mask = torch.ones(2, 4), torch.tensor([[True] * 4, [False] * 4])
+    for reduction, expected in (
+        ("constant", 4 / 8), ("seq-mean-token-sum-norm", 4 / 4), ("seq-mean-token-sum", 4), ("token-mean", 1),
+    ):  # fmt: skip
+        got = policy_loss("ppo", torch.zeros(2, 4), None, -token_loss, mask, reduction=reduction).loss.item()
+        assert got == expected, reduction
 
 
 def test_the_kl_term_is_the_estimator_reduced_like_the_policy_term():
@@ -183,33 +123,102 @@ def test_the_kl_term_is_the_estimator_reduced_like_the_policy_term():
         torch.testing.assert_close(added, 0.3 * kl.sum() / kwargs["mask"].sum())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_masked_tokens_are_never_read_and_packed_equals_padded(recipe):
-    kwargs = batch()
-    lengths = torch.tensor([41, 17, 0, 1, 41, 30])
-    inside = torch.arange(41)[None] < lengths[:, None]
-    kwargs["mask"] &= inside
-    loss, grad, _ = run(recipe, kwargs, kl_coef=0.1)
-    dirty = {k: v.clone() for k, v in kwargs.items()}
-    for k in ("logprobs", "old_logprobs", "advantages", "ref_logprobs"):
-        dirty[k][~kwargs["mask"]] = float("nan")
-    poisoned = run(recipe, dirty, kl_coef=0.1)
-    assert torch.equal(poisoned[0], loss) and torch.equal(poisoned[1], grad) and not grad[~kwargs["mask"]].any()
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    normalizer = float(kwargs["mask"].numel()) if RECIPES[recipe].reduction == "constant" else None
-    packed = run(
-        recipe, {k: v[inside] for k, v in kwargs.items()}, kl_coef=0.1, cu_seqlens=cu_seqlens, normalizer=normalizer
-    )
-    torch.testing.assert_close(packed[0], loss, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(packed[1], grad[inside], atol=1e-6, rtol=1e-5)
+def test_the_corrected_kl_has_the_gradient_of_the_reverse_kl_off_policy():
+    # Over all tokens of a distribution, weighted by the old policy that would have drawn them.
+    g = torch.Generator().manual_seed(3)
+    new, old, ref = torch.randn(3, 9, generator=g, dtype=torch.float64).log_softmax(1)
+    logits = new.clone().requires_grad_()
+    policy = logits.log_softmax(0)
+    expected = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), logits)[0]
+    logits = new.clone().requires_grad_()
+    policy = logits.log_softmax(0)
+    one = lambda x: x.view(1, 1)
+    options = {"kl_coef": 1.0, "kl_placement": "corrected"}
+    zero, mask = torch.zeros(1, 1).double(), torch.ones(1, 1).bool()
+    terms = [
+        policy_loss("grpo", one(policy[i]), one(old[i]), zero, mask, ref_logprobs=one(ref[i]), **options).loss
+        * old[i].exp()
+        for i in range(9)
+    ]
+    torch.testing.assert_close(torch.autograd.grad(sum(terms), logits)[0], expected)
+    torch.testing.assert_close(sum(terms).detach(), (new.exp() * (new - ref)).sum())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_everything_masked_gives_zero_loss_and_zero_gradient(recipe):
-    kwargs = batch()
-    kwargs["mask"][:] = False
-    loss, grad, stats = run(recipe, kwargs, kl_coef=0.1)
-    assert loss == 0 and not grad.any() and not stats.tensor.any()
+def test_the_entropy_bonus_is_reduced_like_the_policy_term():
+    kwargs, entropy = batch(dtype=torch.float64), torch.rand(6, 41, dtype=torch.float64)
+    with_bonus = run("ppo", kwargs, entropy=entropy, entropy_coef=0.2)
+    mean = (entropy * kwargs["mask"]).sum() / kwargs["mask"].sum()
+    torch.testing.assert_close(with_bonus[0], run("ppo", kwargs)[0] - 0.2 * mean)
+    torch.testing.assert_close(with_bonus[2]["entropy"], mean)
+
+
+def test_ratio_cap_is_trls_delta():
+    log = math.log
+    assert single([log(5.0)], -1.0, "grpo", ratio_cap=4.0)[0].item() == pytest.approx(4.0)
+    assert single([log(5.0)], -1.0, "grpo", ratio_cap=4.0)[1].item() == 0.0
+    assert single([log(5.0)], 1.0, "grpo", ratio_cap=4.0)[0].item() == pytest.approx(-1.2)
+    assert single([log(9.0)], 1.0, "cispo_cap", ratio_cap=2.5)[1].item() == pytest.approx(-2.5)
+
+
+def test_both_conventions_of_cispo_agree_where_their_caps_do():
+    kwargs = batch(dtype=torch.float64)
+    relative, absolute = run("cispo", kwargs, clip=(1.0, 0.1)), run("cispo_cap", kwargs, ratio_cap=1.1)
+    assert torch.equal(relative[1], absolute[1]) and relative[2]["clip_fraction"] > 0.1
+    assert not torch.allclose(run("cispo", kwargs, clip=(0.1, 0.1))[1], absolute[1])  # a lower bound is verl's alone
+
+
+def test_options_reach_the_surrogate():
+    assert single([0.0], 1.0, "sapo", options={"tau_positive": 4.0})[0].item() == pytest.approx(-0.5)
+    w, k, lam = math.exp(0.3), 1.5, 0.7
+    expected = -(w**k) * math.exp(lam * (1 - w))
+    _, grad, _ = single([0.3], 1.0, "vespo", options={"k_positive": k, "lambda_positive": lam})
+    assert grad.item() == pytest.approx(expected)
+    selected = {"selected": torch.ones(1, 1, dtype=torch.bool)}
+    assert single([0.3], 0.0, "kl_cov", options={"penalty": 2.0}, **selected)[0].item() == pytest.approx(0.6)
+
+
+def test_decoupled_ppo_is_ppo_around_the_proximal_policy_times_its_weight():
+    kwargs = batch(dtype=torch.float64)
+    rollout = kwargs["old_logprobs"] + 0.3 * torch.randn(6, 41, dtype=torch.float64)
+    weights = (kwargs["old_logprobs"] - rollout).exp()
+    got = run("decoupled_ppo", kwargs, rollout_logprobs=rollout)
+    expected = run("ppo", kwargs, importance_weights=weights)
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+    capped = run("decoupled_ppo", kwargs, rollout_logprobs=rollout, correction="token-tis", correction_bounds=1.1)
+    torch.testing.assert_close(capped[1], run("ppo", kwargs, importance_weights=weights.clamp(max=1.1))[1])
+
+
+@pytest.mark.parametrize("recipe", ["dapo", "gspo", "cispo"])
+def test_the_gradient_reaches_the_hidden_states_without_logits(recipe):
+    g = torch.Generator().manual_seed(4)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    hidden, weight = draw(3, 7, 16), 0.3 * draw(50, 16)
+    ids, mask = torch.randint(0, 50, (3, 7), generator=g), torch.rand(3, 7, generator=g) > 0.2
+    advantages, ref = draw(3), -draw(3, 7).abs() - 3
+    old = token_logprobs(hidden @ weight.T, ids).logprobs + 0.2 * draw(3, 7)
+
+    def through(stats_of):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        s = stats_of(*leaves)
+        loss = policy_loss(
+            recipe,
+            s.logprobs,
+            old,
+            advantages,
+            mask,
+            ref_logprobs=ref,
+            kl_coef=0.1,
+            entropy=s.entropy,
+            entropy_coef=0.1,
+        ).loss
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    got = through(lambda h, w: linear_token_logprobs(h, w, ids, mask=mask))
+    expected = through(lambda h, w: token_logprobs(h @ w.T, ids, mask=mask))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert not got[1][~mask].any() and got[1].any()
 
 
 def test_importance_weights_scale_the_policy_term():
@@ -218,18 +227,14 @@ def test_importance_weights_scale_the_policy_term():
     torch.testing.assert_close(half[0], 0.5 * run("grpo", kwargs)[0])
 
 
-def test_every_level_and_surrogate_of_the_tables_is_used_by_a_recipe():
-    assert {r.level for r in RECIPES.values()} == set(LEVELS)
-    assert {r.surrogate for r in RECIPES.values()} == set(SURROGATES)
-
-
 Z = torch.zeros(2, 3)
+ALL = Denominators.of(torch.ones(2, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe": "trpo"}, "'recipe' got 'trpo', expected one of 'ppo', 'ppo_dual_clip', 'grpo'"),
+        ({"recipe": "trpo"}, "'recipe' got 'trpo', expected one of 'ppo', 'ppo_dual_clip', 'clip_higher'"),
         ({"mask": None}, "'mask' got NoneType"),
         ({"mask": Z}, "'mask' got torch.float32"),
         ({"logprobs": torch.zeros(6)}, r"'mask' got shape|'logprobs' got shape"),
@@ -243,6 +248,30 @@ Z = torch.zeros(2, 3)
         ({"reduction": "sum"}, "'reduction' got 'sum', expected one of .*'constant'"),
         ({"normalizer": -1.0}, "'normalizer' got -1.0"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "'logprobs' got shape"),
+        ({"recipe": "sapo", "clip": 0.2}, "'clip' got 0.2, expected None: sapo does not read it"),
+        ({"recipe": "cispo", "dual_clip": 3.0}, "'dual_clip' got 3.0, expected None: cispo"),
+        ({"ratio_cap": 0.0}, "'ratio_cap' got 0.0"),
+        ({"recipe": "gpg", "ratio_cap": 2.0}, "'ratio_cap' got 2.0, expected None: gpg"),
+        ({"options": {"tau": 1.0}}, "'options' got 'tau', expected none: ppo has no options"),
+        ({"recipe": "sapo", "options": {"tau": 1.0}}, "'options' got 'tau', expected only 'tau_positive', 'tau_neg"),
+        ({"recipe": "sapo", "options": {"tau_positive": 0.0}}, r"'options\['tau_positive'\]' got 0.0"),
+        ({"recipe": "kl_cov"}, "'selected' got None, expected a tensor with recipe 'kl_cov'"),
+        ({"recipe": "kl_cov", "selected": Z}, "'selected' got torch.float32"),
+        ({"recipe": "decoupled_ppo"}, "'rollout_logprobs' got None, expected a tensor with correction='token'"),
+        ({"rollout_logprobs": Z}, "'correction' got None, expected a kind"),
+        ({"rollout_logprobs": Z, "correction": "tis"}, "'correction' got 'tis', expected one of 'token'"),
+        ({"correction_bounds": 2.0}, "'correction_bounds' got 2.0, expected None without correction"),
+        (
+            {"rollout_logprobs": Z, "correction": "token-mis", "correction_bounds": (3.0, 2.0)},
+            r"'correction_bounds' got \(3.0, 2.0\), expected low <= high",
+        ),
+        ({"rollout_logprobs": torch.zeros(3), "correction": "token"}, "'rollout_logprobs' got shape"),
+        ({"entropy_coef": 0.1}, "'entropy' got None, expected a tensor with entropy_coef=0.1"),
+        ({"entropy": torch.zeros(2)}, "'entropy' got shape"),
+        ({"kl_placement": "reward"}, "'kl_placement' got 'reward', expected one of 'loss', 'corrected'"),
+        ({"denominators": 3}, "'denominators' got int, expected rlhf_fast.Denominators"),
+        ({"denominators": ALL, "normalizer": 2.0}, "'normalizer' got 2.0, expected None with denominators"),
+        ({"recipe": "bnpo", "denominators": ALL}, "'denominators' got a Denominators, expected None: bnpo divides"),
     ],
 )
 def test_wrong_arguments_of_policy_loss_are_named(change, message):

@@ -37,6 +37,9 @@ rounding errors of a pass over the vocabulary, and KL is a difference of logarit
 ROUNDED = 2.0**-7
 """A product of fp32 operands that are rounded to bf16, as a share of the sum of the magnitudes of its terms: 2^-8 for two operands."""
 
+SPLIT = 1e-12
+"""Losses and gradients of the parts of an fp64 batch against those of the whole, as a share of the largest magnitude."""
+
 
 def product(k: int) -> float:
     """A sum of k products in fp32, as a share of the sum of their magnitudes: its roundings of 2^-24 add up like a random walk."""

@@ -107,7 +107,7 @@ def arguments(
             raise _check.error(ValueError, op, name, f"shape {tuple(logprobs.shape)}", "(N,) with cu_seqlens")
         cu_seqlens = _check.cu_seqlens(op, cu_seqlens, logprobs.shape[0], logprobs)
     if cu_seqlens is not None or not isinstance(advantages, Tensor) or advantages.dim() != logprobs.dim():
-        advantages = _advantages(advantages, logprobs, cu_seqlens)
+        advantages = token_advantages(advantages, logprobs, cu_seqlens)
     checked: dict[str, object] = {"old_logprobs": old_logprobs, "advantages": advantages}
     if entropy is not None:
         checked["entropy"] = entropy
@@ -177,7 +177,7 @@ def _wants(logprobs: Tensor, entropy: Tensor | None, values: Tensor | None) -> b
     )
 
 
-def _advantages(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def token_advantages(advantages: Tensor, logprobs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Token advantages; one advantage per sequence is repeated over its tokens."""
     if isinstance(advantages, Tensor) and advantages.shape != logprobs.shape:
         if cu_seqlens is not None and advantages.shape == (cu_seqlens.shape[0] - 1,):
