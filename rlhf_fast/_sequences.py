@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast.reference._reduce import per_sequence
+from rlhf_fast.reference._reduce import spread, sums
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class Layout:
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the token's sequence, at every token; masked tokens of x must be 0."""
-        total, index = per_sequence(x, self.cu_seqlens)
-        return total[index]
+        return spread(sums(x, self.cu_seqlens), x, self.cu_seqlens)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over the real tokens of the token's sequence, at every token; masked tokens of x must be 0."""
@@ -41,5 +40,5 @@ def layout(op: str, name: str, x: Tensor, mask: Tensor, cu_seqlens: Tensor | Non
         cu_seqlens = _check.cu_seqlens(op, cu_seqlens, x.shape[0], x)
     elif x.dim() != 2:
         raise _check.error(ValueError, op, name, f"shape {tuple(x.shape)}", "(B, T), or cu_seqlens")
-    lengths, index = per_sequence(mask.long(), cu_seqlens)
-    return Layout(mask, cu_seqlens, lengths.clamp(min=1)[index])
+    lengths = sums(mask.long(), cu_seqlens).clamp(min=1)
+    return Layout(mask, cu_seqlens, spread(lengths, x, cu_seqlens))

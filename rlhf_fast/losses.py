@@ -74,6 +74,16 @@ class Recipe:
     paper: str = ""
     """arXiv id, or where else it is from."""
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Which of clip, dual_clip and ratio_cap have an effect; `policy_loss` refuses the others."""
+        return (*LEVELS[self.level].reads, *SURROGATES[self.surrogate].reads)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Tensors that `policy_loss` asks for besides those that every recipe takes."""
+        return (*SURROGATES[self.surrogate].needs, *(("rollout_logprobs",) if self.correction else ()))
+
 
 SEQ_MEAN, SEQ_SUM = "seq-mean-token-mean", "seq-mean-token-sum"
 # One factor per batch apart: the paper of lite_ppo divides by the std of the scores, reinforce++ by that of the centred scores;
@@ -163,7 +173,8 @@ def policy_loss(
         clip: (low, high) of the ratio (of the log-ratio for gmpo), or one number for both.
         dual_clip: c > 1: where A < 0 the loss is at most -c A.
         ratio_cap: > 0, largest ratio before it is multiplied by A (TRL's `delta`); for cispo_cap the largest weight.
-        options: numbers of the surrogate by name, each > 0: those in its row of rlhf_fast.surrogates.SURROGATES.
+        options: numbers of the surrogate by name, each > 0: those in its row of rlhf_fast.surrogates.SURROGATES. A number that
+            the recipe does not read is refused (`RECIPES[recipe].reads`).
         kl_kind, kl_clamp: as in `kl_estimate`. kl_kind defaults to the recipe's, or to k3 where its KL is not in the loss.
         kl_placement: "loss", or "corrected" (times pi / pi_old, with gradient). A kl_coef > 0 always adds the term to the loss:
             leave it 0 where the reward carries the KL.
@@ -208,7 +219,7 @@ def policy_loss(
         ("ref_logprobs", ref_logprobs, f"kl_coef={kl_coef}" if kl_coef else ""),
         ("entropy", entropy, f"entropy_coef={entropy_coef}" if entropy_coef else ""),
         ("rollout_logprobs", rollout_logprobs, f"correction={correction!r}" if correction else ""),
-        ("selected", selected, f"recipe {recipe!r}" if "selected" in SURROGATES[rules.surrogate].reads else ""),
+        ("selected", selected, f"recipe {recipe!r}" if "selected" in rules.needs else ""),
     ):
         if value is None and reason:
             raise _check.error(ValueError, op, name, None, f"a tensor with {reason}")
@@ -244,12 +255,10 @@ def policy_loss(
 
 def _terms(op, recipe, rules, clip, dual_clip, ratio_cap, options) -> Terms:  # type: ignore[no-untyped-def]
     """The recipe's numbers with those of the call; a number that nothing would read is an error."""
-    surrogate = SURROGATES[rules.surrogate]
-    reads = (*LEVELS[rules.level].reads, *surrogate.reads)
     for name, value in (("clip", clip), ("dual_clip", dual_clip), ("ratio_cap", ratio_cap)):
-        if value is not None and name not in reads:
+        if value is not None and name not in rules.reads:
             raise _check.error(ValueError, op, name, value, f"None: {recipe} does not read it")
-    found = {**surrogate.options, **rules.options}
+    found = {**SURROGATES[rules.surrogate].options, **rules.options}
     for name, value in (options or {}).items():
         if name not in found:
             expected = f"only {', '.join(map(repr, found))}" if found else f"none: {recipe} has no options"
@@ -350,8 +359,7 @@ def table() -> str:
 
 
 def _row(name: str, r: Recipe) -> tuple[str, ...]:
-    reads = (*LEVELS[r.level].reads, *SURROGATES[r.surrogate].reads)
-    numbers = [f"-{r.clip[0]:g} / +{r.clip[1]:g}"] if "clip" in reads else []
+    numbers = [f"-{r.clip[0]:g} / +{r.clip[1]:g}"] if "clip" in r.reads else []
     numbers += [f"dual {r.dual_clip:g}"] if r.dual_clip is not None else []
     numbers += [f"ratio <= {r.ratio_cap:g}"] if r.ratio_cap is not None else []
     surrogate = r.surrogate + (f" x {r.correction} weights" if r.correction else "")

@@ -58,7 +58,9 @@ class Surrogate(NamedTuple):
 
     loss: Callable[[Batch, Tensor, Terms], tuple[Tensor, Tensor]]
     reads: tuple[str, ...] = ()
-    """Fields of Terms that have an effect; "selected" for those that need the tokens of a `covariance_mask`."""
+    """Fields of Terms that have an effect."""
+    needs: tuple[str, ...] = ()
+    """Fields of Batch that must not be None."""
     options: Mapping[str, float] = {}
     """Options with their defaults, each > 0."""
 
@@ -180,6 +182,6 @@ SURROGATES: dict[str, Surrogate] = {
     ),
     "unclipped": Surrogate(_unclipped),
     "score": Surrogate(_score),
-    "clip-cov": Surrogate(_clip_cov, ("clip", "dual_clip", "ratio_cap", "selected")),
-    "kl-cov": Surrogate(_kl_cov, ("selected",), {"penalty": 1.0}),
+    "clip-cov": Surrogate(_clip_cov, ("clip", "dual_clip", "ratio_cap"), ("selected",)),
+    "kl-cov": Surrogate(_kl_cov, needs=("selected",), options={"penalty": 1.0}),
 }

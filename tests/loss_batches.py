@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.losses import RECIPES, policy_loss
-from rlhf_fast.surrogates import SURROGATES
 
 B, T = 7, 12
 LENGTHS = (12, 5, 0, 1, 12, 9, 3)
@@ -33,8 +32,7 @@ def batch(recipe: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> dic
     found["selected"] = torch.rand(B, T, generator=g) > 0.7
     if RECIPES[recipe].level == "sequence-token":  # elsewhere the two forms of the ratio differ in value or in gradient
         found["advantages"] = found["advantages"][:, :1].repeat(1, T)
-    unread = {"rollout_logprobs"} if RECIPES[recipe].correction is None else set()
-    unread |= set() if "selected" in SURROGATES[RECIPES[recipe].surrogate].reads else {"selected"}
+    unread = {"rollout_logprobs", "selected"} - set(RECIPES[recipe].needs)
     return {k: v for k, v in found.items() if k not in unread}
 
 

@@ -90,7 +90,7 @@ def test_worked_values(recipe):
         "rollout_logprobs": tensors["old_logprobs"] - torch.tensor([[2.0, 0.5], [1.0, 1.0]], dtype=torch.float64).log(),
         "selected": torch.tensor([[False, True], [False, False]]),
     }
-    tensors |= {k: v for k, v in extra.items() if k in batch(recipe)}
+    tensors |= {k: v for k, v in extra.items() if k in RECIPES[recipe].needs}
     got = run(recipe, tensors)
     assert got[0].item() == pytest.approx(loss, abs=1e-12)
     assert got[1]["logprobs"][mask].tolist() == pytest.approx(grad, abs=1e-12)
@@ -191,6 +191,41 @@ def test_on_policy_every_recipe_has_the_reinforce_gradient(recipe):
     assert torch.equal(got, again)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_row_has_the_same_bits_in_any_batch(recipe):
+    tensors = batch(recipe, torch.float32)
+    shared = {"normalizer": 7.0, **OPTIONS}
+    whole = run(recipe, tensors, **shared)[1]
+    for row in range(B):
+        alone = run(recipe, {k: v[row : row + 1] for k, v in tensors.items()}, **shared)[1]
+        for name, grad in alone.items():
+            assert torch.equal(grad[0], whole[name][row]), (row, name)
+
+
+@pytest.mark.parametrize("recipe", [name for name, r in RECIPES.items() if r.level != "token"])
+def test_long_rows_have_the_same_bits_alone_again_and_with_any_number_of_threads(recipe):
+    T = 70_001  # past the length at which PyTorch would split a sum between threads
+    g = torch.Generator().manual_seed(0)
+    old, change, advantages = (
+        -torch.rand(2, T, generator=g),
+        torch.randn(2, T, generator=g) * 1e-2,
+        torch.tensor([1.0, -1.0]),
+    )
+    tensors = {"logprobs": old + change, "old_logprobs": old, "mask": torch.ones(2, T, dtype=torch.bool)}
+    flat = {k: v.reshape(-1) for k, v in tensors.items()}
+    found = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        grad = run(recipe, {**tensors, "advantages": advantages}, normalizer=7.0)[1]["logprobs"]
+        alone = run(recipe, {k: v[1:] for k, v in {**tensors, "advantages": advantages}.items()}, normalizer=7.0)
+        assert torch.equal(alone[1]["logprobs"][0], grad[1])
+        cu_seqlens = torch.tensor([0, T, 2 * T])
+        packed = run(recipe, {**flat, "advantages": advantages}, normalizer=7.0, cu_seqlens=cu_seqlens)
+        assert torch.equal(packed[1]["logprobs"], grad.reshape(-1))
+        found.append(grad)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]) and grad.any()
+
+
 def test_the_table_is_data_that_a_trainer_can_read():
     lines = table().splitlines()
     assert len(lines) == len(RECIPES) + 2 and all(line.count("|") == lines[0].count("|") for line in lines)
@@ -198,6 +233,5 @@ def test_the_table_is_data_that_a_trainer_can_read():
         assert sum(line.startswith(f"| `{name}` |") for line in lines) == 1
         assert recipe.advantages in ADVANTAGES and recipe.kl_placement in PLACEMENTS and recipe.paper, name
         assert set(recipe.options) <= set(SURROGATES[recipe.surrogate].options), name
-        reads = (*LEVELS[recipe.level].reads, *SURROGATES[recipe.surrogate].reads)
         for number in ("clip", "dual_clip", "ratio_cap"):  # no number in a row that nothing reads
-            assert number in reads or getattr(recipe, number) == getattr(RECIPES["ppo"], number), (name, number)
+            assert number in recipe.reads or getattr(recipe, number) == getattr(RECIPES["ppo"], number), (name, number)

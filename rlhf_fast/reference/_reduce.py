@@ -19,11 +19,26 @@ def segments(like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
     return torch.arange(rows, device=like.device)[:, None].expand(rows, like.shape[-1]).reshape(like.shape), rows
 
 
-def per_sequence(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(sum over the tokens of every sequence, number of the sequence of every token)."""
+# On a CPU index_add and index_select's gradient run through the terms in order, so a row has the same bits in any batch (a sum over
+# a dimension is split between threads when it has one row), and index_put is atomic; on a GPU it is the other way round.
+
+
+def sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sum over the tokens of every sequence, (S,). The order of the terms is fixed: no float atomics."""
+    if cu_seqlens is None and not x.is_cpu:
+        return x.sum(-1).reshape(-1)
     index, count = segments(x, cu_seqlens)
-    total = torch.zeros(count, dtype=x.dtype, device=x.device).index_add(0, index.reshape(-1), x.reshape(-1))
-    return total, index
+    total = torch.zeros(count, dtype=x.dtype, device=x.device)
+    index, x = index.reshape(-1), x.reshape(-1)
+    return total.index_add(0, index, x) if x.is_cpu else total.index_put((index,), x, accumulate=True)
+
+
+def spread(total: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """One number per sequence (S,) at every one of its tokens, like `like`; its gradient is summed as in `sums`."""
+    if cu_seqlens is None and not total.is_cpu:
+        return total.reshape(*like.shape[:-1], 1).expand(like.shape)
+    index, _ = segments(like, cu_seqlens)
+    return total.index_select(0, index.reshape(-1)).reshape(index.shape) if total.is_cpu else total[index]
 
 
 def tokens(mask: Tensor) -> Tensor:
@@ -33,7 +48,7 @@ def tokens(mask: Tensor) -> Tensor:
 
 def sequences(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Number of sequences with a real token, 0-d int64."""
-    return (per_sequence(mask.long(), cu_seqlens)[0] > 0).sum()
+    return (sums(mask.long(), cu_seqlens) > 0).sum()
 
 
 def token_weights(
@@ -51,8 +66,7 @@ def token_weights(
     """
     real = mask.to(dtype)
     if reduction == "seq-mean-token-mean":
-        lengths, index = per_sequence(real, cu_seqlens)
-        weights = real / lengths.clamp(min=1)[index]
+        weights = real / spread(sums(real, cu_seqlens).clamp(min=1), real, cu_seqlens)
     else:
         weights = real
     if normalizer is not None:
