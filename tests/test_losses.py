@@ -7,6 +7,7 @@ import tolerances
 import torch
 from parity import assert_parity, double
 
+from rlhf_fast.corrections import rollout_correction
 from rlhf_fast.denominators import Denominators
 from rlhf_fast.losses import RECIPES, policy_loss, preference_loss
 from rlhf_fast.ops import kl_estimate, linear_token_logprobs, ppo_loss, token_logprobs
@@ -37,18 +38,31 @@ def single(ratios, advantage, recipe, **options):
     return run(recipe, kwargs, **options)
 
 
-@pytest.mark.parametrize("recipe", ["ppo", "ppo_dual_clip", "grpo", "dapo"])
+FUSED = [n for n, r in RECIPES.items() if (r.level, r.surrogate, r.ratio_cap) == ("token", "clip", None)]
+"""Recipes that `ppo_loss` computes in one pass, with other numbers."""
+
+
+@pytest.mark.parametrize("recipe", FUSED)
 def test_the_fused_loss_and_the_recipe_agree(recipe):
     rules = RECIPES[recipe]
     for dtype in (torch.float64, torch.float32):
         kwargs = batch(dtype=dtype)
+        extra = {"entropy": torch.rand(6, 41).to(dtype), "entropy_coef": 0.01, "kl_coef": 0.1, "kl_kind": "k3"}
+        weights, rollout = {}, {}
+        if rules.correction is not None:
+            rollout["rollout_logprobs"] = kwargs["old_logprobs"] - 0.1 * torch.randn(6, 41).to(dtype)
+            found = rollout_correction(kwargs["old_logprobs"], **rollout, mask=kwargs["mask"], kind=rules.correction)
+            weights["importance_weights"] = found.weights
+        reduction = {"reduction": rules.reduction}
+        if rules.reduction == "constant":
+            normalizer = Denominators.of(kwargs["mask"]).normalizer("constant", dtype)
+            reduction = {"reduction": "token-sum", "normalizer": normalizer}
         leaf = kwargs["logprobs"].clone().requires_grad_()
         fused = ppo_loss(
-            **{**kwargs, "logprobs": leaf}, clip=rules.clip, dual_clip=rules.dual_clip, kl_coef=0.1,
-            kl_kind="k3", reduction=rules.reduction,
-        )  # fmt: skip
-        loss, grad, stats = run(recipe, kwargs, kl_coef=0.1)
-        truth = run(recipe, double(kwargs), kl_coef=0.1)
+            **{**kwargs, "logprobs": leaf}, clip=rules.clip, dual_clip=rules.dual_clip, **extra, **weights, **reduction
+        )
+        loss, grad, stats = run(recipe, kwargs, **extra, **rollout)
+        truth = run(recipe, double(kwargs), **double(extra), **double(rollout))
         assert_parity(1 + fused.loss.detach(), 1 + truth[0], 1 + loss)  # at the size of a term: the terms cancel
         assert_parity(torch.autograd.grad(fused.loss, leaf)[0], truth[1], grad)
         for name in stats:
