@@ -17,8 +17,10 @@ class Layout:
     mask: Tensor
     """(B, T), or (N,) with cu_seqlens; True = real token."""
     cu_seqlens: Tensor | None
-    lengths: Tensor
-    """Like mask: real tokens of the token's sequence, at least 1."""
+
+    def lengths(self) -> Tensor:
+        """Like mask: real tokens of the token's sequence, at least 1."""
+        return spread(sums(self.mask.long(), self.cu_seqlens).clamp(min=1), self.mask, self.cu_seqlens)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the token's sequence, at every token; masked tokens of x must be 0."""
@@ -26,7 +28,7 @@ class Layout:
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over the real tokens of the token's sequence, at every token; masked tokens of x must be 0."""
-        return self.sum(x) / self.lengths
+        return self.sum(x) / self.lengths()
 
 
 def layout(op: str, name: str, x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Layout:
@@ -40,5 +42,4 @@ def layout(op: str, name: str, x: Tensor, mask: Tensor, cu_seqlens: Tensor | Non
         cu_seqlens = _check.cu_seqlens(op, cu_seqlens, x.shape[0], x)
     elif x.dim() != 2:
         raise _check.error(ValueError, op, name, f"shape {tuple(x.shape)}", "(B, T), or cu_seqlens")
-    lengths = sums(mask.long(), cu_seqlens).clamp(min=1)
-    return Layout(mask, cu_seqlens, spread(lengths, x, cu_seqlens))
+    return Layout(mask, cu_seqlens)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ DIVISORS: dict[str, str | None] = {
 seq-mean-token-mean). "constant" is Dr. GRPO's (TRL: rows x max_completion_length), "seq-mean-token-sum-norm" verl's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Denominators:
     """Counts of a batch, so that the losses of its parts add up to the loss of the whole, gradients included.
 
@@ -97,6 +97,10 @@ class Denominators:
         counts = self.counts.clone()
         dist.all_reduce(counts, group=process_group)  # type: ignore[arg-type]
         return replace(self, counts=counts)
+
+    def to(self, device: torch.device | str) -> Denominators:
+        """On another device, where the losses are."""
+        return replace(self, counts=self.counts.to(device))
 
     def __add__(self, other: Denominators) -> Denominators:
         """The counts of two batches together."""

@@ -1,7 +1,7 @@
 """Policy losses by name, as data over four axes: ratio level, surrogate, KL term, aggregation.
 
 A new recipe is one line in RECIPES; a new surrogate or ratio level is one function and one line in `rlhf_fast.surrogates`.
-Everything is plain PyTorch on (N,)-sized tensors; the hot recipe, ppo, also has a fused twin in `rlhf_fast.ppo_loss`.
+Everything is plain PyTorch on (N,)-sized tensors; recipes that the kernel of `rlhf_fast.ppo_loss` covers run in its single pass.
 `table()` lists the recipes.
 """
 
@@ -18,9 +18,10 @@ from rlhf_fast._sequences import layout
 from rlhf_fast._types import LossOutput, PreferenceOutput, Stats
 from rlhf_fast.denominators import DIVISORS, Denominators
 from rlhf_fast.ops.kl_estimate import ALL_KINDS, Clamp, bounds
-from rlhf_fast.ops.ppo_loss import clip_range, scalar, token_advantages
+from rlhf_fast.ops.ppo_loss import arguments as loss_arguments
+from rlhf_fast.ops.ppo_loss import clip_range, loss_output, scalar, token_advantages
 from rlhf_fast.preference import preference_loss
-from rlhf_fast.reference._reduce import token_weights
+from rlhf_fast.reference._reduce import REDUCTIONS, token_weights
 from rlhf_fast.reference.group_advantages import KINDS as GROUP_KINDS
 from rlhf_fast.reference.kl_estimate import estimate, k3_of
 from rlhf_fast.surrogates import LEVELS, RATIO_CLAMP, SURROGATES, Batch, Terms
@@ -44,7 +45,7 @@ The ratio is the one the surrogate sees; approx_kl and approx_kl_k3 are of the t
 
 PLACEMENTS = ("none", "reward", "loss", "corrected")
 """Where a recipe puts its KL term. corrected: in the loss, times pi / pi_old with its gradient, which makes k3 an unbiased
-estimate off-policy and its gradient that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556, eq. 7)."""
+estimate off-policy and its gradient that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556)."""
 
 ADVANTAGES = ("gae", "returns", *GROUP_KINDS)
 """gae: `advantages` with a critic; returns: `advantages` with values of 0 and lam=1; the rest: kinds of `group_advantages`."""
@@ -78,6 +79,11 @@ class Recipe:
     def reads(self) -> tuple[str, ...]:
         """Which of clip, dual_clip and ratio_cap have an effect; `policy_loss` refuses the others."""
         return (*LEVELS[self.level].reads, *SURROGATES[self.surrogate].reads)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernel of `ppo_loss` covers it."""
+        return (self.level, self.surrogate, self.ratio_cap) == ("token", "clip", None)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -147,6 +153,7 @@ def policy_loss(
     normalizer: Tensor | float | None = None,
     denominators: Denominators | None = None,
     cu_seqlens: Tensor | None = None,
+    fused: bool | None = None,
 ) -> LossOutput:
     """A policy loss by name: loss = policy + kl_coef kl - entropy_coef entropy; keywords left at None take the recipe's value.
 
@@ -190,9 +197,12 @@ def policy_loss(
         normalizer: > 0, replaces the denominator of the reduction.
         denominators: counts of the whole optimiser step; replaces those of this call.
         cu_seqlens: (S+1,) boundaries of packed sequences.
+        fused: None = in one pass by the kernel of `ppo_loss` where it covers recipe and options, else by the formula; False = by
+            the formula, which can be differentiated twice; True = in one pass or an error.
 
     Returns:
-        LossOutput(loss, stats), differentiable towards logprobs and entropy; 0 without a real token.
+        LossOutput(loss, stats), differentiable towards logprobs and entropy; 0 without a real token. The statistics are those in
+        rlhf_fast.losses.STATS; from the one pass those of `ppo_loss`, which has these and more.
 
     Raises:
         TypeError, ValueError: wrong recipe, dtype, shape, device or range, or a keyword that the recipe does not read; names
@@ -223,6 +233,8 @@ def policy_loss(
     ):
         if value is None and reason:
             raise _check.error(ValueError, op, name, None, f"a tensor with {reason}")
+    if selected is not None and "selected" not in rules.needs:
+        raise _check.error(ValueError, op, "selected", "a tensor", f"None: {recipe} does not read it")
     if correction is None:
         if rollout_logprobs is not None:
             raise _check.error(ValueError, op, "correction", None, "a kind of rollout_correction with rollout_logprobs")
@@ -231,16 +243,31 @@ def policy_loss(
     else:
         low, high = corrections.bounds_of(op, "correction_bounds", correction, correction_bounds)
 
-    tensors = {"entropy": entropy, "ref_logprobs": ref_logprobs, "importance_weights": importance_weights}
-    b, others = _batch(op, logprobs, old_logprobs, advantages, mask, selected, cu_seqlens, tensors, rollout_logprobs)
-    entropy, ref, importance, mismatch = others
-    weights = _weights(op, recipe, b, reduction, normalizer, denominators)
+    at = layout(op, "logprobs", logprobs, mask, cu_seqlens)
+    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    importance = importance_weights
+    if correction is not None:
+        importance = _corrected(op, at, logprobs, old, rollout_logprobs, importance, correction, low, high)
+    divide = _normalizer(op, recipe, at, reduction, normalizer, denominators)
+    covered = rules.fused and terms.ratio_cap is None and placement == "loss" and kl_clamp is None
+    if fused and not covered:
+        raise _check.error(
+            ValueError, op, "fused", True, f"None or False: no kernel covers {recipe} with these options"
+        )
+    if covered and fused is not False:
+        sums = reduction if reduction in REDUCTIONS else "token-sum"
+        inputs = loss_arguments(
+            op, "logprobs", logprobs, old, advantages, mask, terms.clip, terms.dual_clip, entropy, entropy_coef,
+            ref_logprobs, kl_coef, kind, None, None, None, None, 0.0, importance, sums, divide, "rlhf_fast", cu_seqlens,
+        )  # fmt: skip
+        return loss_output(inputs)
+
+    b, entropy, ref, importance = _batch(op, at, logprobs, old, advantages, selected, entropy, ref_logprobs, importance)
+    weights = token_weights(at.mask, b.logprobs.dtype, reduction, *_divisor(op, divide, b.logprobs), at.cu_seqlens)
     ratio = LEVELS[rules.level].ratio(b, terms)
     token_loss, clipped = SURROGATES[rules.surrogate].loss(b, ratio, terms)
     if importance is not None:
         token_loss = token_loss * importance
-    if mismatch is not None:
-        token_loss = token_loss * corrections.weigh(mismatch, b.at, correction, low, high)[0]
     policy = (weights * token_loss).sum()
     loss, kl = policy, None
     if ref is not None:
@@ -272,39 +299,20 @@ def _terms(op, recipe, rules, clip, dual_clip, ratio_cap, options) -> Terms:  # 
     )
 
 
-def _batch(op, logprobs, old_logprobs, advantages, mask, selected, cu_seqlens, others, rollout):  # type: ignore[no-untyped-def]
-    """Checked tensors in one dtype, 0 where masked: the batch; then entropy, reference, importance and old - rollout."""
-    at = layout(op, "logprobs", logprobs, mask, cu_seqlens)
-    _check.floating(op, "advantages", advantages)
-    constants = {
-        "old_logprobs": logprobs if old_logprobs is None else old_logprobs,
-        "advantages": token_advantages(advantages, logprobs, at.cu_seqlens),
-        "rollout_logprobs": rollout,
-        **others,
-    }
-    for name, x in constants.items():
-        if x is not None:
-            _check.like(op, name, x, logprobs, "logprobs")
-    if selected is not None:
-        _check.boolean(op, "selected", selected)
-        selected = _check.mask_like(op, selected, logprobs, "logprobs", "selected") & at.mask
-    zeroed = [None if x is None else x.where(at.mask, 0.0) for x in _check.common_wide(logprobs, *constants.values())]
-    new, old, A, rollout, entropy, ref, importance = zeroed
-    old, A, rollout, ref, importance = (None if x is None else x.detach() for x in (old, A, rollout, ref, importance))
-    log_ratio = (new - old).clamp(-RATIO_CLAMP, RATIO_CLAMP)
-    mismatch = None if rollout is None else old - rollout
-    return Batch(new, log_ratio, A, at, selected), (entropy, ref, importance, mismatch)
+@torch.no_grad()
+def _corrected(op, at, logprobs, old, rollout, importance, kind, low, high):  # type: ignore[no-untyped-def]
+    """Importance weights times those of the rollout correction."""
+    given = {"old_logprobs": old, "rollout_logprobs": rollout}
+    if importance is not None:
+        given["importance_weights"] = importance
+    _check.alike(op, logprobs, "logprobs", given)
+    old, rollout, importance = _check.common_wide(old, rollout, importance)
+    weights = corrections.weigh((old - rollout).where(at.mask, 0.0), at, kind, low, high)[0]
+    return weights if importance is None else weights * importance
 
 
-def _weights(
-    op: str,
-    recipe: str,
-    b: Batch,
-    reduction: str,
-    normalizer: Tensor | float | None,
-    denominators: Denominators | None,
-) -> Tensor:
-    divisor, mask, dtype = 0.0, b.at.mask, b.logprobs.dtype
+def _normalizer(op, recipe, at, reduction, normalizer, denominators):  # type: ignore[no-untyped-def]
+    """What replaces the denominator of the reduction: a number, a 0-d tensor, or None for the kernels' own count."""
     if denominators is not None:
         if not isinstance(denominators, Denominators):
             raise _check.error(TypeError, op, "denominators", type(denominators).__name__, "rlhf_fast.Denominators")
@@ -314,16 +322,40 @@ def _weights(
             raise _check.error(
                 ValueError, op, "denominators", "a Denominators", f"None: {recipe} divides by the tokens of this call"
             )
-        _check.device(op, "denominators", denominators.counts, b.logprobs, "logprobs")
-    elif normalizer is None:
-        denominators = Denominators.of(mask, b.at.cu_seqlens)
-    if denominators is not None:
-        normalizer = denominators.normalizer(reduction, dtype)
-    elif isinstance(normalizer, Tensor):
-        normalizer = scalar(op, normalizer, b.logprobs)
-    else:
-        divisor, normalizer = _check.number(op, "normalizer", normalizer, 0.0, open_low=True), None
-    return token_weights(mask, dtype, reduction, normalizer, divisor, b.at.cu_seqlens)
+        _check.device(op, "denominators", denominators.counts, at.mask, "mask")
+        return denominators.normalizer(reduction)
+    if normalizer is None and reduction not in REDUCTIONS:
+        return Denominators.of(at.mask, at.cu_seqlens).normalizer(reduction)
+    return normalizer
+
+
+def _divisor(op: str, normalizer: Tensor | float | None, like: Tensor) -> tuple[Tensor | None, float]:
+    """As `token_weights` takes it: a 0-d tensor, or a number (0 for none)."""
+    if normalizer is None:
+        return None, 0.0
+    if isinstance(normalizer, Tensor):
+        return scalar(op, normalizer, like), 0.0
+    return None, _check.number(op, "normalizer", normalizer, 0.0, open_low=True)
+
+
+def _batch(op, at, logprobs, old, advantages, selected, entropy, ref, importance):  # type: ignore[no-untyped-def]
+    """Checked tensors in one dtype, 0 where masked: (the batch, entropy, reference, importance)."""
+    _check.floating(op, "advantages", advantages)
+    given = {
+        "old_logprobs": old,
+        "advantages": token_advantages(advantages, logprobs, at.cu_seqlens),
+        "ref_logprobs": ref,
+        "importance_weights": importance,
+        "entropy": entropy,
+    }
+    _check.alike(op, logprobs, "logprobs", {name: x for name, x in given.items() if x is not None})
+    if selected is not None:
+        _check.boolean(op, "selected", selected)
+        selected = _check.mask_like(op, selected, logprobs, "logprobs", "selected") & at.mask
+    new, *rest = (None if x is None else x.where(at.mask, 0.0) for x in _check.common_wide(logprobs, *given.values()))
+    old, A, ref, importance = (None if x is None else x.detach() for x in rest[:4])
+    log_ratio = (new - old).clamp(-RATIO_CLAMP, RATIO_CLAMP)
+    return Batch(new, log_ratio, A, at, selected), rest[4], ref, importance
 
 
 @torch.no_grad()

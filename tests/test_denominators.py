@@ -28,6 +28,10 @@ def test_sums_of_parts_are_the_whole():
     assert torch.equal((parts[0] + parts[1]).counts, whole.counts) and torch.equal(sum(parts).counts, whole.counts)
 
 
+def test_the_device_is_that_of_the_counts():
+    assert Denominators.of(MASK).averaged(2).to("meta").normalizer("token-mean").device.type == "meta"
+
+
 def test_normalizers():
     d = Denominators.of(MASK, horizon=10)
     expected = {

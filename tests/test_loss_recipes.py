@@ -9,8 +9,8 @@ import tolerances
 import torch
 from loss_batches import LEAVES, OPTIONS, B, T, batch, run
 
-from rlhf_fast.losses import ADVANTAGES, PLACEMENTS, RECIPES, policy_loss, table
-from rlhf_fast.surrogates import LEVELS, SURROGATES
+from rlhf_fast.losses import ADVANTAGES, PLACEMENTS, RECIPES, Recipe, policy_loss, table
+from rlhf_fast.surrogates import LEVELS, SURROGATES, Surrogate
 
 RATIOS, ADVANTAGE = [[1.5, 0.5], [1.5]], [1.0, -1.0]
 """The worked batch: two answers, of two tokens and of one, every log-prob -1."""
@@ -78,8 +78,9 @@ def test_every_recipe_has_worked_values_and_every_axis_a_recipe():
     assert {r.surrogate for r in RECIPES.values()} == set(SURROGATES)
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_worked_values(recipe):
+def test_worked_values(recipe, fused):
     loss, grad, far_loss, far_grad = WORKED[recipe]
     mask = torch.tensor([[True, True], [True, False]])
     ratios = torch.tensor([[*r, 1.0][:2] for r in RATIOS], dtype=torch.float64)
@@ -91,13 +92,13 @@ def test_worked_values(recipe):
         "selected": torch.tensor([[False, True], [False, False]]),
     }
     tensors |= {k: v for k, v in extra.items() if k in RECIPES[recipe].needs}
-    got = run(recipe, tensors)
+    got = run(recipe, tensors, fused=fused)
     assert got[0].item() == pytest.approx(loss, abs=1e-12)
     assert got[1]["logprobs"][mask].tolist() == pytest.approx(grad, abs=1e-12)
     one = {k: v[:1, :1] for k, v in tensors.items() if k != "advantages"}
     one |= {"old_logprobs": one["logprobs"] - log(FAR), "advantages": torch.tensor([-1.0], dtype=torch.float64)}
     one |= {"rollout_logprobs": one["old_logprobs"]} if "rollout_logprobs" in one else {}
-    got = run(recipe, one)
+    got = run(recipe, one, fused=fused)
     assert got[0].item() == pytest.approx(far_loss, abs=1e-12)
     assert got[1]["logprobs"].item() == pytest.approx(far_grad, abs=1e-12)
 
@@ -106,8 +107,9 @@ CONSTANT_RATIO = ("cispo", "cispo-cap", "vespo")
 """Surrogates whose ratio is a weight without gradient."""
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_gradcheck_of_every_recipe(recipe):
+def test_gradcheck_of_every_recipe(recipe, fused):
     tensors = batch(recipe)
     start = tensors["logprobs"]
     shift = start - tensors["old_logprobs"]
@@ -117,23 +119,24 @@ def test_gradcheck_of_every_recipe(recipe):
     def call(logprobs, entropy):
         old = (logprobs - shift).detach() if frozen else tensors["old_logprobs"]
         given = {**tensors, "logprobs": logprobs, "entropy": entropy, "old_logprobs": old}
-        return policy_loss(recipe, **given, **OPTIONS).loss
+        return policy_loss(recipe, **given, **OPTIONS, fused=fused).loss
 
     leaves = [tensors[k].requires_grad_() for k in LEAVES]
     assert torch.autograd.gradcheck(call, leaves, **tolerances.GRADCHECK)
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_masked_tokens_change_no_bit(recipe, dtype):
+def test_masked_tokens_change_no_bit(recipe, dtype, fused):
     tensors = batch(recipe, dtype)
-    loss, grads, stats = run(recipe, tensors, **OPTIONS)
+    loss, grads, stats = run(recipe, tensors, **OPTIONS, fused=fused)
     mask = tensors["mask"]
     dirty = {k: v.where(mask, float("nan")) if v.is_floating_point() else v.clone() for k, v in tensors.items()}
     if "selected" in dirty:
         dirty["selected"][~mask] = True
     before = {k: v.clone() for k, v in dirty.items()}
-    again = run(recipe, dirty, **OPTIONS)
+    again = run(recipe, dirty, **OPTIONS, fused=fused)
     assert torch.equal(again[0], loss) and torch.equal(again[2].tensor, stats.tensor)
     for name, grad in grads.items():
         assert torch.equal(again[1][name], grad) and not grad[~mask].any() and grad.any(), name
@@ -224,6 +227,20 @@ def test_long_rows_have_the_same_bits_alone_again_and_with_any_number_of_threads
         assert torch.equal(packed[1]["logprobs"], grad.reshape(-1))
         found.append(grad)
     assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2]) and grad.any()
+
+
+def test_a_new_recipe_is_one_function_and_a_line(monkeypatch):
+    # DRO as in verl: -(A log p - beta / 2 (log-ratio)^2).
+    def dro(b, ratio, t):
+        return -b.advantages * b.logprobs + t.options["beta"] / 2 * b.log_ratio.square(), torch.zeros_like(b.at.mask)
+
+    monkeypatch.setitem(SURROGATES, "dro", Surrogate(dro, options={"beta": 0.5}))
+    monkeypatch.setitem(RECIPES, "dro", Recipe(surrogate="dro"))
+    tensors = batch("dro")
+    mask, d = tensors["mask"], tensors["logprobs"] - tensors["old_logprobs"]
+    expected = (-tensors["advantages"] * tensors["logprobs"] + 0.1 * d.square())[mask].mean()
+    torch.testing.assert_close(run("dro", tensors, options={"beta": 0.2})[0], expected)
+    assert "| `dro` | token | dro |" in table()
 
 
 def test_the_table_is_data_that_a_trainer_can_read():

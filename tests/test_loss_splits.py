@@ -49,14 +49,16 @@ def check(recipe, parts, whole, pieces):
         close(got, expected)
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("recipe", GLOBAL)
-def test_micro_batches_add_up(recipe, split):
+def test_micro_batches_add_up(recipe, split, fused):
     tensors = batch(recipe)
+    options = {**OPTIONS, "fused": fused}
     counts = Denominators.of(tensors["mask"])
-    whole = run(recipe, tensors, **OPTIONS)
+    whole = run(recipe, tensors, **options)
     pieces = [(rows, T) for rows in SPLITS[split]]
-    parts = [run(recipe, {k: v[r] for k, v in tensors.items()}, denominators=counts, **OPTIONS) for r, _ in pieces]
+    parts = [run(recipe, {k: v[r] for k, v in tensors.items()}, denominators=counts, **options) for r, _ in pieces]
     check(recipe, parts, whole, pieces)
 
 

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import tolerances
 import torch
 from parity import assert_parity, double
 
-from rlhf_fast.corrections import rollout_correction
 from rlhf_fast.denominators import Denominators
 from rlhf_fast.losses import RECIPES, policy_loss, preference_loss
-from rlhf_fast.ops import kl_estimate, linear_token_logprobs, ppo_loss, token_logprobs
+from rlhf_fast.ops import kl_estimate, linear_token_logprobs, token_logprobs
 from rlhf_fast.preference import KINDS
 from rlhf_fast.reference import ppo_loss as sample_source
 
@@ -38,35 +38,42 @@ def single(ratios, advantage, recipe, **options):
     return run(recipe, kwargs, **options)
 
 
-FUSED = [n for n, r in RECIPES.items() if (r.level, r.surrogate, r.ratio_cap) == ("token", "clip", None)]
-"""Recipes that `ppo_loss` computes in one pass, with other numbers."""
+FUSED = [name for name, recipe in RECIPES.items() if recipe.fused]
 
 
 @pytest.mark.parametrize("recipe", FUSED)
-def test_the_fused_loss_and_the_recipe_agree(recipe):
+def test_the_kernel_and_the_formula_of_a_recipe_agree(recipe):
     rules = RECIPES[recipe]
     for dtype in (torch.float64, torch.float32):
         kwargs = batch(dtype=dtype)
         extra = {"entropy": torch.rand(6, 41).to(dtype), "entropy_coef": 0.01, "kl_coef": 0.1, "kl_kind": "k3"}
-        weights, rollout = {}, {}
         if rules.correction is not None:
-            rollout["rollout_logprobs"] = kwargs["old_logprobs"] - 0.1 * torch.randn(6, 41).to(dtype)
-            found = rollout_correction(kwargs["old_logprobs"], **rollout, mask=kwargs["mask"], kind=rules.correction)
-            weights["importance_weights"] = found.weights
-        reduction = {"reduction": rules.reduction}
-        if rules.reduction == "constant":
-            normalizer = Denominators.of(kwargs["mask"]).normalizer("constant", dtype)
-            reduction = {"reduction": "token-sum", "normalizer": normalizer}
-        leaf = kwargs["logprobs"].clone().requires_grad_()
-        fused = ppo_loss(
-            **{**kwargs, "logprobs": leaf}, clip=rules.clip, dual_clip=rules.dual_clip, **extra, **weights, **reduction
-        )
-        loss, grad, stats = run(recipe, kwargs, **extra, **rollout)
-        truth = run(recipe, double(kwargs), **double(extra), **double(rollout))
-        assert_parity(1 + fused.loss.detach(), 1 + truth[0], 1 + loss)  # at the size of a term: the terms cancel
-        assert_parity(torch.autograd.grad(fused.loss, leaf)[0], truth[1], grad)
-        for name in stats:
-            assert_parity(1 + fused.stats[name], 1 + truth[2][name], 1 + stats[name], name)
+            extra["rollout_logprobs"] = kwargs["old_logprobs"] - 0.1 * torch.randn(6, 41).to(dtype)
+        fused, plain = run(recipe, kwargs, **extra, fused=True), run(recipe, kwargs, **extra, fused=False)
+        default = run(recipe, kwargs, **extra)
+        assert torch.equal(default[0], fused[0]) and torch.equal(default[1], fused[1])
+        truth = run(recipe, double(kwargs), **double(extra), fused=False)
+        assert_parity(1 + fused[0], 1 + truth[0], 1 + plain[0])  # at the size of a term: the terms cancel
+        assert_parity(fused[1], truth[1], plain[1])
+        for name in plain[2]:
+            assert_parity(1 + fused[2][name], 1 + truth[2][name], 1 + plain[2][name], name)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_no_kernel_covers_is_computed_by_the_formula(recipe):
+    kwargs = {k: torch.ones(2, 3, dtype=torch.bool) for k in ("mask", "selected")}
+    kwargs |= {
+        k: -torch.rand(2, 3) for k in ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs")
+    }
+    kwargs = {k: v for k, v in kwargs.items() if k not in {"selected", "rollout_logprobs"} - set(RECIPES[recipe].needs)}
+    uncovered = {"kl_coef": 0.1, "kl_kind": "k3", "kl_placement": "corrected"}
+    assert (
+        policy_loss(recipe, **kwargs, **uncovered).loss == policy_loss(recipe, **kwargs, **uncovered, fused=False).loss
+    )
+    with pytest.raises(
+        ValueError, match=f"'fused' got True, expected None or False: no kernel covers {re.escape(recipe)}"
+    ):
+        policy_loss(recipe, **kwargs, **uncovered, fused=True)
 
 
 def test_worked_values_of_sequence_ratios():
@@ -235,6 +242,20 @@ def test_the_gradient_reaches_the_hidden_states_without_logits(recipe):
     assert not got[1][~mask].any() and got[1].any()
 
 
+@pytest.mark.parametrize("recipe", ["grpo", "dr_grpo", "decoupled_ppo", "gspo", "gmpo", "vespo", "sapo"])
+def test_a_whole_loss_compiles_into_one_graph(recipe):
+    kwargs = batch()
+    if "rollout_logprobs" in RECIPES[recipe].needs:
+        kwargs["rollout_logprobs"] = kwargs["old_logprobs"] - 0.1 * torch.randn(6, 41)
+    counts = Denominators.of(torch.ones(9, 41, dtype=torch.bool))
+    compiled = torch.compile(policy_loss, backend="aot_eager", fullgraph=True)
+    leaf = kwargs["logprobs"].clone().requires_grad_()
+    loss = compiled(recipe, **{**kwargs, "logprobs": leaf}, kl_coef=0.1, denominators=counts).loss
+    expected = run(recipe, kwargs, kl_coef=0.1, denominators=counts)
+    torch.testing.assert_close(loss.detach(), expected[0])
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected[1])
+
+
 def test_importance_weights_scale_the_policy_term():
     kwargs = batch()
     half = run("grpo", kwargs, importance_weights=torch.full((6, 41), 0.5))
@@ -271,6 +292,8 @@ ALL = Denominators.of(torch.ones(2, 3, dtype=torch.bool))
         ({"recipe": "sapo", "options": {"tau_positive": 0.0}}, r"'options\['tau_positive'\]' got 0.0"),
         ({"recipe": "kl_cov"}, "'selected' got None, expected a tensor with recipe 'kl_cov'"),
         ({"recipe": "kl_cov", "selected": Z}, "'selected' got torch.float32"),
+        ({"selected": Z.bool()}, "'selected' got a tensor, expected None: ppo does not read it"),
+        ({"fused": True, "kl_clamp": 10.0}, "'fused' got True, expected None or False: no kernel covers ppo"),
         ({"recipe": "decoupled_ppo"}, "'rollout_logprobs' got None, expected a tensor with correction='token'"),
         ({"rollout_logprobs": Z}, "'correction' got None, expected a kind"),
         ({"rollout_logprobs": Z, "correction": "tis"}, "'correction' got 'tis', expected one of 'token'"),

@@ -85,6 +85,11 @@ def ppo_loss(
         kl_coef, kl_kind, values, old_values, returns, value_clip, value_coef, importance_weights, reduction, normalizer,
         dialect, cu_seqlens,
     )  # fmt: skip
+    return loss_output(inputs)
+
+
+def loss_output(inputs) -> LossOutput:  # type: ignore[no-untyped-def]
+    """The loss of checked `arguments`."""
     gradients = torch.is_grad_enabled() and _wants(inputs[0], inputs[4], inputs[6])
     loss, stats, *_ = _ppo_loss(*inputs, gradients)
     return LossOutput(loss, Stats(stats, STATS))
