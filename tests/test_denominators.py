@@ -5,6 +5,7 @@ import torch
 
 from rlhf_fast import Denominators
 from rlhf_fast.denominators import COUNTS, DIVISORS
+from rlhf_fast.reference._reduce import spread, sums
 
 MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 1]], dtype=torch.bool)
 
@@ -20,6 +21,14 @@ def test_counts_of_a_padded_and_of_a_packed_batch():
     assert counts(Denominators.of(flat, cu_seqlens, horizon=10)) == counts(Denominators.of(MASK, horizon=10))
     assert Denominators.of(MASK).counts.dtype is torch.int64
     assert Denominators.of(MASK.long()).counts.tolist() == Denominators.of(MASK).counts.tolist()
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4), (0, 0)])
+def test_batches_without_rows_or_columns(shape):
+    d = Denominators.of(torch.zeros(shape, dtype=torch.bool), horizon=10)
+    assert counts(d) == {"tokens": 0, "sequences": 0, "slots": 10 * shape[0], "sequence_slots": 0}
+    assert sums(torch.zeros(shape), None).tolist() == [0.0] * shape[0]
+    assert spread(torch.ones(shape[0]), torch.zeros(shape), None).shape == shape
 
 
 def test_sums_of_parts_are_the_whole():

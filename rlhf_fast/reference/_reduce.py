@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def segments(like: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
         numbers = torch.arange(len(lengths), device=like.device)
         return torch.repeat_interleave(numbers, lengths, output_size=like.numel()), len(lengths)
-    rows = like.numel() // like.shape[-1] if like.dim() and like.shape[-1] else 0
+    rows = math.prod(like.shape[:-1])
     return torch.arange(rows, device=like.device)[:, None].expand(rows, like.shape[-1]).reshape(like.shape), rows
 
 
