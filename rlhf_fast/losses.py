@@ -166,6 +166,8 @@ def policy_loss(
         out = policy_loss("dapo", s.logprobs, old, advantages, mask, entropy=s.entropy, entropy_coef=0.01, denominators=d)
         out.loss.backward()
 
+    (`linear_ppo_loss` fuses head and loss for PPO.)
+
     Losses of parts add up to the loss of the whole, gradients included, when all of them get the `Denominators` of the whole.
     That holds for every recipe but bnpo, whose denominator is the token count of the batch at hand by definition. clip_cov and
     kl_cov look across the batch: their tokens are chosen once, by `covariance_mask`, and passed in.
@@ -174,6 +176,7 @@ def policy_loss(
         recipe: one of RECIPES.
         logprobs: (B, T) of the sampled tokens, in nats; (N,) with cu_seqlens.
         old_logprobs: like logprobs, of the policy before the update ("proximal"); None = logprobs, detached (on-policy).
+            For vespo: of the policy that sampled.
         advantages: like logprobs, or one per sequence.
         mask: like logprobs, True = real token. Masked tokens are never read; gradient 0.
         ref_logprobs: like logprobs; adds kl_coef kl, per token and reduced like the policy term.
