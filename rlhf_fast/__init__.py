@@ -13,10 +13,10 @@ from typing import Any
 from rlhf_fast._op import backends, use_backend
 from rlhf_fast._types import Advantages, LossOutput, PreferenceOutput, TokenStats
 from rlhf_fast._version import __version__
-from rlhf_fast.integrations import patch, unpatch
 from rlhf_fast.corrections import off_policy_mask, rollout_correction
 from rlhf_fast.denominators import Denominators
 from rlhf_fast.entropy import EntropyController, covariance_mask, top_entropy_mask
+from rlhf_fast.integrations import patch, unpatch
 from rlhf_fast.losses import policy_loss, preference_loss
 from rlhf_fast.ops import (
     advantages,
@@ -30,6 +30,9 @@ from rlhf_fast.ops import (
     token_logprobs,
     whiten,
 )
+from rlhf_fast.preference import running_delta, update_reference
+from rlhf_fast.ranking import kto_loss, plackett_luce_loss, with_length_covariate
+from rlhf_fast.sequences import SequenceLogprobs, sequence_logprobs
 
 __all__ = [
     "Advantages",
@@ -38,6 +41,7 @@ __all__ = [
     "LoraConfig",
     "LossOutput",
     "PreferenceOutput",
+    "SequenceLogprobs",
     "SharedModel",
     "TokenStats",
     "__version__",
@@ -47,20 +51,26 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl_estimate",
+    "kto_loss",
     "linear_ppo_loss",
     "linear_token_logprobs",
-    "patch",
     "off_policy_mask",
+    "patch",
+    "plackett_luce_loss",
     "policy_loss",
     "ppo_loss",
     "preference_loss",
     "reward_loss",
     "rollout_correction",
+    "running_delta",
+    "sequence_logprobs",
     "token_logprobs",
-    "unpatch",
     "top_entropy_mask",
+    "unpatch",
+    "update_reference",
     "use_backend",
     "whiten",
+    "with_length_covariate",
 ]
 
 # In a checkout and in an editable install the Triton kernels lie beside this package, not inside it.

@@ -1,157 +1,32 @@
-"""Losses on preference pairs by name: one function of the implicit rewards and one line in KINDS each."""
+"""Losses on preference pairs by name, and what some of them keep between steps. The kinds are in `preference_kinds`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from rlhf_fast import _check
 from rlhf_fast._types import PreferenceOutput
+from rlhf_fast.ops.ppo_loss import scalar
+from rlhf_fast.preference_kinds import DIVERGENCES, KINDS, Pairs
 
-
-@dataclass(frozen=True)
-class Pairs:
-    """Inputs of a preference loss, (B,) each, with the settings that some of the kinds read."""
-
-    chosen: Tensor
-    """Log-ratio policy / reference of the chosen answer (its log-prob without a reference); per token with lengths."""
-    rejected: Tensor
-    beta: float
-    label_smoothing: float
-    gamma: float
-    delta: float
-    penalty: float
-    chosen_logprobs: Tensor
-    ref_chosen_logprobs: Tensor | None
-    mask: Tensor
-
-    @property
-    def logits(self) -> Tensor:
-        """beta D."""
-        return self.beta * (self.chosen - self.rejected)
-
-
-def _cdpo(p: Pairs) -> Tensor:
-    return -(1 - p.label_smoothing) * logsigmoid(p.logits) - p.label_smoothing * logsigmoid(-p.logits)
-
-
-def _robust(p: Pairs) -> Tensor:
-    flipped = -(1 - p.label_smoothing) * logsigmoid(p.logits) + p.label_smoothing * logsigmoid(-p.logits)
-    return flipped / (1 - 2 * p.label_smoothing)
-
-
-def _ipo(p: Pairs) -> Tensor:
-    return (p.chosen - p.rejected - 1 / (2 * p.beta)).square()
-
-
-def _hinge(p: Pairs) -> Tensor:
-    return torch.relu(1 - p.logits)
-
-
-def _exo(p: Pairs) -> Tensor:
-    """q log(q / (1 - e)) + (1 - q) log((1 - q) / e); the logs of q from logsigmoid, so that a sure pair stays finite."""
-    e = p.label_smoothing
-    q, log_q, log_rest = torch.sigmoid(p.logits), logsigmoid(p.logits), logsigmoid(-p.logits)
-    return q * (log_q - torch.log1p(torch.full_like(q, -e))) + (1 - q) * (log_rest - torch.full_like(q, e).log())
-
-
-def _nca(p: Pairs) -> Tensor:
-    chosen, rejected = p.beta * p.chosen, p.beta * p.rejected
-    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
-
-
-def _bco(p: Pairs) -> Tensor:
-    return -logsigmoid(p.beta * p.chosen - p.delta) - logsigmoid(-(p.beta * p.rejected - p.delta))
-
-
-def _apo_zero(p: Pairs) -> Tensor:
-    return 1 - torch.sigmoid(p.beta * p.chosen) + torch.sigmoid(p.beta * p.rejected)
-
-
-def _apo_down(p: Pairs) -> Tensor:
-    return torch.sigmoid(p.beta * p.chosen) + 1 - torch.sigmoid(p.logits)
-
-
-def _sppo(p: Pairs) -> Tensor:
-    return (p.chosen - 1 / (2 * p.beta)).square() + (p.rejected + 1 / (2 * p.beta)).square()
-
-
-def _aot(p: Pairs) -> Tensor:
-    """The k-th best chosen answer against the k-th best rejected one; pairs left out sort last in both."""
-    order, other = (x.masked_fill(~p.mask, torch.inf).argsort(stable=True) for x in (p.chosen, p.rejected))
-    losses = -logsigmoid(p.beta * (p.chosen[order] - p.rejected[other]))
-    return torch.zeros_like(losses).scatter(0, order, losses)
-
-
-def _discopop(p: Pairs) -> Tensor:
-    x = p.logits
-    gate = x / 0.05
-    return -torch.sigmoid(-gate) * logsigmoid(x) + torch.exp(logsigmoid(gate) - x)
-
-
-def _dpop(p: Pairs) -> Tensor:
-    assert p.ref_chosen_logprobs is not None
-    return -logsigmoid(p.logits - p.beta * p.penalty * torch.relu(p.ref_chosen_logprobs - p.chosen_logprobs))
-
-
-def _simpo(p: Pairs) -> Tensor:
-    return -logsigmoid(p.logits - p.gamma)
-
-
-def _cpo(p: Pairs) -> Tensor:
-    return -logsigmoid(p.logits) - p.chosen_logprobs
-
-
-def _orpo(p: Pairs) -> Tensor:
-    odds = p.chosen - p.rejected - (_log1mexp(p.chosen) - _log1mexp(p.rejected))
-    return -p.chosen_logprobs - p.beta * logsigmoid(odds)
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0 (Maechler 2012)."""
-    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    near = x > -0.6931472
-    return torch.where(
-        near, torch.log(-torch.expm1(x.where(near, -0.5))), torch.log1p(-torch.exp(x.where(~near, -1.0)))
-    )
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a loss reads its pairs."""
-
-    loss: Callable[[Pairs], Tensor]
-    options: tuple[str, ...] = ()
-    """Keywords of preference_loss that it reads besides beta."""
-    reference: bool = True
-    """False: compares log-probs, not log-ratios, and takes no reference."""
-    per_token: bool = False
-    """Defined on means per token only, so the lengths are required."""
-
-
-KINDS: dict[str, Kind] = {
-    "dpo": Kind(_cdpo, ("label_smoothing",)),
-    "cdpo": Kind(_cdpo, ("label_smoothing",)),
-    "robust": Kind(_robust, ("label_smoothing",)),
-    "ipo": Kind(_ipo),
-    "hinge": Kind(_hinge),
-    "exo": Kind(_exo, ("label_smoothing",)),
-    "nca": Kind(_nca),
-    "bco": Kind(_bco, ("delta",)),
-    "apo_zero": Kind(_apo_zero),
-    "apo_down": Kind(_apo_down),
-    "sppo": Kind(_sppo),
-    "aot": Kind(_aot),
-    "discopop": Kind(_discopop),
-    "dpop": Kind(_dpop, ("penalty",)),
-    "simpo": Kind(_simpo, ("gamma",), reference=False, per_token=True),
-    "cpo": Kind(_cpo, reference=False),
-    "orpo": Kind(_orpo, reference=False, per_token=True),
+_RANGES: dict[str, tuple[float, float]] = {
+    "label_smoothing": (0.0, math.nextafter(0.5, 0.0)),
+    "gamma": (-math.inf, math.inf),
+    "delta": (-math.inf, math.inf),
+    "penalty": (0.0, math.inf),
+    "nll_coef": (0.0, math.inf),
+    "length_coef": (-math.inf, math.inf),
+    "tau": (math.ulp(0.0), 1.0),
+    "alpha": (-math.inf, math.inf),
+    "desirable_weight": (0.0, math.inf),
+    "undesirable_weight": (0.0, math.inf),
 }
+"""Of the options; tau > 1 would let exp(-x) outgrow its gate."""
 
 OP = "preference_loss"
 
@@ -162,119 +37,264 @@ def preference_loss(
     ref_chosen_logprobs: Tensor | None = None,
     ref_rejected_logprobs: Tensor | None = None,
     *,
-    kind: str = "dpo",
+    kind: str | Mapping[str, float] = "dpo",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    kl_logratios: Tensor | None = None,
+    weights: Tensor | None = None,
+    divergence: str = "reverse_kl",
     gamma: float = 0.0,
-    delta: float = 0.0,
+    delta: float | Tensor = 0.0,
     penalty: float = 50.0,
+    nll_coef: float = 1.0,
+    length_coef: float = 0.01,
+    tau: float = 0.05,
+    alpha: float | None = None,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
     mask: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> PreferenceOutput:
     """Mean loss over pairs of (chosen, rejected) answers; D = (chosen - ref_chosen) - (rejected - ref_rejected).
 
-    dpo / cdpo: -(1-e) log sigmoid(b D) - e log sigmoid(-b D) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); robust
-    (2403.00409); ipo: (D - 1/(2b))^2 (2310.12036, eq. 17); hinge (2305.10425); exo (2402.00856); nca (2402.05369); bco
-    (2404.04656); apo_zero, apo_down (2408.06266); sppo (2405.00675); aot; discopop; dpop (2402.13228); and without a
-    reference simpo (2405.14734, eq. 6), cpo (2401.08417), orpo (2403.07691).
+    The formula and the paper of each kind are in KINDS. Length-desensitised DPO (Liu et al. 2024, arXiv 2409.06411) is dpo on
+    log-probs of `sequence_logprobs` with a tail weight; TR-DPO (Gorbatovski et al. 2024, 2404.09656) is any kind with
+    `update_reference` between steps.
 
     Args:
         chosen_logprobs, rejected_logprobs: (B,) log-probs of the whole answers (sums over tokens), in nats.
         ref_chosen_logprobs, ref_rejected_logprobs: (B,) the same under the reference, constants. Required by the kinds that
-            compare with it, refused by simpo, cpo and orpo.
-        kind: one of KINDS.
+            compare with it, refused by the others.
+        kind: one of KINDS, or {kind: weight} for a weighted sum (MPO, Wang et al. 2024, arXiv 2411.10442: {"dpo": 0.8,
+            "bco": 0.2, "sft": 1.0}) with one set of options.
         beta: > 0.
-        label_smoothing: e in [0, 0.5); for dpo, cdpo, robust and exo (there > 0).
-        chosen_lengths, rejected_lengths: (B,) tokens per answer; when given, every log-prob is a mean per token (IPO as in
-            TRL, length-normalised DPO). Required by simpo and orpo.
-        gamma: target margin of simpo, in the units of the loss's logit. delta: reward shift of bco. penalty: weight of dpop.
+        label_smoothing: e in [0, 0.5), probability that the label is flipped; exo needs e > 0.
+        chosen_lengths, rejected_lengths: (B,) tokens per answer, for the kinds that read them. The log-probs stay sums.
+        kl_logratios: (M,) log-ratios policy / reference of answers to other prompts, constants; for kto: z0 is their mean,
+            at least 0. Micro-batches of one batch share all of them.
+        weights: (B,) constant factors of the pairs' losses.
+        divergence: one of DIVERGENCES, for the kinds that allow it (f-DPO); "alpha" is (1 - u^-alpha) / alpha, so TRL's
+            coefficient is 1 - alpha.
+        gamma: target margin of simpo and alpha_po, in units of the loss's logit (TRL's simpo_gamma), and slic's delta.
+        delta: reward shift of bco, a number or a 0-d constant; see `running_delta`.
+        penalty, nll_coef, length_coef, tau, alpha, desirable_weight, undesirable_weight: as in the formulas.
         mask: (B,) False = pair to leave out (never read, no gradient).
+        normalizer: > 0, replaces the number of pairs: with that of the whole batch, micro-batches add up to its loss and
+            gradient, but for the kinds that look across the batch (aot, aot_unpaired).
 
     Returns:
-        PreferenceOutput(loss, chosen_rewards, rejected_rewards): a scalar, 0 without pairs, and beta x log-ratio (B,).
+        PreferenceOutput(loss, chosen_rewards, rejected_rewards): a scalar, 0 without pairs, and (B,) beta x what the (first)
+        kind compares: log-ratio or log-prob. kto sums the terms of both answers, so its loss is twice TRL's mean over answers.
 
     Raises:
-        TypeError, ValueError: wrong kind, dtype, shape, device or range, a keyword the kind does not read; names it.
+        TypeError, ValueError: wrong kind, dtype, shape, device or range, an argument the kind does not read; names it.
     """
-    _check.choice(OP, "kind", kind, tuple(KINDS))
-    rules = KINDS[kind]
+    mixture = _mixture(kind)
+    rules = [KINDS[name] for name in mixture]
     beta = _check.number(OP, "beta", beta, 0.0, open_low=True)
-    _options(
-        kind,
-        rules,
-        label_smoothing=(label_smoothing, 0.0),
-        gamma=(gamma, 0.0),
-        delta=(delta, 0.0),
-        penalty=(penalty, 50.0),
+    _divergence(mixture, divergence)
+    options = _options(
+        mixture,
+        divergence,
+        label_smoothing=label_smoothing,
+        gamma=gamma,
+        delta=delta,
+        penalty=penalty,
+        nll_coef=nll_coef,
+        length_coef=length_coef,
+        tau=tau,
+        alpha=alpha,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
     )
     _check.floating(OP, "chosen_logprobs", chosen_logprobs)
     if chosen_logprobs.dim() != 1:
         raise _check.error(ValueError, OP, "chosen_logprobs", f"shape {tuple(chosen_logprobs.shape)}", "(B,)")
     _check.like(OP, "rejected_logprobs", rejected_logprobs, chosen_logprobs, "chosen_logprobs")
-    for name, x in (
-        ("ref_chosen_logprobs", ref_chosen_logprobs),
-        ("ref_rejected_logprobs", ref_rejected_logprobs),
-    ):
-        if rules.reference:
+    for name, x in (("ref_chosen_logprobs", ref_chosen_logprobs), ("ref_rejected_logprobs", ref_rejected_logprobs)):
+        if any(r.reference for r in rules):
             _check.like(OP, name, x, chosen_logprobs, "chosen_logprobs")
         elif x is not None:
-            raise _check.error(ValueError, OP, name, "a tensor", f"None: {kind} takes no reference")
+            raise _check.error(ValueError, OP, name, "a tensor", f"None: {_names(mixture)} takes no reference")
     mask = _check.mask_like(OP, mask, chosen_logprobs, "chosen_logprobs")
     if mask is None:
         mask = torch.ones_like(chosen_logprobs, dtype=torch.bool)
-    lengths = _lengths(kind, rules, chosen_lengths, rejected_lengths, chosen_logprobs)
+    lengths = _lengths(mixture, chosen_lengths, rejected_lengths, chosen_logprobs)
+    if weights is not None:
+        _check.like(OP, "weights", weights, chosen_logprobs, "chosen_logprobs")
+        if any(r.across for r in rules):
+            raise _check.error(ValueError, OP, "weights", "a tensor", f"None: {_names(mixture)} pairs answers by rank")
 
-    tensors = _check.common_wide(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    zeroed = [None if x is None else x.where(mask, 0.0) for x in tensors]
-    if lengths is not None:
-        divisors = (*lengths, *lengths)
-        zeroed = [None if x is None else x / n for x, n in zip(zeroed, divisors, strict=True)]
-    chosen, rejected, ref_chosen, ref_rejected = zeroed
-    assert chosen is not None and rejected is not None
-    pairs = Pairs(
-        chosen=chosen if ref_chosen is None else chosen - ref_chosen.detach(),
-        rejected=rejected if ref_rejected is None else rejected - ref_rejected.detach(),
-        beta=beta,
-        label_smoothing=label_smoothing,
-        gamma=gamma,
-        delta=delta,
-        penalty=penalty,
-        chosen_logprobs=chosen,
-        ref_chosen_logprobs=None if ref_chosen is None else ref_chosen.detach(),
-        mask=mask,
+    chosen, rejected, *constants = _check.common_wide(
+        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, weights
     )
-    loss = rules.loss(pairs).where(mask, 0.0).sum() / mask.sum().clamp(min=1)
-    rewards = (beta * x.detach() for x in (pairs.chosen, pairs.rejected))
-    return PreferenceOutput(loss, *rewards)
+    assert chosen is not None and rejected is not None
+    policy_chosen, policy_rejected = chosen.where(mask, 0.0), rejected.where(mask, 0.0)
+    ref_chosen, ref_rejected, weights = (None if x is None else x.detach().where(mask, 0.0) for x in constants)
+    kl = _kl(mixture, kl_logratios, policy_chosen)
+    lengths_w, lengths_l = (None if n is None else n.where(mask, 1).to(policy_chosen.dtype) for n in lengths)
+
+    total: Tensor | None = None
+    rewards: list[Tensor] = []
+    for name, share in mixture.items():
+        compared = [policy_chosen, policy_rejected]
+        if KINDS[name].reference:
+            assert ref_chosen is not None and ref_rejected is not None
+            compared = [policy_chosen - ref_chosen, policy_rejected - ref_rejected]
+        if KINDS[name].per_token:
+            assert lengths_w is not None and lengths_l is not None
+            compared = [compared[0] / lengths_w, compared[1] / lengths_l]
+        rewards = rewards or [beta * x.detach() for x in compared]
+        if KINDS[name].divergence:
+            compared = [DIVERGENCES[divergence](x, alpha or 0.0) for x in compared]
+        chosen, rejected = compared
+        pairs = Pairs(
+            chosen, rejected, policy_chosen, policy_rejected, ref_chosen, ref_rejected, lengths_w, lengths_l, mask, kl, beta,
+            **options,
+        )  # fmt: skip
+        losses = KINDS[name].loss(pairs)
+        total = share * losses if total is None else total + share * losses
+    assert total is not None
+    if weights is not None:
+        total = total * weights
+    return PreferenceOutput(mean_over(OP, total, mask, normalizer), *rewards)
 
 
-def _options(kind: str, rules: Kind, **given: tuple[float, float]) -> None:
-    """Every option is a number in its range, and none is set that the kind does not read."""
-    for name, (value, default) in given.items():
-        smoothing = name == "label_smoothing"
-        _check.number(OP, name, value, 0.0 if smoothing or name == "penalty" else -float("inf"))
-        if value != default and name not in rules.options:
-            readers = ", ".join(k for k, r in KINDS.items() if name in r.options)
-            raise _check.error(ValueError, OP, name, value, f"{default} with kind {kind!r} (only {readers} read it)")
-        if smoothing and not value < 0.5:
-            raise _check.error(ValueError, OP, name, value, "a number in [0, 0.5)")
-        if smoothing and kind == "exo" and value == 0:
-            raise _check.error(ValueError, OP, name, value, "a number in (0, 0.5) with kind 'exo'")
+def mean_over(op: str, losses: Tensor, mask: Tensor, normalizer: Tensor | float | None) -> Tensor:
+    """Sum of the real losses over their number, or over a checked `normalizer`; 0 where that is 0."""
+    if normalizer is None:
+        count = mask.sum().to(losses.dtype)
+    elif isinstance(normalizer, Tensor):
+        count = scalar(op, normalizer, losses)
+    else:
+        count = losses.new_full((), _check.number(op, "normalizer", normalizer, 0.0, open_low=True))
+    total = losses.where(mask, 0.0).sum()
+    return torch.where(count > 0, total / count.where(count > 0, 1.0), 0.0)
+
+
+@torch.no_grad()
+def running_delta(
+    delta: Tensor, seen: Tensor, output: PreferenceOutput, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(delta, answers seen), 0-d each, after one more batch: the running mean of all implicit rewards that bco subtracts.
+
+    Jung et al. 2024 (arXiv 2404.04656). Start from zeros; `output` is what `preference_loss` returned, `mask` its mask.
+    """
+    rewards = torch.cat([output.chosen_rewards, output.rejected_rewards])
+    real = torch.ones_like(rewards, dtype=torch.bool) if mask is None else torch.cat([mask, mask])
+    total = seen + real.sum()
+    return delta + (rewards - delta).where(real, 0.0).sum() / total.clamp(min=1), total
+
+
+@torch.no_grad()
+def update_reference(reference: Iterable[Tensor], policy: Iterable[Tensor], alpha: float = 0.6) -> None:
+    """reference <- alpha policy + (1 - alpha) reference, in place (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656).
+
+    alpha 1 is a hard update. TRL takes alpha 0.6 every 512 steps.
+
+    Raises ValueError when the two do not hold as many tensors of the same shapes, before any is changed.
+    """
+    alpha = _check.number("update_reference", "alpha", alpha, 0.0, 1.0)
+    targets, sources = list(reference), list(policy)
+    if [x.shape for x in targets] != [x.shape for x in sources]:
+        raise _check.error(
+            ValueError, "update_reference", "policy", f"{len(sources)} tensors", f"the {len(targets)} shapes of the reference"
+        )  # fmt: skip
+    for target, source in zip(targets, sources, strict=True):
+        target.lerp_(source.to(target.device, target.dtype), alpha)
+
+
+def _names(mixture: Mapping[str, float]) -> str:
+    return " + ".join(mixture)
+
+
+def _mixture(kind: str | Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(kind, Mapping):
+        _check.choice(OP, "kind", kind, tuple(KINDS))
+        return {kind: 1.0}
+    if not kind:
+        raise _check.error(ValueError, OP, "kind", "an empty mapping", "at least one kind")
+    for name in kind:
+        _check.choice(OP, "kind", name, tuple(KINDS))
+    return {name: _check.number(OP, f"kind[{name!r}]", weight) for name, weight in kind.items()}
+
+
+def _divergence(mixture: Mapping[str, float], divergence: str) -> None:
+    _check.choice(OP, "divergence", divergence, tuple(DIVERGENCES))
+    if divergence != "reverse_kl" and not any(KINDS[name].divergence for name in mixture):
+        readers = ", ".join(name for name, rules in KINDS.items() if rules.divergence)
+        raise _check.error(
+            ValueError, OP, "divergence", repr(divergence), f"'reverse_kl' with kind {_names(mixture)} (only {readers} read it)"
+        )  # fmt: skip
+
+
+def _options(mixture: Mapping[str, float], divergence: str, **given: Any) -> dict[str, Any]:
+    """The options, each a number in its range (delta also a 0-d tensor); none is set that no kind of the mixture reads."""
+    read = {option for name in mixture for option in KINDS[name].options}
+    if divergence == "alpha":
+        read.add("alpha")
+    defaults = preference_loss.__kwdefaults__ or {}
+    for option, value in given.items():
+        if isinstance(value, Tensor) and option == "delta":
+            if value.dim() != 0:
+                raise _check.error(ValueError, OP, option, f"shape {tuple(value.shape)}", "a number or a 0-d tensor")
+            given[option], changed = value.detach(), True
+        elif value is None and option == "alpha":
+            if "alpha" in read:
+                raise _check.error(
+                    ValueError, OP, "alpha", None, f"a number with {_names(mixture)} and divergence {divergence!r}"
+                )
+            changed = False
+        else:
+            given[option] = _check.number(OP, option, value, *_RANGES[option])
+            changed = value != defaults[option]
+        if changed and option not in read:
+            readers = ", ".join(name for name, rules in KINDS.items() if option in rules.options)
+            raise _check.error(
+                ValueError, OP, option, value, f"{defaults[option]} with kind {_names(mixture)} (only {readers} read it)"
+            )  # fmt: skip
+    if "exo" in mixture and given["label_smoothing"] == 0:
+        raise _check.error(ValueError, OP, "label_smoothing", 0.0, "a number in (0, 0.5) with kind exo")
+    return given
 
 
 def _lengths(
-    kind: str, rules: Kind, chosen: Tensor | None, rejected: Tensor | None, like: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    given = {"chosen_lengths": chosen, "rejected_lengths": rejected}
-    if chosen is None and rejected is None and not rules.per_token:
-        return None
-    for name, x in given.items():
+    mixture: Mapping[str, float], chosen: Tensor | None, rejected: Tensor | None, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    read = any(KINDS[name].per_token or KINDS[name].lengths for name in mixture)
+    for name, x in {"chosen_lengths": chosen, "rejected_lengths": rejected}.items():
+        if not read:
+            if x is not None:
+                readers = ", ".join(k for k, r in KINDS.items() if r.per_token or r.lengths)
+                raise _check.error(
+                    ValueError, OP, name, "a tensor", f"None with kind {_names(mixture)} (only {readers} read it)"
+                )
+            continue
         if x is None:
-            why = f"{kind} is defined on means per token" if rules.per_token else "the other lengths are given"
-            raise _check.error(ValueError, OP, name, None, f"a tensor (B,): {why}")
+            raise _check.error(ValueError, OP, name, None, f"a tensor (B,): {_names(mixture)} reads the lengths")
         _check.integer(OP, name, x)
         _check.shape(OP, name, x, like.shape, "chosen_logprobs")
         _check.device(OP, name, x, like, "chosen_logprobs")
-    assert chosen is not None and rejected is not None
-    return chosen.clamp(min=1), rejected.clamp(min=1)
+    return None if chosen is None else chosen.clamp(min=1), None if rejected is None else rejected.clamp(min=1)
+
+
+def _kl(mixture: Mapping[str, float], logratios: Tensor | None, like: Tensor) -> Tensor | None:
+    if "kto" in mixture:
+        return kl_baseline(OP, logratios, like)
+    if logratios is not None:
+        raise _check.error(
+            ValueError, OP, "kl_logratios", "a tensor", f"None with kind {_names(mixture)} (only kto reads it)"
+        )
+    return None
+
+
+def kl_baseline(op: str, logratios: Tensor | None, like: Tensor) -> Tensor:
+    """z0 of KTO, 0-d: the mean of the mismatched log-ratios, at least 0; 0 without any."""
+    _check.floating(op, "kl_logratios", logratios)
+    assert logratios is not None
+    if logratios.dim() != 1:
+        raise _check.error(ValueError, op, "kl_logratios", f"shape {tuple(logratios.shape)}", "(M,)")
+    _check.device(op, "kl_logratios", logratios, like, "the log-probs")
+    return (logratios.detach().to(like.dtype).sum() / max(1, logratios.numel())).clamp(min=0)
