@@ -17,6 +17,7 @@ from rlhf_fast.corrections import off_policy_mask, rollout_correction
 from rlhf_fast.denominators import Denominators
 from rlhf_fast.entropy import EntropyController, covariance_mask, top_entropy_mask
 from rlhf_fast.integrations import patch, unpatch
+from rlhf_fast.advantage_estimators import VTrace, gdpo_advantages, lambda_returns, length_adaptive_lambda, vtrace
 from rlhf_fast.losses import policy_loss, preference_loss
 from rlhf_fast.ops import (
     advantages,
@@ -44,14 +45,18 @@ __all__ = [
     "SequenceLogprobs",
     "SharedModel",
     "TokenStats",
+    "VTrace",
     "__version__",
     "advantages",
     "backends",
     "covariance_mask",
     "gae",
+    "gdpo_advantages",
     "group_advantages",
     "kl_estimate",
     "kto_loss",
+    "lambda_returns",
+    "length_adaptive_lambda",
     "linear_ppo_loss",
     "linear_token_logprobs",
     "off_policy_mask",
@@ -69,6 +74,7 @@ __all__ = [
     "unpatch",
     "update_reference",
     "use_backend",
+    "vtrace",
     "whiten",
     "with_length_covariate",
 ]

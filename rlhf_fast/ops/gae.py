@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def gae(
     mask: Tensor | None = None,
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,
     bootstrap: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     gap: str = "carry",
@@ -31,7 +33,8 @@ def gae(
         values: like rewards; value of the state before the token.
         mask: like rewards, True = real token; None = all real. Masked slots are never read and give 0.
         gamma: discount in [0, 1].
-        lam: trace decay in [0, 1].
+        lam: trace decay in [0, 1]; or a tensor (...) ((S,) when packed), one constant per row (VAPO, Yue et al. 2025, arXiv
+            2504.05118, with `length_adaptive_lambda`), read on the host: one scan per distinct number.
         bootstrap: (...) value of the state after the last real token of each row ((S,) when packed); None = 0.
         cu_seqlens: (S+1,) boundaries of S packed sequences, from 0 to N.
         gap: masked slots between real tokens (tool output, observations) are skipped ("carry"), or are a step with zero
@@ -49,7 +52,8 @@ def gae(
     ready = _check.alike("gae", rewards, "rewards", {"values": values})
     mask = _check.mask_like("gae", mask, rewards, "rewards")
     gamma = _check.number("gae", "gamma", gamma, 0.0, 1.0)
-    lam = _check.number("gae", "lam", lam, 0.0, 1.0)
+    if not isinstance(lam, Tensor):
+        lam = _check.number("gae", "lam", lam, 0.0, 1.0)
     _check.choice("gae", "gap", gap, ("carry", "decay"))
     shape = rewards.shape
     if cu_seqlens is not None:
@@ -71,10 +75,49 @@ def gae(
         bootstrap = bootstrap.reshape(-1)
     if not ready or bootstrap is not None:
         rewards, values, bootstrap = _check.common_wide(rewards, values, bootstrap)  # type: ignore[assignment]
-    advantages, returns = _gae(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, gap == "decay")
+    if isinstance(lam, Tensor):
+        numbers = _numbers(lam, rows, rewards)
+        advantages, returns = _by_lam(numbers, rewards, values, mask, bootstrap, cu_seqlens, gamma, gap == "decay")
+    else:
+        advantages, returns = _gae(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, gap == "decay")
     if advantages.shape != shape:
         return advantages.view(shape), returns.view(shape)
     return advantages, returns
+
+
+def _numbers(lam: Tensor, rows: tuple[int, ...], rewards: Tensor) -> list[float]:
+    _check.floating("gae", "lam", lam)
+    _check.shape("gae", "lam", lam, rows, "one number per sequence")
+    _check.device("gae", "lam", lam, rewards, "rewards")
+    numbers = lam.detach().reshape(-1).tolist()
+    for number in numbers:
+        _check.number("gae", "lam", number, 0.0, 1.0)
+    return numbers
+
+
+def _by_lam(numbers, rewards, values, mask, bootstrap, cu_seqlens, gamma, decay_gaps):  # type: ignore[no-untyped-def]
+    """The rows of each number in a call of their own, which gives them the bits of a call with that number."""
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    rows = torch.tensor(order, dtype=torch.int64, device=rewards.device)
+    place, ends, bounds = rows, list(range(len(order) + 1)), None
+    if cu_seqlens is not None:
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1])[rows]
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        moved = (cu_seqlens[:-1][rows] - bounds[:-1]).repeat_interleave(lengths, output_size=rewards.shape[0])
+        place, ends = torch.arange(rewards.shape[0], device=rewards.device) + moved, bounds.tolist()
+    sorted_ = [None if x is None else x[place] for x in (rewards, values, mask)]
+    start = None if bootstrap is None else bootstrap[rows]
+    parts, i = [], 0
+    for number, run in groupby(numbers[row] for row in order):
+        j = i + sum(1 for _ in run)
+        picked = [None if x is None else x[ends[i] : ends[j]] for x in sorted_]
+        inner = None if bounds is None else bounds[i : j + 1] - ends[i]
+        parts.append(_gae(*picked, None if start is None else start[i:j], inner, gamma, number, decay_gaps))
+        i = j
+    if not parts:
+        return _gae(rewards, values, mask, bootstrap, cu_seqlens, gamma, 0.0, decay_gaps)
+    back = place.argsort()
+    return tuple(torch.cat(pieces)[back] for pieces in zip(*parts, strict=True))
 
 
 def _rows(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:

@@ -28,19 +28,21 @@ def group_advantages(
     grpo: (r - mean) / (std + eps) (Shao et al. 2024, arXiv 2402.03300); dr_grpo: r - mean (Liu et al. 2025, 2503.20783);
     rloo: r - mean of the others (Ahmadian et al. 2024, 2402.14740); reinforce++: r - mean, whitened over the batch (Hu et al.
     2025, 2501.03262, baseline form); opo: r - sum(length r) / sum(length) (Hao et al. 2025, 2505.23585); remax: r - score of
-    the greedy answer (Li et al. 2023, 2310.10505); pass@k: the best sample gets best - second best, the others 0.
+    the greedy answer (Li et al. 2023, 2310.10505); pass@k: the best sample gets best - second best, the others 0; lite_ppo:
+    (r - mean) / (std of the batch + eps) (Liu et al. 2025, 2508.08221); gpg: (r - mean) B / (B - M), M of the B samples being in
+    groups without signal (Chu et al. 2025, 2504.02546; verl counts scores of 0 instead).
     A group of one and a group whose scores are equal carry no signal and give 0; remax compares with the greedy answer
     instead of the group.
 
     Args:
         scores: (...) one reward per sample.
         group_ids: like scores, any integers in any order.
-        kind: one of the seven above.
+        kind: one of those above.
         mask: like scores, False = sample to leave out (its score is never read; it gives 0).
         lengths: like scores, response lengths in tokens; for opo.
         greedy_scores: like scores, reward of the greedy answer to the same prompt; for remax. A constant.
-        unbiased: std over n - 1 (verl, TRL) or n; for grpo.
-        eps: > 0, added to the std; for grpo.
+        unbiased: std over n - 1 (verl, TRL) or n; for grpo and lite_ppo.
+        eps: > 0, added to the std; for grpo and lite_ppo.
 
     Returns:
         Like scores, fp32 (fp64 for fp64); differentiable towards scores.
@@ -56,7 +58,7 @@ def group_advantages(
         _check.shape(op, "group_ids", group_ids, scores.shape, "scores")
     if group_ids.device != scores.device:
         _check.device(op, "group_ids", group_ids, scores, "scores")
-    _check.choice(op, "kind", kind, KINDS)
+    _check.choice(op, "kind", kind, (*KINDS, *COMPOSED))
     if mask is not None:
         mask = _check.mask_like(op, mask, scores, "scores")
     eps = _check.number(op, "eps", eps, 0.0, open_low=True)
@@ -71,10 +73,39 @@ def group_advantages(
     if group_ids.dtype is not torch.int64 or not group_ids.is_contiguous():
         group_ids = group_ids.long().contiguous()
     shape = scores.shape
+    if kind in COMPOSED:
+        return COMPOSED[kind](scores, group_ids, mask, bool(unbiased), eps)
     if len(shape) == 1:
         return _group_advantages(scores, group_ids, mask, lengths, greedy_scores, kind, bool(unbiased), eps)
     flat = [None if x is None else x.reshape(-1) for x in (scores, group_ids, mask, lengths, greedy_scores)]
     return _group_advantages(*flat, kind, bool(unbiased), eps).view(shape)
+
+
+def _lite_ppo(scores: Tensor, group_ids: Tensor, mask: Tensor | None, unbiased: bool, eps: float) -> Tensor:
+    real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    count = real.sum()
+    mean = scores.where(real, 0.0).sum() / count.clamp(min=1)
+    variance = (scores - mean).where(real, 0.0).square().sum() / (count - int(unbiased)).clamp(min=1)
+    varies = variance > 0  # sqrt has no derivative at 0
+    std = variance.where(varies, 1.0).sqrt()
+    return group_advantages(scores, group_ids, "dr_grpo", mask=mask) / (std + eps)
+
+
+def _gpg(scores: Tensor, group_ids: Tensor, mask: Tensor | None, unbiased: bool, eps: float) -> Tensor:
+    centred = group_advantages(scores, group_ids, "dr_grpo", mask=mask)
+    real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    ids, index = torch.unique(group_ids, return_inverse=True)
+    index = index.reshape(-1)
+    # Groups of equal scores are exact zeros; a sample at the mean of a group that varies is not told apart by its own.
+    varies = (
+        centred.detach().new_zeros(len(ids)).scatter_reduce(0, index, centred.detach().abs().reshape(-1), "amax") > 0
+    )
+    signal = (varies[index].view(scores.shape) & real).sum()
+    return centred * (real.sum() / signal.clamp(min=1))
+
+
+COMPOSED = {"lite_ppo": _lite_ppo, "gpg": _gpg}
+"""Kinds that plain PyTorch makes from dr_grpo; the samples of the whole batch scale them."""
 
 
 def _lengths(lengths: Tensor | None, scores: Tensor) -> Tensor:
