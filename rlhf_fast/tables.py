@@ -1,11 +1,48 @@
-"""`python -m rlhf_fast.tables preference`: the tables of losses in Markdown, for the docs."""
+"""`python -m rlhf_fast.tables [advantages] [preference]`: what the package knows by name, in Markdown, for the docs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
+from rlhf_fast.ops.group_advantages import FORMULAS
 from rlhf_fast.preference_kinds import KINDS
+
+
+def advantages() -> str:
+    """One row per estimator: functions of token rewards and values, then the kinds of `group_advantages`."""
+    rows = [
+        (
+            "`gae`",
+            "A_t = r_t + gamma V_{t+1} - V_t + gamma lam A_{t+1}",
+            "Schulman et al. 2015, arXiv 1506.02438, eq. 16",
+        ),
+        (
+            "`gae(lam=length_adaptive_lambda(lengths))`",
+            "the same with lam = 1 - 1 / (alpha length) per sequence",
+            "Yue et al. 2025, arXiv 2504.05118 (VAPO)",
+        ),
+        (
+            "`lambda_returns`",
+            "G_t = r_t + gamma_t ((1 - lam) V_{t+1} + lam G_{t+1})",
+            "Sutton & Barto 2018, section 12.1",
+        ),
+        ("`vtrace`", "clipped importance ratios in both", "Espeholt et al. 2018, arXiv 1802.01561, eq. 1"),
+        (
+            "`advantages` with values of 0 and lam 1",
+            "discounted returns of score - kl_coef kl, whitened over the batch",
+            "Hu et al. 2025, arXiv 2501.03262 (REINFORCE++)",
+        ),
+        (
+            "`gdpo_advantages`",
+            "sum of weights_k (r_k - mean_k) / (std_k + eps), whitened over the batch",
+            "Liu et al. 2026, arXiv 2601.05242",
+        ),
+        *((f'`group_advantages(kind="{kind}")`', *row) for kind, row in FORMULAS.items()),
+    ]
+    return "\n".join(
+        ["| estimator | advantage | source |", "| --- | --- | --- |", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+    )
 
 
 def preference() -> str:
@@ -32,7 +69,7 @@ def preference() -> str:
     return "\n".join([*lines, "", legend, "", *beside])
 
 
-TABLES: dict[str, Callable[[], str]] = {"preference": preference}
+TABLES: dict[str, Callable[[], str]] = {"advantages": advantages, "preference": preference}
 
 
 def main(names: list[str]) -> int:

@@ -7,7 +7,7 @@ from parity import assert_parity, double
 
 import rlhf_fast
 from rlhf_fast import gae, gdpo_advantages, group_advantages, lambda_returns, length_adaptive_lambda, vtrace
-from rlhf_fast.ops.group_advantages import COMPOSED
+from rlhf_fast.ops.group_advantages import COMPOSED, FORMULAS
 from rlhf_fast.reference import gae as gae_source
 from rlhf_fast.reference import group_advantages as group_source
 
@@ -309,6 +309,17 @@ def test_the_composed_group_kinds(kind):
         zeros = group_advantages(torch.full((n,), 0.1, requires_grad=True), torch.zeros(n, dtype=torch.int64), kind)
         assert not zeros.any()
         zeros.sum().backward()
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_groups_that_stay_together_may_be_split_but_for_the_kinds_that_scale_by_the_batch(kind):
+    kwargs = double(group_source.sample(40))
+    first = kwargs["group_ids"] % 2 == 0
+    whole = group_advantages(**kwargs, kind=kind)
+    parts = torch.empty_like(whole)
+    for side in (first, ~first):
+        parts[side] = group_advantages(**{k: v[side] for k, v in kwargs.items()}, kind=kind)
+    assert torch.allclose(parts, whole) != (kind in ("reinforce++", "lite_ppo", "gpg"))
 
 
 def test_gdpo_normalises_before_it_adds():

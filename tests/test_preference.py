@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import rlhf_fast
+from rlhf_fast.ops.group_advantages import FORMULAS
 from rlhf_fast.preference import preference_loss, running_delta, update_reference
 from rlhf_fast.preference_kinds import DIVERGENCES, KINDS
 
@@ -337,6 +338,8 @@ def test_the_command_prints_a_row_for_every_kind():
     assert [row.split("`")[1] for row in rows] == list(KINDS) and not out.stderr
     columns = {row.replace("\\|", "").count("|") for row in out.stdout.splitlines() if row.startswith("|")}
     assert columns == {5}
+    both = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert out.stdout in both and all(f'`group_advantages(kind="{kind}")`' in both for kind in FORMULAS)
     failed = subprocess.run([*call, "losses of"], capture_output=True, text=True)
     assert failed.returncode == 2 and "unknown tables ['losses of']" in failed.stderr
 

@@ -25,19 +25,15 @@ def group_advantages(
 ) -> Tensor:
     """One advantage per sample from the scores of its group.
 
-    grpo: (r - mean) / (std + eps) (Shao et al. 2024, arXiv 2402.03300); dr_grpo: r - mean (Liu et al. 2025, 2503.20783);
-    rloo: r - mean of the others (Ahmadian et al. 2024, 2402.14740); reinforce++: r - mean, whitened over the batch (Hu et al.
-    2025, 2501.03262, baseline form); opo: r - sum(length r) / sum(length) (Hao et al. 2025, 2505.23585); remax: r - score of
-    the greedy answer (Li et al. 2023, 2310.10505); pass@k: the best sample gets best - second best, the others 0; lite_ppo:
-    (r - mean) / (std of the batch + eps) (Liu et al. 2025, 2508.08221); gpg: (r - mean) B / (B - M), M of the B samples being in
-    groups without signal (Chu et al. 2025, 2504.02546; verl counts scores of 0 instead).
+    The formula and the paper of each kind are in FORMULAS. lite_ppo and gpg are plain PyTorch on dr_grpo; they and reinforce++ are
+    scaled by the samples of the whole call, the other kinds by their group alone.
     A group of one and a group whose scores are equal carry no signal and give 0; remax compares with the greedy answer
     instead of the group.
 
     Args:
         scores: (...) one reward per sample.
         group_ids: like scores, any integers in any order.
-        kind: one of those above.
+        kind: one of FORMULAS.
         mask: like scores, False = sample to leave out (its score is never read; it gives 0).
         lengths: like scores, response lengths in tokens; for opo.
         greedy_scores: like scores, reward of the greedy answer to the same prompt; for remax. A constant.
@@ -58,7 +54,7 @@ def group_advantages(
         _check.shape(op, "group_ids", group_ids, scores.shape, "scores")
     if group_ids.device != scores.device:
         _check.device(op, "group_ids", group_ids, scores, "scores")
-    _check.choice(op, "kind", kind, (*KINDS, *COMPOSED))
+    _check.choice(op, "kind", kind, tuple(FORMULAS))
     if mask is not None:
         mask = _check.mask_like(op, mask, scores, "scores")
     eps = _check.number(op, "eps", eps, 0.0, open_low=True)
@@ -105,7 +101,23 @@ def _gpg(scores: Tensor, group_ids: Tensor, mask: Tensor | None, unbiased: bool,
 
 
 COMPOSED = {"lite_ppo": _lite_ppo, "gpg": _gpg}
-"""Kinds that plain PyTorch makes from dr_grpo; the samples of the whole batch scale them."""
+"""Kinds that are no kernels."""
+
+FORMULAS: dict[str, tuple[str, str]] = {
+    "grpo": ("(r - mean) / (std + eps)", "Shao et al. 2024, arXiv 2402.03300"),
+    "dr_grpo": ("r - mean", "Liu et al. 2025, arXiv 2503.20783"),
+    "rloo": ("r - mean of the others", "Ahmadian et al. 2024, arXiv 2402.14740"),
+    "reinforce++": ("r - mean, whitened over the batch", "Hu et al. 2025, arXiv 2501.03262 (with baseline)"),
+    "opo": ("r - sum(length r) / sum(length)", "Hao et al. 2025, arXiv 2505.23585"),
+    "remax": ("r - score of the greedy answer", "Li et al. 2023, arXiv 2310.10505"),
+    "pass@k": ("best - second best for the best sample, 0 for the others", "as verl's grpo_passk"),
+    "lite_ppo": ("(r - mean) / (std of the batch + eps)", "Liu et al. 2025, arXiv 2508.08221"),
+    "gpg": (
+        "(r - mean) B / (B - M), M of the B samples in groups of equal scores",
+        "Chu et al. 2025, arXiv 2504.02546 (verl takes the scores of 0 for M)",
+    ),
+}
+"""{kind: (advantage of a sample, source)}; mean and std are those of its group."""
 
 
 def _lengths(lengths: Tensor | None, scores: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 import rlhf_fast
 from rlhf_fast.ops import group_advantages
+from rlhf_fast.ops.group_advantages import COMPOSED, FORMULAS
 from rlhf_fast.reference import group_advantages as reference
 from rlhf_fast.reference.group_advantages import KINDS
 
@@ -43,18 +44,25 @@ def test_gradient_parity(kind):
     assert_parity(gradient(kwargs, "cpp"), truth, gradient(kwargs, "reference"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "expected"),
-    [
-        ("grpo", {}, [0.7303, -1.0954, -1.0954, 0.7303, 0.7303]),
-        ("grpo", {"unbiased": False}, [0.8165, -1.2247, -1.2247, 0.8165, 0.8165]),
-        ("dr_grpo", {}, [0.4, -0.6, -0.6, 0.4, 0.4]),
-        ("rloo", {}, [0.5, -0.75, -0.75, 0.5, 0.5]),
-        ("opo", {"lengths": torch.tensor([10, 20, 30, 40, 50])}, [0.3333, -0.6667, -0.6667, 0.3333, 0.3333]),
-        ("remax", {"greedy_scores": torch.full((5,), 0.25)}, [0.75, -0.25, -0.25, 0.75, 0.75]),
-        ("pass@k", {}, [0.0, 0.0, 0.0, 0.0, 0.0]),
-    ],
-)
+WORKED = [
+    ("grpo", {}, [0.7303, -1.0954, -1.0954, 0.7303, 0.7303]),
+    ("grpo", {"unbiased": False}, [0.8165, -1.2247, -1.2247, 0.8165, 0.8165]),
+    ("dr_grpo", {}, [0.4, -0.6, -0.6, 0.4, 0.4]),
+    ("rloo", {}, [0.5, -0.75, -0.75, 0.5, 0.5]),
+    ("opo", {"lengths": torch.tensor([10, 20, 30, 40, 50])}, [0.3333, -0.6667, -0.6667, 0.3333, 0.3333]),
+    ("remax", {"greedy_scores": torch.full((5,), 0.25)}, [0.75, -0.25, -0.25, 0.75, 0.75]),
+    ("pass@k", {}, [0.0, 0.0, 0.0, 0.0, 0.0]),
+    ("reinforce++", {}, [0.7303, -1.0954, -1.0954, 0.7303, 0.7303]),
+    ("lite_ppo", {}, [0.7303, -1.0954, -1.0954, 0.7303, 0.7303]),
+    ("gpg", {}, [0.4, -0.6, -0.6, 0.4, 0.4]),
+]
+
+
+def test_every_kind_has_worked_values():
+    assert {kind for kind, *_ in WORKED} == set(FORMULAS) == {*KINDS, *COMPOSED}
+
+
+@pytest.mark.parametrize(("kind", "options", "expected"), WORKED)
 def test_worked_values(kind, options, expected):
     got = group_advantages(R, ONE_GROUP, kind, **options)
     torch.testing.assert_close(got, torch.tensor(expected), atol=tolerances.WORKED4, rtol=0)
