@@ -175,15 +175,17 @@ def mean_over(op: str, losses: Tensor, mask: Tensor, normalizer: Tensor | float 
 
 
 @torch.no_grad()
-def running_delta(
-    delta: Tensor, seen: Tensor, output: PreferenceOutput, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def running_delta(delta: Tensor, seen: Tensor, rewards: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(delta, answers seen), 0-d each, after one more batch: the running mean of all implicit rewards that bco subtracts.
 
-    Jung et al. 2024 (arXiv 2404.04656). Start from zeros; `output` is what `preference_loss` returned, `mask` its mask.
+    Jung et al. 2024 (arXiv 2404.04656). Start from zeros. rewards: (...) beta x log-ratios of chosen and rejected answers, as
+    `preference_loss` returns them; TRL counts a batch before its loss. mask: like rewards, False = not counted, never read.
+
+    Raises TypeError or ValueError naming the argument.
     """
-    rewards = torch.cat([output.chosen_rewards, output.rejected_rewards])
-    real = torch.ones_like(rewards, dtype=torch.bool) if mask is None else torch.cat([mask, mask])
+    _check.floating("running_delta", "rewards", rewards)
+    mask = _check.mask_like("running_delta", mask, rewards, "rewards")
+    real = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     total = seen + real.sum()
     return delta + (rewards - delta).where(real, 0.0).sum() / total.clamp(min=1), total
 

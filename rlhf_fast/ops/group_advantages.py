@@ -110,11 +110,14 @@ FORMULAS: dict[str, tuple[str, str]] = {
     "reinforce++": ("r - mean, whitened over the batch", "Hu et al. 2025, arXiv 2501.03262 (with baseline)"),
     "opo": ("r - sum(length r) / sum(length)", "Hao et al. 2025, arXiv 2505.23585"),
     "remax": ("r - score of the greedy answer", "Li et al. 2023, arXiv 2310.10505"),
-    "pass@k": ("best - second best for the best sample, 0 for the others", "as verl's grpo_passk"),
+    "pass@k": (
+        "best - second best for the best sample, 0 for the others",
+        "Tang et al. 2025, arXiv 2503.19595 (verl can also divide by the std)",
+    ),
     "lite_ppo": ("(r - mean) / (std of the batch + eps)", "Liu et al. 2025, arXiv 2508.08221"),
     "gpg": (
         "(r - mean) B / (B - M), M of the B samples in groups of equal scores",
-        "Chu et al. 2025, arXiv 2504.02546 (verl takes the scores of 0 for M)",
+        "Chu et al. 2025, arXiv 2504.02546, F_norm 1 (verl counts the scores of 0 for M)",
     ),
 }
 """{kind: (advantage of a sample, source)}; mean and std are those of its group."""
