@@ -12,7 +12,7 @@ from rlhf_fast import _check
 from rlhf_fast.batch import unpack
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.whiten import whiten
-from rlhf_fast.reference._reduce import per_sequence
+from rlhf_fast.sequences import sums
 
 
 class VTrace(NamedTuple):
@@ -218,10 +218,7 @@ def _rows(op: str, rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | No
     mask = _check.mask_like(op, mask, rewards, "rewards")
     if mask is None:
         mask = torch.ones_like(rewards, dtype=torch.bool)
-    if cu_seqlens is None:
-        lengths = mask.sum(1)
-    else:
-        lengths, _ = per_sequence(mask.long(), cu_seqlens)
+    lengths = sums(mask.long(), cu_seqlens)
     slots = torch.arange(int(lengths.max()) if lengths.numel() else 0, device=rewards.device)
     return _Rows(mask, slots < lengths[:, None], slots == lengths[:, None] - 1)
 

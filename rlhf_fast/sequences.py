@@ -62,7 +62,7 @@ def sequence_logprobs(
     if common_lengths is None and tail_weight != 1:
         raise _check.error(ValueError, op, "common_lengths", None, f"a tensor with tail_weight={tail_weight}")
     values = _check.wide(logprobs).where(mask, 0.0)
-    lengths = _sums(mask.long(), cu_seqlens)
+    lengths = sums(mask.long(), cu_seqlens)
     if common_lengths is not None:
         _check.integer(op, "common_lengths", common_lengths)
         _check.shape(op, "common_lengths", common_lengths, lengths.shape, "one per sequence")
@@ -72,13 +72,13 @@ def sequence_logprobs(
         if cu_seqlens is not None:
             rank = rank - (lengths.cumsum(0) - lengths)[index]
         values = torch.where(rank > common_lengths.long()[index], values * tail_weight, values)
-    total = _sums(values.double(), cu_seqlens)  # fp64: thousands of nats, of which a loss sees the difference
+    total = sums(values.double(), cu_seqlens)  # fp64: thousands of nats, of which a loss sees the difference
     if average:
         total = total / lengths.clamp(min=1)
     return SequenceLogprobs(total.to(values.dtype), lengths)
 
 
-def _sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sum over the tokens of every sequence; segments are added in order, where index_add would be atomic on a GPU."""
     if cu_seqlens is None:
         return x.sum(1)
