@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_fast import _check
-from rlhf_fast.batch import unpack
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.whiten import whiten
 from rlhf_fast.sequences import sums
+
+CHUNK = 64
+"""Steps of the scan that are taken one after another; as many again as there are chunks follow."""
 
 
 class VTrace(NamedTuple):
@@ -37,7 +40,7 @@ def lambda_returns(
     """G_t = r_t + gamma_t ((1 - lam) V_{t+1} + lam G_{t+1}) (Sutton & Barto 2018, section 12.1).
 
     With one gamma these are the returns of `gae`, which computes them in one fused pass; here every step may have its own
-    discount (0 ends an episode inside a row), and the scan has log2(T) steps in plain PyTorch.
+    discount (0 ends an episode inside a row), and the scan is plain PyTorch in 64 + T / 64 steps.
 
     Args:
         rewards: (B, T) reward per token; (N,) packed when cu_seqlens is given.
@@ -181,18 +184,26 @@ def gdpo_advantages(
 class _Rows:
     """The real tokens of every sequence, moved to the left of a dense (R, L) block."""
 
-    mask: Tensor
-    """Like the rewards."""
-    inside: Tensor
-    """(R, L)."""
+    shape: torch.Size
+    """Of the rewards."""
+    source: Tensor
+    """(K,) places of the real tokens in the flattened rewards; indices are several times as fast as masks."""
+    target: Tensor
+    """(K,) their places in the flattened block."""
     last: Tensor
     """(R, L), the last real token of each sequence."""
 
     def dense(self, x: Tensor) -> Tensor:
-        return unpack(x[self.mask], self.inside)
+        return _move(x, self.source, self.target, self.last.shape)
 
     def back(self, x: Tensor) -> Tensor:
-        return unpack(x[self.inside], self.mask)
+        return _move(x, self.target, self.source, self.shape)
+
+
+def _move(x: Tensor, source: Tensor, target: Tensor, shape: torch.Size) -> Tensor:
+    """x from its flat places `source` to the places `target` of zeros."""
+    moved = x.reshape(-1).index_select(0, source)
+    return moved.new_zeros(shape.numel()).index_copy(0, target, moved).view(shape)
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,7 @@ class _Steps:
     values: Tensor
     next_values: Tensor
     gamma: Tensor
+    """Or (1, 1)."""
     lam: Tensor
     """(R, 1)."""
     others: tuple[Tensor, ...]
@@ -220,7 +232,8 @@ def _rows(op: str, rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | No
         mask = torch.ones_like(rewards, dtype=torch.bool)
     lengths = sums(mask.long(), cu_seqlens)
     slots = torch.arange(int(lengths.max()) if lengths.numel() else 0, device=rewards.device)
-    return _Rows(mask, slots < lengths[:, None], slots == lengths[:, None] - 1)
+    source, target = (m.reshape(-1).nonzero()[:, 0] for m in (mask, slots < lengths[:, None]))
+    return _Rows(mask.shape, source, target, slots == lengths[:, None] - 1)
 
 
 def _steps(
@@ -234,11 +247,11 @@ def _steps(
     *others: Tensor,
 ) -> _Steps:
     _check.like(op, "values", values, rewards, "rewards")
-    count = len(rows.inside)
+    count = len(rows.last)
     if isinstance(gamma, Tensor):
         _check.like(op, "gamma", gamma, rewards, "rewards")
     else:
-        gamma = torch.full_like(rewards, _check.number(op, "gamma", gamma, 0.0, 1.0), dtype=torch.float64)
+        gamma = _check.number(op, "gamma", gamma, 0.0, 1.0)
     for name, x in (("lam", lam), ("bootstrap", bootstrap)):
         if isinstance(x, Tensor):
             _check.floating(op, name, x)
@@ -254,7 +267,7 @@ def _steps(
         rewards=r,
         values=v,
         next_values=torch.where(rows.last, end[:, None], _ahead(v, 1)),
-        gamma=rows.dense(gamma.detach()).to(r.dtype),
+        gamma=rows.dense(gamma.detach()).to(r.dtype) if isinstance(gamma, Tensor) else r.new_full((1, 1), gamma),
         lam=lam.detach().to(r.dtype)[:, None],
         others=tuple(rows.dense(x) for x in rest if x is not None),
     )
@@ -266,12 +279,25 @@ def _ahead(x: Tensor, step: int) -> Tensor:
 
 
 def _scan(a: Tensor, b: Tensor) -> Tensor:
-    """x_t = b_t + a_t x_{t+1} along the rows of (R, L), x_L = 0, by doubling (Hillis & Steele 1986): no product is divided
-    out, so nothing underflows, and the order depends on the position alone.
+    """x_t = b_t + a_t x_{t+1} along the rows of (R, L), x_L = 0: chunks of CHUNK steps side by side, then the carries between
+    them. No product is divided out, so nothing underflows, and the order depends on the position alone.
     """
-    step, length = 1, b.shape[1]
-    while step < length:
-        b = b + a * _ahead(b, step)
-        a = a * _ahead(a, step)
-        step *= 2
-    return b
+    R, L = b.shape
+    if L == 0:
+        return b
+    a, chunks = a.expand(R, L), -(-L // CHUNK)
+    a, b = (pad(x, (0, chunks * CHUNK - L)).view(R, chunks, CHUNK).permute(2, 0, 1).contiguous() for x in (a, b))
+    x, through = torch.zeros_like(b[0]), torch.ones_like(b[0])
+    inner, products = [], []
+    for step, offset in zip(reversed(a.unbind()), reversed(b.unbind()), strict=True):  # (R, chunks) each
+        x, through = offset + step * x, step * through
+        inner.append(x)
+        products.append(through)
+    carry = b.new_zeros(R)
+    carries = [carry]
+    for first, product in zip(reversed(x.unbind(1)[1:]), reversed(through.unbind(1)[1:]), strict=True):
+        carry = first + product * carry
+        carries.append(carry)
+    entering = torch.stack(carries[::-1], 1)  # (R, chunks): x at the end of each chunk
+    whole = [y + p * entering for y, p in zip(reversed(inner), reversed(products), strict=True)]
+    return torch.stack(whole, 2).reshape(R, chunks * CHUNK)[:, :L]

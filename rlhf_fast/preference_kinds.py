@@ -56,6 +56,8 @@ class Pairs:
 
 def _smoothed(p: Pairs, logits: Tensor) -> Tensor:
     """Cross-entropy of a label that is flipped with probability e."""
+    if p.label_smoothing == 0:
+        return -logsigmoid(logits)
     return -(1 - p.label_smoothing) * logsigmoid(logits) - p.label_smoothing * logsigmoid(-logits)
 
 
