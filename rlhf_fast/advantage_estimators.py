@@ -110,7 +110,7 @@ def vtrace(
     rho = (steps.others[0] - steps.others[1]).exp()
     delta = rho.clamp(max=rho_clip) * (steps.rewards + steps.gamma * steps.next_values - steps.values)
     errors = _scan(steps.gamma * steps.lam * rho.clamp(max=1), delta)
-    q = steps.rewards + steps.gamma * (steps.next_values + steps.lam * _ahead(errors, 1))
+    q = steps.rewards + steps.gamma * (steps.next_values + steps.lam * _next(errors))
     advantages = rho.clamp(max=pg_clip) * (q - steps.values)
     return VTrace(rows.back(advantages), rows.back(steps.values + errors))
 
@@ -252,13 +252,13 @@ def _steps(
         _check.like(op, "gamma", gamma, rewards, "rewards")
     else:
         gamma = _check.number(op, "gamma", gamma, 0.0, 1.0)
+    if not isinstance(lam, Tensor):
+        lam = torch.full((count,), _check.number(op, "lam", lam, 0.0, 1.0), dtype=torch.float64, device=rewards.device)
     for name, x in (("lam", lam), ("bootstrap", bootstrap)):
-        if isinstance(x, Tensor):
+        if x is not None:
             _check.floating(op, name, x)
             _check.shape(op, name, x, (count,), "one per sequence")
             _check.device(op, name, x, rewards, "rewards")
-    if not isinstance(lam, Tensor):
-        lam = torch.full((count,), _check.number(op, "lam", lam, 0.0, 1.0), dtype=torch.float64, device=rewards.device)
     r, v, b, *rest = _check.common_wide(rewards, values, bootstrap, *others)
     assert r is not None and v is not None
     r, v = rows.dense(r), rows.dense(v)
@@ -266,16 +266,16 @@ def _steps(
     return _Steps(
         rewards=r,
         values=v,
-        next_values=torch.where(rows.last, end[:, None], _ahead(v, 1)),
+        next_values=torch.where(rows.last, end[:, None], _next(v)),
         gamma=rows.dense(gamma.detach()).to(r.dtype) if isinstance(gamma, Tensor) else r.new_full((1, 1), gamma),
         lam=lam.detach().to(r.dtype)[:, None],
         others=tuple(rows.dense(x) for x in rest if x is not None),
     )
 
 
-def _ahead(x: Tensor, step: int) -> Tensor:
-    """x_{t + step} along the rows of (R, L), 0 past their end."""
-    return torch.cat([x[:, step:], torch.zeros_like(x[:, :step])], 1)
+def _next(x: Tensor) -> Tensor:
+    """x_{t + 1} along the rows of (R, L), 0 past their end."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
 
 
 def _scan(a: Tensor, b: Tensor) -> Tensor:

@@ -370,6 +370,7 @@ Z = torch.zeros(2, 3)
         (lambda: lambda_returns(Z, Z, gamma=torch.ones(2)), r"'gamma' got shape \(2,\)"),
         (lambda: lambda_returns(Z, Z, lam=-0.5), "'lam' got -0.5"),
         (lambda: lambda_returns(Z, Z, lam=torch.ones(3)), r"'lam' got shape \(3,\), expected \(2,\)"),
+        (lambda: lambda_returns(Z, Z, bootstrap=0.5), "'bootstrap' got float"),
         (lambda: lambda_returns(Z, Z, bootstrap=torch.ones(3)), r"'bootstrap' got shape \(3,\)"),
         (lambda: lambda_returns(Z, Z, cu_seqlens=torch.tensor([0, 6])), r"'rewards' got shape \(2, 3\), expected \(N,\)"),
         (lambda: vtrace(Z, Z, Z, None), "vtrace: argument 'old_logprobs' got NoneType"),
