@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from rlhf_fast import _check
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.whiten import whiten
-from rlhf_fast.sequences import sums
+from rlhf_fast.reference._reduce import sums
 
 CHUNK = 64
 """Steps of the scan that are taken one after another; as many again as there are chunks follow."""

@@ -17,12 +17,12 @@ from rlhf_fast import _check, corrections
 from rlhf_fast._sequences import layout
 from rlhf_fast._types import LossOutput, PreferenceOutput, Stats
 from rlhf_fast.denominators import DIVISORS, Denominators
+from rlhf_fast.ops.group_advantages import FORMULAS
 from rlhf_fast.ops.kl_estimate import ALL_KINDS, Clamp, bounds
 from rlhf_fast.ops.ppo_loss import arguments as loss_arguments
 from rlhf_fast.ops.ppo_loss import clip_range, loss_output, scalar, token_advantages
 from rlhf_fast.preference import preference_loss
 from rlhf_fast.reference._reduce import REDUCTIONS, token_weights
-from rlhf_fast.reference.group_advantages import KINDS as GROUP_KINDS
 from rlhf_fast.reference.kl_estimate import estimate, k3_of
 from rlhf_fast.surrogates import LEVELS, RATIO_CLAMP, SURROGATES, Batch, Terms
 
@@ -47,7 +47,7 @@ PLACEMENTS = ("none", "reward", "loss", "corrected")
 """Where a recipe puts its KL term. corrected: in the loss, times pi / pi_old with its gradient, which makes k3 an unbiased
 estimate off-policy and its gradient that of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556)."""
 
-ADVANTAGES = ("gae", "returns", *GROUP_KINDS)
+ADVANTAGES = ("gae", "returns", *FORMULAS)
 """gae: `advantages` with a critic; returns: `advantages` with values of 0 and lam=1; the rest: kinds of `group_advantages`."""
 
 
@@ -92,8 +92,6 @@ class Recipe:
 
 
 SEQ_MEAN, SEQ_SUM = "seq-mean-token-mean", "seq-mean-token-sum"
-# One factor per batch apart: the paper of lite_ppo divides by the std of the scores, reinforce++ by that of the centred scores;
-# the paper of gpg multiplies by batch / answers with a signal, dr_grpo does not.
 
 RECIPES: dict[str, Recipe] = {
     "ppo": Recipe(kl_kind="k1", kl_placement="reward", advantages="gae", paper="1707.06347"),
@@ -105,7 +103,7 @@ RECIPES: dict[str, Recipe] = {
     "dapo": Recipe(clip=(0.2, 0.28), paper="2503.14476"),
     "bnpo": Recipe(local=True, paper="TRL loss_type"),
     "dr_grpo": Recipe(reduction="constant", advantages="dr_grpo", paper="2503.20783"),
-    "lite_ppo": Recipe(advantages="reinforce++", paper="2508.08221"),
+    "lite_ppo": Recipe(advantages="lite_ppo", paper="2508.08221"),
     "gspo": Recipe("sequence", clip=(3e-4, 4e-4), reduction=SEQ_MEAN, paper="2507.18071"),
     "gspo_token": Recipe("sequence-token", clip=(3e-4, 4e-4), reduction=SEQ_MEAN, paper="2507.18071"),
     "luspo": Recipe("sequence", clip=(2e-3, 2.5e-3), reduction=SEQ_SUM, paper="2602.05261"),
@@ -122,7 +120,7 @@ RECIPES: dict[str, Recipe] = {
     "rloo": Recipe("product", reduction=SEQ_MEAN, kl_kind="k1", kl_placement="reward", advantages="rloo", paper="2402.14740"),
     "remax": Recipe(surrogate="score", reduction=SEQ_SUM, advantages="remax", paper="2310.10505"),
     "opo": Recipe(surrogate="score", reduction=SEQ_SUM, advantages="opo", paper="2505.23585"),
-    "gpg": Recipe(surrogate="score", advantages="dr_grpo", paper="2504.02546"),
+    "gpg": Recipe(surrogate="score", advantages="gpg", paper="2504.02546"),
 }  # fmt: skip
 
 

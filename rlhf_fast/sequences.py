@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _check
-from rlhf_fast.reference._reduce import segments
+from rlhf_fast.reference._reduce import segments, sums
 
 
 class SequenceLogprobs(NamedTuple):
@@ -76,15 +76,3 @@ def sequence_logprobs(
     if average:
         total = total / lengths.clamp(min=1)
     return SequenceLogprobs(total.to(values.dtype), lengths)
-
-
-def sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Sum over the tokens of every sequence; segments are added in order, where index_add would be atomic on a GPU."""
-    if cu_seqlens is None:
-        return x.sum(1)
-    if not x.is_floating_point():
-        total = torch.nn.functional.pad(x.cumsum(0), (1, 0))
-        return total[cu_seqlens[1:]] - total[cu_seqlens[:-1]]
-    if cu_seqlens.shape[0] == 1:
-        return x[:0]
-    return torch.segment_reduce(x, "sum", lengths=cu_seqlens[1:] - cu_seqlens[:-1], initial=0)

@@ -1,10 +1,11 @@
-"""`python -m rlhf_fast.tables [advantages] [preference]`: what the package knows by name, in Markdown, for the docs."""
+"""`python -m rlhf_fast.tables [policy] [advantages] [preference]`: what the package knows by name, in Markdown, for the docs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 
+from rlhf_fast.losses import table as policy
 from rlhf_fast.ops.group_advantages import FORMULAS
 from rlhf_fast.preference_kinds import KINDS
 
@@ -69,7 +70,7 @@ def preference() -> str:
     return "\n".join([*lines, "", legend, "", *beside])
 
 
-TABLES: dict[str, Callable[[], str]] = {"advantages": advantages, "preference": preference}
+TABLES: dict[str, Callable[[], str]] = {"policy": policy, "advantages": advantages, "preference": preference}
 
 
 def main(names: list[str]) -> int:

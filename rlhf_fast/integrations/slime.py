@@ -132,7 +132,7 @@ def _one_context_rank(op: str) -> None:
 
 def __getattr__(name: str) -> Any:
     recipe = name.removeprefix("policy_loss_")
-    if recipe == name or recipe not in RECIPES:
+    if recipe == name or recipe not in RECIPES or RECIPES[recipe].needs:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return functools.partial(_policy_loss, recipe)
 
@@ -168,8 +168,8 @@ def _policy_loss(
         old,
         torch.cat(batch["advantages"]),
         torch.cat(batch["loss_masks"]) != 0,
-        clip=(float(args.eps_clip), float(args.eps_clip_high)),
-        dual_clip=args.eps_clip_c,
+        clip=(float(args.eps_clip), float(args.eps_clip_high)) if "clip" in RECIPES[recipe].reads else None,
+        dual_clip=args.eps_clip_c if "dual_clip" in RECIPES[recipe].reads else None,
         importance_weights=weights,
         reduction="token-sum",
         cu_seqlens=_boundaries(found["log_probs"], logprobs.device),

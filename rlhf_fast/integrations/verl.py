@@ -332,7 +332,7 @@ def _recipe(recipe: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
             old_log_prob,
             advantages,
             as_mask(response_mask),
-            clip=_clips(config),
+            clip=_clips(config) if "clip" in RECIPES[recipe].reads else None,
             importance_weights=rollout_is_weights,
             reduction=how.kind,
             normalizer=how.normalizer,
@@ -348,12 +348,15 @@ def _recipe(recipe: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
 
 
 def register_policy_losses() -> list[str]:
-    """Add every recipe of rlhf_fast.losses to verl's registry, as `policy_loss.loss_mode=rlhf_fast_<recipe>`. Returns the names."""
+    """Add the recipes of rlhf_fast.losses that need no further tensor to verl's registry. Returns their names there.
+
+    They are chosen by `policy_loss.loss_mode=rlhf_fast_<recipe>`.
+    """
     register = importlib.import_module(ALGOS).register_policy_loss
-    names = [f"rlhf_fast_{recipe}" for recipe in RECIPES]
-    for name, recipe in zip(names, RECIPES, strict=True):
-        register(name)(_recipe(recipe))
-    return names
+    recipes = [recipe for recipe, rules in RECIPES.items() if not rules.needs]
+    for recipe in recipes:
+        register(f"rlhf_fast_{recipe}")(_recipe(recipe))
+    return [f"rlhf_fast_{recipe}" for recipe in recipes]
 
 
 FRAMEWORK = Framework(

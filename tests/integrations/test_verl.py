@@ -235,7 +235,11 @@ def test_the_plugin_acts_when_it_is_named(environment, acts, framework, monkeypa
     importlib.import_module("rlhf_fast.integrations.verl_plugin")
     registry = sys.modules[ALGOS].POLICY_LOSS_REGISTRY
     assert bool(status("verl")) is acts
-    assert {f"rlhf_fast_{recipe}" for recipe in RECIPES} <= set(registry) if acts else list(registry) == ["vanilla"]
+    assert (
+        {f"rlhf_fast_{recipe}" for recipe, rules in RECIPES.items() if not rules.needs} <= set(registry)
+        if acts
+        else list(registry) == ["vanilla"]
+    )
 
 
 def test_the_entry_point_names_the_plugin():
@@ -250,7 +254,8 @@ def test_registered_recipes_take_verls_clips_modes_and_denominators(framework):
     framework("verl")
     from rlhf_fast.integrations.verl import register_policy_losses
 
-    assert register_policy_losses() == [f"rlhf_fast_{recipe}" for recipe in RECIPES]
+    recipes = [recipe for recipe, rules in RECIPES.items() if not rules.needs]
+    assert register_policy_losses() == [f"rlhf_fast_{recipe}" for recipe in recipes]
     algos = sys.modules[ALGOS]
     (new, noise, advantages, _), mask = batch()
     new.requires_grad_()
@@ -262,7 +267,7 @@ def test_registered_recipes_take_verls_clips_modes_and_denominators(framework):
             found = with_gradients(lambda *a: ours(*a)[0], [new], old, new, advantages, mask, mode, config)
             theirs = lambda *a: algos.compute_policy_loss_vanilla(*a)[0]
             torch.testing.assert_close(found, with_gradients(theirs, [new], old, new, advantages, mask, mode, config))
-    for recipe in RECIPES:
+    for recipe in recipes:
         loss, metrics = algos.POLICY_LOSS_REGISTRY[f"rlhf_fast_{recipe}"](
             old, new, advantages, mask, "token-mean", VerlConfig(), torch.rand_like(new)
         )
