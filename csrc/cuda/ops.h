@@ -41,7 +41,7 @@ struct GaeArgs {
   const int64_t* cu_seqlens;  // (rows + 1,) or null: padded
   float* advantages;          // as rewards
   float* returns;             // as rewards
-  int64_t rows, length, n;  // n: all slots
+  int64_t rows, length, n;    // n: all slots
   double gamma, lam;
   bool decay_gaps;
   void* stream;
@@ -55,7 +55,7 @@ struct GaeBackwardArgs {
   float* grad_rewards;           // as grad_advantages
   float* grad_values;            // as grad_advantages
   float* grad_bootstrap;         // (rows,)
-  int64_t rows, length, n;  // n: all slots
+  int64_t rows, length, n;       // n: all slots
   double gamma, lam;
   bool decay_gaps;
   void* stream;
