@@ -13,6 +13,7 @@ import pytest
 import rlhf_fast
 from rlhf_fast import _env, _native
 from rlhf_fast.doctor import grid, report
+from rlhf_fast.tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = {path.stem for path in (ROOT / "rlhf_fast" / "ops").glob("[!_]*.py")}
@@ -59,6 +60,14 @@ def test_the_readme_shows_the_grid_of_today():
     table = re.search(r"<!-- grid -->\n(.*?)<!-- /grid -->", text, re.S)
     assert table, "README.md has no <!-- grid --> section"
     assert table.group(1).strip() == grid_table().strip()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_lists_what_the_tables_hold(name):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.S)
+    assert shown, f"README.md has no <!-- {name} --> section"
+    assert shown.group(1).strip() == TABLES[name]().strip()
 
 
 BACKENDS = {"cpu": "cpp", "triton": "triton", "cuda": "cuda"}
