@@ -222,7 +222,7 @@ def _token_logprobs() -> Iterator[Case]:
         yield Case("token_logprobs", f"{name}-odd", _logits((3,), 1003, dtype), leaf)
         yield Case("token_logprobs", f"{name}-reference", _logits((3,), 1003, dtype, ref=True), leaf)
         options = {"softcap": 5.0, "temperature": 0.7}
-        yield Case("token_logprobs", f"{name}-cap", _logits((2,), 515, dtype, ref=True), leaf, options)
+        yield Case("token_logprobs", f"{name}-cap", _logits((3,), 515, dtype, ref=True), leaf, options)
     temperature = torch.tensor([0.5, 1.0, 2.0])
     yield Case("token_logprobs", "temperatures", _logits((3,), 1024, BF16, temperature=temperature), leaf)
     yield Case("token_logprobs", "padded", _logits((3,), 1003, BF16, ref=True, pad=21), leaf)
