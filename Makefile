@@ -21,12 +21,14 @@ setup: $(VENV)/.ready
 demo: setup
 	$(BIN)/rlhf-fast demo $(ARGS)
 
-# The GPU kernels are tested on the CPU, on all cores; Triton's interpreter needs a process of its own.
+# The GPU kernels are tested on the CPU, on all cores; Triton's interpreter needs a process of its own. Last, whether these tests
+# notice what can be taken away from a kernel.
 test: setup
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest --ignore=tests/gpu
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/gpu
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/gpu/interpreter
+	cd tests && ../$(BIN)/python -m gpu.tools.mutate
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

@@ -11,7 +11,7 @@ less in those specialisations of a kernel that have most of them, and runs in th
 gpu.tools.barriers) do not count. A survivor needs an explanation in gpu/compiled/survivors.json; what has one counts as a survivor
 and is tried again only with --afresh. Which case noticed a mutant is remembered in gpu/compiled/noticed.json: it goes first.
 
-The two layers are processes of their own (gpu.tools.mutate_worker), since an interpreted function cannot be compiled.
+Interpreter and compiler are processes of their own (gpu.tools.mutate_worker), since an interpreted function cannot be compiled.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
@@ -40,7 +39,8 @@ ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "kernels"
 SURVIVORS = Path(__file__).parents[1] / "compiled" / "survivors.json"
 NOTICED = SURVIVORS.with_name("noticed.json")
-LAYERS = ("interpreter", "compiled")
+LAYERS = ("interpreter", "interpreter too", "compiled", "barriers")
+"""What looks at a mutant, each in a process of its own. The last one has run what is not damaged, compiled, and forks from there."""
 HEADS = ["linear_token_logprobs", "linear_ppo_loss"]
 """Ops that have no file in kernels/, and run the kernels of token_logprobs on buffers that the gradient overwrites."""
 
@@ -105,22 +105,12 @@ class Report:
 
 
 def explanation(mutant: Mutant | Barrier) -> str | None:
-    """Why it makes no difference, from the committed table: rows of the source name the code, rows of compiled code the kernel
-    (a regular expression) and among how many of its last barriers."""
+    """Why it makes no difference, from the committed table."""
+    if isinstance(mutant, Barrier):
+        return None
     table = json.loads(SURVIVORS.read_text(encoding="utf-8")) if SURVIVORS.exists() else []
-    for row in table:
-        if isinstance(mutant, Barrier):
-            of_kernel = row["kind"] == "bar.sync" and re.fullmatch(row["kernel"], mutant.kernel)
-            if of_kernel and mutant.of - mutant.number <= row["last"]:
-                return row["why"]
-        elif (row["kind"], row.get("file"), row.get("function"), row.get("code")) == (
-            mutant.kind,
-            mutant.file,
-            mutant.function,
-            mutant.code,
-        ):
-            return row["why"]
-    return None
+    of = mutant.kind, mutant.file, mutant.function, mutant.code
+    return next((row["why"] for row in table if (row["kind"], row["file"], row["function"], row["code"]) == of), None)
 
 
 # ---- a layer, in a process of its own
@@ -138,9 +128,9 @@ class Layer:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }
         environment.pop("TRITON_INTERPRET", None)
-        if name == "interpreter":
+        if name.startswith("interpreter"):
             environment["TRITON_INTERPRET"] = "1"
-        command = [sys.executable, "-m", "gpu.tools.mutate_worker", name]
+        command = [sys.executable, "-m", "gpu.tools.mutate_worker", name.partition(" ")[0]]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT / "tests"
         )
@@ -198,7 +188,7 @@ def run(
     ops = sorted({op for path in KERNELS.glob("*.py") for op in _ops_of(path.name)})
     if not barriers:
         ops = sorted({op for m in source for op in _ops_of(m.file)})
-    passed: SimpleQueue[Mutant | None] = SimpleQueue()
+    todo, total = deque(source), len(source)
 
     def record(mutant: Mutant | Barrier, noticed: str | None) -> None:
         report.outcomes.append(Outcome(mutant, noticed))
@@ -210,54 +200,43 @@ def run(
         if len(report.outcomes) % 25 == 0:
             note(f"{len(report.outcomes)} tried")
 
-    def is_known_survivor(mutant: Mutant | Barrier) -> bool:
-        return not afresh and explanation(mutant) is not None
-
     with layers() as opened:
 
-        def interpreter() -> None:
-            layer = opened["interpreter"]
-            try:
-                _undamaged(layer, ops)
-                for mutant in source:
-                    if time.monotonic() > deadline:
-                        break
-                    if is_known_survivor(mutant):
-                        record(mutant, None)
-                        continue
-                    hint = hints.get(mutant.key, "")
-                    noticed = None if hint.startswith("compiled") else _noticed(layer, mutant, hint)
-                    if noticed is None:
-                        passed.put(mutant)
-                    else:
-                        record(mutant, noticed)
-            finally:
-                passed.put(None)
+        def look(layer: Layer) -> None:
+            """At mutants of the source, until there are no more."""
+            while todo and time.monotonic() < deadline:
+                mutant = todo.popleft()
+                if not afresh and explanation(mutant) is not None:
+                    record(mutant, None)
+                    continue
+                hint = hints.get(mutant.key, "")
+                order = [layer, opened["compiled"]]
+                if hint.startswith("compiled"):
+                    order.reverse()
+                found = (_noticed(x, mutant, hint) for x in order)
+                record(mutant, next((x for x in found if x is not None), None))
 
-        def compiled() -> None:
-            layer = opened["compiled"]
-            _undamaged(layer, ops)
-            found: list[Barrier] = []
-            if barriers:
-                found, report.idle = _barriers(layer)
-            report.left_out = len(source) + len(found)
+        def from_source() -> None:
+            _undamaged(opened["interpreter"], ops)
+            look(opened["interpreter"])
+
+        def from_compiled_code() -> None:
+            nonlocal total
+            if not barriers:
+                _undamaged(opened["compiled"], ops)
+                return
+            found, report.idle = _barriers(opened["barriers"])
+            total += len(found)
             for barrier in _shuffled(found, seed):
                 if time.monotonic() > deadline:
                     break
-                known = is_known_survivor(barrier)
-                record(barrier, None if known else _noticed(layer, barrier, hints.get(barrier.key, "")))
-            while (mutant := passed.get()) is not None:
-                if time.monotonic() < deadline:
-                    hint = hints.get(mutant.key, "")
-                    noticed = _noticed(layer, mutant, hint)
-                    if noticed is None and hint.startswith("compiled"):  # the interpreter has not seen it yet
-                        noticed = _noticed(opened["interpreter"], mutant, "")
-                    record(mutant, noticed)
+                record(barrier, _noticed(opened["barriers"], barrier, hints.get(barrier.key, "")))
+            look(opened["interpreter too"])
 
         with ThreadPoolExecutor(2) as pool:
-            for job in [pool.submit(interpreter), pool.submit(compiled)]:
+            for job in [pool.submit(from_source), pool.submit(from_compiled_code)]:
                 job.result()
-    report.left_out -= len(report.outcomes)
+    report.left_out = total - len(report.outcomes)
     return report
 
 
@@ -284,13 +263,16 @@ def _noticed(layer: Layer, mutant: Mutant | Barrier, hint: str) -> str | None:
         answer = layer.ask(first=first, cases=mutant.cases, barrier=[mutant.kernel, mutant.number, mutant.of])
     else:
         answer = layer.ask(first=first, ops=_ops_of(mutant.file), file=mutant.file, source=mutant.source)
-    return None if answer is None else f"{layer.name}: {answer[0]}"
+    return None if answer is None else f"{layer.name.partition(' ')[0]}: {answer[0]}"
 
 
 def _barriers(layer: Layer) -> tuple[list[Barrier], int]:
     """Of every compiled kernel where it has most; and how many of them order nothing."""
     found, idle = [], 0
-    for kernel, count, cases, without in layer.ask(barriers=True):
+    answer = layer.ask(barriers=True)
+    if "error" in answer:
+        raise RuntimeError(f"the layer '{layer.name}' complains of what is not damaged: {answer['error']}")
+    for kernel, count, cases, without in answer["found"]:
         found += [Barrier(kernel, number, count, tuple(cases)) for number in range(count) if number not in without]
         idle += len(without)
     return found, idle

@@ -1,8 +1,9 @@
 """One layer of the mutation run, in a process of its own: reads questions as lines of JSON, answers with who complained.
 
-    python -m gpu.tools.mutate_worker interpreter|compiled
+    python -m gpu.tools.mutate_worker interpreter|compiled|barriers
 
-It forks for every mutant, with the damaged copy of kernels/ in place of ours.
+It forks for every mutant, with the damaged copy of kernels/ in place of ours; for barriers from a process that has compiled and run
+ours already.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def work(layer: str) -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if question.get("barriers"):
-            found = _in_child(lambda: _count_barriers(cases.cases_of(*cases.triton_ops())))
+            found = _barriers(cases.cases_of(*cases.triton_ops()), expected)
         else:
             wanted = _wanted(layer, question)
             for case in wanted:
@@ -127,25 +128,32 @@ def _too_long(*_: object) -> None:
 
 
 def _run_case(layer: str, case: Case, expected: Any, barrier: Any) -> None:
+    if layer != "interpreter":
+        _run_compiled(case, expected, barrier)
+        return
+    from gpu.tools.sanitizer import Sanitizer
+
     inputs = case.inputs()
-    if layer == "interpreter":
-        from gpu.tools.sanitizer import Sanitizer
-
-        with Sanitizer(order="shuffle", seed=3) as sanitizer:
-            for x, where in case.masked(inputs):
-                sanitizer.hide(x, where)
-            got = case.kernels(inputs)
-        sanitizer.check()
-    else:
-        from gpu.tools.driver import install
-
-        with install(90) as driver:
-            if barrier is not None:
-                driver.damage = lambda kernel, text: _without_barrier(kernel.name, text, *barrier)
-            got = case.kernels(inputs)
-        for launch in driver.launches:
-            assert launch.findings == [], f"{launch.kernel}: {launch.findings[0]}"
+    with Sanitizer(order="shuffle", seed=3) as sanitizer:
+        for x, where in case.masked(inputs):
+            sanitizer.hide(x, where)
+        got = case.kernels(inputs)
+    sanitizer.check()
     case.check(got, expected)
+
+
+def _run_compiled(case: Case, expected: Any, barrier: Any = None) -> list[Any]:
+    """What was compiled."""
+    from gpu.tools.driver import install
+
+    with install(90) as driver:
+        if barrier is not None:
+            driver.damage = lambda kernel, text: _without_barrier(kernel.name, text, *barrier)
+        got = case.kernels(case.inputs())
+    for launch in driver.launches:
+        assert launch.findings == [], f"{launch.kernel}: {launch.findings[0]}"
+    case.check(got, expected)
+    return list(driver.compiled.values())
 
 
 _BARRIER = re.compile(r"bar\.sync\s+0;")
@@ -158,26 +166,27 @@ def _without_barrier(kernel: str, text: str, name: str, number: int, of: int) ->
     return text[: found[number].start()] + text[found[number].end() :]
 
 
-def _count_barriers(wanted: list[Case]) -> list[tuple[str, int, list[str], list[int]]]:
-    """(kernel, its barriers where it has most, cases that launch such code, barriers that order nothing in any of it)."""
-    from gpu.tools.driver import install
-
+def _barriers(wanted: list[Case], expected: dict[str, Any]) -> dict[str, Any]:
+    """{"found": (kernel, its barriers where it has most, cases that launch such code, those that order nothing in any of it)}."""
     most: dict[str, int] = {}
-    cases: dict[str, list[str]] = {}
+    users: dict[str, list[str]] = {}
     idle: dict[str, set[int]] = {}
     for case in wanted:
-        with install(90, execute=False) as driver:
-            case.kernels(case.inputs())
-        for kernel in driver.compiled.values():
+        expected[str(case)] = case.expected(case.inputs())
+        try:
+            compiled = _run_compiled(case, expected[str(case)])
+        except AssertionError as error:
+            return {"error": f"{case}: {error}"}
+        for kernel in compiled:
             name, ptx = kernel.name, str(kernel.asm["ptx"])
             count = len(_BARRIER.findall(ptx))
             if kernel.num_warps == 1 or count < most.get(name, 1):  # one warp has nobody else to wait for
                 continue
             if count > most.get(name, 0):
-                most[name], cases[name], idle[name] = count, [], set(range(count))
-            cases[name].append(str(case))
+                most[name], users[name], idle[name] = count, [], set(range(count))
+            users[name].append(str(case))
             idle[name] &= idle_barriers(ptx)
-    return [(name, count, sorted(set(cases[name])), sorted(idle[name])) for name, count in most.items()]
+    return {"found": [(name, n, sorted(set(users[name])), sorted(idle[name])) for name, n in most.items()]}
 
 
 if __name__ == "__main__":
