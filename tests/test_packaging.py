@@ -95,4 +95,4 @@ def test_the_source_archive_holds_all_that_the_build_reads(source, tmp_path):
         str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")
     }
     needed |= {f"csrc/building/{name}" for name in ("__init__.py", "cuda.py", "sbom.py")}
-    assert needed | {"kernels/__init__.py", "LICENSE", "pyproject.toml", "rlhf_fast/_op.py"} <= names
+    assert needed | {"kernels/__init__.py", "LICENSE", "MIGRATING.md", "pyproject.toml", "rlhf_fast/_op.py"} <= names
