@@ -159,7 +159,7 @@ def batch():
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     logprobs = -draw(B, T).abs() - 0.1
-    old = logprobs + 0.3 * draw(B, T)
+    old = logprobs + 0.8 * draw(B, T)
     return {
         "logprobs": logprobs.requires_grad_(),
         "old_logprobs": old,
@@ -240,6 +240,40 @@ def test_the_rows_of_grpo_give_the_numbers_of_trl(row, batch):
     loss, ours = called(row, batch)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(ours, gradient)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_the_dialect_gives_the_advantages_of_trls_ppo(kind, batch):
+    """trl 1.12.0, trl/experimental/ppo/ppo_trainer.py, train, steps 4 and 6, on rows that end early and rows that fill the window."""
+    mask, kl_coef, gamma, lam = batch["mask"], 0.05, 0.99, 0.95
+    g = torch.Generator().manual_seed(2)
+    values, scores = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((B, T), (B,)))
+    logprobs, ref = batch["logprobs"].detach(), batch["ref_logprobs"]
+
+    end = mask.sum(1) - 1
+    at = torch.arange(T).expand(B, T)
+    padding, padding_p1 = at > end[:, None], at > end[:, None] + 1
+    logr = ref.masked_fill(padding, 1.0) - logprobs.masked_fill(padding, 1.0)
+    v = values.masked_fill(padding_p1, 0)
+    rewards = -kl_coef * (-logr if kind == "k1" else logr.exp() - 1 - logr)
+    slot = torch.where(end + 1 < T, end + 1, end)
+    rewards[torch.arange(B), slot] += scores
+    last, reverse = torch.zeros(B, dtype=torch.float64), []
+    for t in reversed(range(T)):
+        following = v[:, t + 1] if t < T - 1 else 0.0
+        last = rewards[:, t] + gamma * following - v[:, t] + gamma * lam * last
+        reverse.append(last)
+    raw = torch.stack(reverse[::-1], 1)
+    real = raw[~padding]
+    whitened = ((raw - real.mean()) * torch.rsqrt(real.var() + 1e-8)).masked_fill(padding, 0)
+
+    found = rlhf_fast.advantages(
+        scores, values, mask, logprobs=logprobs, ref_logprobs=ref, kl_coef=kl_coef, kl_kind=kind, gamma=gamma, lam=lam,
+        dialect="trl",
+    )  # fmt: skip
+    torch.testing.assert_close(found.advantages, whitened)
+    torch.testing.assert_close(found.rewards, rewards)
+    torch.testing.assert_close(found.returns.masked_fill(padding_p1, 0), (raw + v).masked_fill(padding_p1, 0))
 
 
 DPO = {"label_smoothing": 0.1, "discopop_tau": 0.05, "f_alpha_divergence_coef": 0.4}

@@ -32,6 +32,7 @@ def run(losses, *, sizes=None, norms=(1.0, 2.0, 4.0), seconds=(9.0, 9.0, 2.0), p
         "generation": [0.0] * len(seconds),
         "data": list(data),
         "peak": peak,
+        "first peak": 2 * peak,
         "reached": reached,
         "fell through": 0,
     }
@@ -103,7 +104,7 @@ def test_the_table_has_both_figures_and_their_ratios(script):
     )
     header, rule, line = script.table([row]).splitlines()
     assert header.count("|") == rule.count("|") == line.count("|")
-    for text in ("500.0 / 250.0", "2.00 x", "300 / 150", "0.50 x", "| 40 |"):
+    for text in ("500.0 / 250.0", "2.00 x", "300 / 150", "0.50 x", "600 / 300", "| 40 |"):
         assert text in line
 
 
