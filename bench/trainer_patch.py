@@ -30,6 +30,13 @@ LIMIT = 1e-5
 """Of the losses, relative to the size of their terms, and of the gradient norms; in fp32."""
 CHECKED_STEPS = 2
 """First steps, which are not timed: GRPO samples on one and trains on its completions again on the next."""
+GROUP = 4
+"""Completions per prompt of GRPO."""
+RANGES = (
+    ("steps", CHECKED_STEPS + 1, 1), ("rounds", 1, 1), ("threads", 1, 1), ("vocab", 8, 1), ("hidden", 64, 64), ("layers", 1, 1),
+    ("batch", GROUP, GROUP), ("prompt", 2, 1), ("response", 2, 1), ("seed", 0, 1),
+)  # fmt: skip
+"""(option, least value, what it is a multiple of)."""
 FRAMEWORK = {"grpo": "trl", "dpo": "trl", "reward": "trl", "verl": "verl"}
 
 
@@ -238,7 +245,7 @@ def run_trl(name: str, args: argparse.Namespace, found: Recorder, folder: str) -
     fp32 = {"model_init_kwargs": {"dtype": "float32"}}
     if name == "grpo":
         config = trl.GRPOConfig(
-            **options, **fp32, beta=0.04, num_generations=4, num_iterations=2, max_completion_length=args.response
+            **options, **fp32, beta=0.04, num_generations=GROUP, num_iterations=2, max_completion_length=args.response
         )
         trainer: Any = trl.GRPOTrainer(path, rarity, args=config, **shared)
         generate = trainer._generate
@@ -388,10 +395,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.measure:
         print(json.dumps(measure(args.measure, args.patched, args)))
         return 0
-    if args.steps <= CHECKED_STEPS:
-        parser.error(f"--steps must be more than {CHECKED_STEPS}, which are not timed, got {args.steps}")
-    if args.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    for name, low, multiple in RANGES:
+        value = getattr(args, name)
+        if value < low or value % multiple:
+            extra = f" and a multiple of {multiple}" if multiple > 1 else ""
+            parser.error(f"--{name} must be at least {low}{extra}, got {value}")
     reason = missing(args.trainer)
     if reason:
         parser.error(reason)
@@ -410,6 +418,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(table(rows))
     for row in rows:
+        if not row["reached"]:
+            print(f"\n{row['trainer']}: the patch replaces nothing here, so times and memory differ by chance alone")
         if not row["repeats"]:
             print(f"\n{row['trainer']}: two rounds of the same run gave other losses")
         if not agrees(row):

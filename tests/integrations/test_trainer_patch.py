@@ -122,7 +122,9 @@ def test_the_extra_is_the_supported_range(name):
     assert extras[name] == [f"{name}>={low},<{high}"]
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "2"], ["--rounds", "0"], ["--trainer", "ppo"]])
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "2"], ["--rounds", "0"], ["--batch", "6"], ["--hidden", "100"], ["--trainer", "ppo"]]
+)
 def test_wrong_options_are_refused_before_anything_runs(arguments):
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and arguments[0].strip("-") in done.stderr
