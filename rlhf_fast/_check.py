@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from rlhf_fast.reference.token_logprobs import refused_id, refused_temperature
+
 _FP32 = torch.float32
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -142,6 +144,23 @@ def cu_seqlens(op: str, x: Tensor, tokens: int, other: Tensor) -> Tensor:
         if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
             raise error(ValueError, op, "cu_seqlens", bounds[:8], f"rising boundaries from 0 to {tokens}")
     return x.to(torch.int64).contiguous()
+
+
+def token_rows(op: str, token_ids: Tensor, temperature: Tensor | None, mask: Tensor | None, vocab: int) -> None:
+    """Raises for the first real row whose token id or temperature is out of range."""
+    bad = (token_ids < 0) | (token_ids >= vocab)
+    if temperature is not None:
+        bad |= ~((temperature > 0) & temperature.isfinite())
+    if mask is not None:
+        bad &= mask
+    if bool(bad.any()):
+        row = int(bad.flatten().nonzero()[0])
+        token_id = int(token_ids.flatten()[row])
+        if not 0 <= token_id < vocab:
+            raise ValueError(refused_id(op, row, token_id, vocab))
+        raise ValueError(
+            refused_temperature(op, row, float("nan" if temperature is None else temperature.flatten()[row]))
+        )
 
 
 def wide(x: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 from rlhf_fast import _buffers, _check
 from rlhf_fast.ops._matmul import matmul, native, pitch
 from rlhf_fast.ops.token_logprobs import temperature_of
-from rlhf_fast.reference.token_logprobs import refused_id, refused_temperature
 
 CHUNK_BYTES = 64 << 20
 """Default budget of everything that lives for one chunk on a CPU."""
@@ -384,19 +383,3 @@ class Gradients:
             rows, found = self._scattered
             self.hidden[rows] = found
         self._scattered = None
-
-
-def check_rows(op: str, x: Inputs) -> None:
-    """Raises for the first token id or temperature of flat inputs that is out of range, before any product."""
-    vocab = x.weight.shape[0]
-    bad = (x.token_ids < 0) | (x.token_ids >= vocab)
-    if x.temperature is not None:
-        bad |= ~((x.temperature > 0) & x.temperature.isfinite())
-    if x.mask is not None:
-        bad &= x.mask
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        token_id = int(x.token_ids[row])
-        if not 0 <= token_id < vocab:
-            raise ValueError(refused_id(op, row, token_id, vocab))
-        raise ValueError(refused_temperature(op, row, float("nan" if x.temperature is None else x.temperature[row])))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast import _check
 from rlhf_fast._native import contiguous
 from rlhf_fast._op import Backend, Op, cpp, cuda, last_use, no_doubles, triton
 from rlhf_fast._types import LossOutput, Stats
@@ -15,7 +16,6 @@ from rlhf_fast.ops._lm_head import (
     Gradients,
     Inputs,
     Rows,
-    check_rows,
     compute_dtype,
     cuda_rows,
     triton_rows,
@@ -144,7 +144,7 @@ def _forward_by(kernels: Rows, loss_of, picks: bool, *args):  # type: ignore[no-
     dtype, bonus, terms, (reduction, divisor) = old.dtype, numbers[4], numbers[:-2], numbers[-2:]
     x = Inputs(hidden, weight, bias, token_ids, mask, temperature, None, None, None, value, cap, chunk_bytes).flat()
     if picks:
-        check_rows(_OP, x)
+        _check.token_rows(_OP, x.token_ids, x.temperature, x.mask, x.weight.shape[0])
     per_token = [None if t is None else t.reshape(-1) for t in (old, advantages, ref, importance)]
     weights = token_weights(mask, torch.float64, reduction, normalizer, divisor, cu_seqlens).reshape(-1).to(dtype)
     logprobs, entropy = (torch.zeros(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))

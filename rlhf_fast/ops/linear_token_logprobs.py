@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _check, _parallel
 from rlhf_fast._op import Backend, Op, cpp, cuda, last_use, no_doubles, reference_backward, triton
 from rlhf_fast._types import TokenStats
 from rlhf_fast.ops._lm_head import (
@@ -16,7 +16,6 @@ from rlhf_fast.ops._lm_head import (
     Rows,
     arguments,
     check_bias,
-    check_rows,
     check_weight,
     cuda_rows,
     triton_rows,
@@ -44,6 +43,7 @@ def linear_token_logprobs(
     ref_bias: Tensor | None = None,
     chunk_bytes: int | None = None,
     directions: Sequence[str] = ("logprobs",),
+    process_group: object | None = None,
 ) -> TokenStats:
     """token_logprobs of logits = hidden weight^T + bias, a few rows of logits at a time.
 
@@ -70,7 +70,11 @@ def linear_token_logprobs(
             None = 64 MiB on a CPU, 512 MiB elsewhere. A second direction takes a second buffer from it. The CPU's product has
             2 MiB of its own.
         directions: of "logprobs", "entropy", "logsumexp", "kl": whose derivative a forward with a frozen head keeps, in
-            (..., H) fp32 each. Without effect on the results.
+            (..., H) fp32 each. Without effect on the results, and with a process_group.
+        process_group: as for token_logprobs: weight (V_r, H), bias, ref_weight and ref_bias are this rank's rows of the head,
+            hidden and ref_hidden are whole on every rank. The gradient towards hidden is summed over the ranks by one all-reduce
+            (in fp32 at least) and is that of the whole; those towards weight and bias are of this rank's rows. Do not sum them again.
+            The product of a reference is computed twice.
 
     Returns:
         TokenStats, each (...) fp32 (fp64 when hidden or weight is), differentiable towards hidden, weight and
@@ -80,7 +84,8 @@ def linear_token_logprobs(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument. A token id outside of
-            [0, V) names row, id and V before anything is computed (on the CPU; elsewhere such a row is NaN).
+            [0, V) names row, id and V before anything is computed (on the CPU; elsewhere such a row is NaN). A process_group
+            that is not one, or that this process does not belong to.
     """
     x = arguments(_OP, hidden, weight, token_ids, bias, mask, temperature, softcap, chunk_bytes)
     if ref_hidden is not None:
@@ -111,10 +116,41 @@ def linear_token_logprobs(
 
     trained = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     differentiate = torch.is_grad_enabled() and any(trained)
+    if process_group is not None:
+        _parallel.check_group(_OP, process_group)
+        part = _slice(x._replace(hidden=_parallel.replicated(hidden, process_group)), differentiate)
+        return _parallel.token_stats(_OP, part, x.token_ids, x.mask, x.temperature, process_group)
     frozen = differentiate and trained == [True, False, False]
     kept = [frozen and name in directions for name in TokenStats._fields]
     logprobs, entropy, logsumexp, kl, _, _ = _linear(*x, differentiate, kept)
     return TokenStats(logprobs, entropy, logsumexp, None if ref_hidden is None else kl)
+
+
+def _slice(x: Inputs, differentiate: bool) -> _parallel.Slice:
+    """Keeps no direction: one output's derivative needs two of the slice's, whose products cost what computing the logits again does."""
+    kept = [False] * 4
+
+    def excluded(bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else _parallel.excluded(bias, x.softcap)
+
+    def statistics(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        *found, kl, _, _ = _linear(*x._replace(token_ids=ids, mask=mask), differentiate, kept)
+        return *found, None if x.ref_hidden is None else kl  # type: ignore[return-value]
+
+    def ref_logsumexp(ids: Tensor, mask: Tensor | None) -> Tensor:
+        alone = x._replace(
+            hidden=ref_hidden, weight=ref_weight, bias=ref_bias, token_ids=ids, mask=mask,
+            ref_hidden=None, ref_weight=None, ref_bias=None,
+        )  # fmt: skip
+        return _linear(*alone, False, kept)[2].to(x.dtype)
+
+    of_policy = _parallel.Slice(x.weight.shape[0], statistics, excluded(x.bias))
+    if x.ref_hidden is None:
+        return of_policy
+    ref_weight, ref_bias = (x.weight, x.bias) if x.ref_weight is None else (x.ref_weight, x.ref_bias)
+    ref_hidden = x.ref_hidden.double() if x.dtype is torch.float64 else x.ref_hidden
+    ref_weight, ref_bias = ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
+    return of_policy._replace(ref_logsumexp=ref_logsumexp, ref_excluded=excluded(ref_bias))
 
 
 def _outputs(x: Inputs, keep_state: bool, kept: Sequence[bool], new: Callable[..., Tensor]) -> list[Tensor]:
@@ -147,7 +183,7 @@ def _forward_by(kernels: Rows, picks: bool, *args):  # type: ignore[no-untyped-d
     stats, (state, directions) = [out.view(-1) for out in outputs[:4]], outputs[4:]
     x = x.flat()
     if picks:
-        check_rows(_OP, x)
+        _check.token_rows(_OP, x.token_ids, x.temperature, x.mask, x.weight.shape[0])
     each = [(i, Gradients(x, (False,) * 3, out)) for i, out in zip(_places(kept), directions, strict=True)]
     narrow = bool(each) and not picks and x.narrow and x.exact
     buffers = 1 if narrow else min(2, max(1, len(each)))

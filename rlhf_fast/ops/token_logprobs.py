@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast import _buffers, _check
+from rlhf_fast import _buffers, _check, _parallel
 from rlhf_fast._native import DTYPES, contiguous, kernel
 from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast._types import TokenStats
@@ -21,6 +21,7 @@ def token_logprobs(
     softcap: float | None = None,
     mask: Tensor | None = None,
     ref_logits: Tensor | None = None,
+    process_group: object | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and log-sum-exp of each token, and the exact KL to a reference, in one read of the logits.
 
@@ -39,6 +40,12 @@ def token_logprobs(
         mask: (...) True = real token; None = all real. Masked rows are never read, give 0 and a gradient of 0.
         ref_logits: (..., V) logits of the reference; a constant: it gets no gradient. Another float dtype than that
             of `logits` promotes both.
+        process_group: torch.distributed.ProcessGroup over whose ranks the vocabulary is cut, in the order of the ranks: logits and
+            ref_logits are this one's (..., V_r) with V_r > 0, which may differ from rank to rank; everything else is the same on
+            every rank, and the ids count from the first class of the first rank. Every rank gets the statistics of the whole and,
+            from the same loss, the gradient towards its own slice (rlhf_fast/_parallel.py). Two all-gathers: of V_r, and of 3
+            numbers per token (5 with a reference); none in the backward. Reads a slice once more for rows that it excludes
+            (not with a softcap), that of the reference twice more.
 
     Returns:
         TokenStats, each (...) fp32 (fp64 for fp64 logits), all differentiable towards logits; kl is None without ref_logits.
@@ -47,7 +54,8 @@ def token_logprobs(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument. A token id outside of [0, V) names row,
-            id and V before anything is computed (on the CPU; elsewhere such a row is NaN).
+            id and V before anything is computed (on the CPU; elsewhere such a row is NaN). A process_group that is not one, or
+            that this process does not belong to.
     """
     if not isinstance(logits, Tensor) or logits.dtype not in _check.FLOATS:
         _check.floating("token_logprobs", "logits", logits)
@@ -71,10 +79,37 @@ def token_logprobs(
             dtype = torch.promote_types(logits.dtype, ref_logits.dtype)
             logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
     keep_state = logits.requires_grad and torch.is_grad_enabled()
+    if process_group is not None:
+        _parallel.check_group("token_logprobs", process_group)
+        part = _slice(logits, per_token, ref_logits, value, cap, keep_state)
+        return _parallel.token_stats("token_logprobs", part, token_ids, mask, per_token, process_group)
     logprobs, entropy, logsumexp, kl, _ = _token_logprobs(
         logits, token_ids, mask, per_token, ref_logits, value, cap, keep_state
     )
     return TokenStats(logprobs, entropy, logsumexp, None if ref_logits is None else kl)
+
+
+def _slice(
+    logits: Tensor,
+    temperature: Tensor | None,
+    ref_logits: Tensor | None,
+    temperature_value: float,
+    softcap: float,
+    keep_state: bool,
+) -> _parallel.Slice:
+    numbers = (temperature_value, softcap)
+
+    def statistics(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        *found, kl, _ = _token_logprobs(logits, ids, mask, temperature, ref_logits, *numbers, keep_state)
+        return *found, None if ref_logits is None else kl  # type: ignore[return-value]
+
+    def ref_logsumexp(ids: Tensor, mask: Tensor | None) -> Tensor:
+        return _token_logprobs(ref_logits.detach(), ids, mask, temperature, None, *numbers, False)[2]  # type: ignore[union-attr]
+
+    of_policy = _parallel.Slice(logits.shape[-1], statistics, _parallel.excluded(logits, softcap))
+    if ref_logits is None:
+        return of_policy
+    return of_policy._replace(ref_logsumexp=ref_logsumexp, ref_excluded=_parallel.excluded(ref_logits, softcap))
 
 
 def temperature_of(
