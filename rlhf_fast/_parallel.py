@@ -15,7 +15,7 @@ operators f and g of Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053, section
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,13 +63,12 @@ def token_stats(
     import torch.distributed as dist
 
     ids = token_ids.to(torch.int64)
-    sizes = _gather(ids.new_full((1,), part.classes), group)
-    ends = torch.cat(sizes).cumsum(0)
-    if (
-        ids.is_cpu and not torch.compiler.is_compiling()
-    ):  # the same error on every rank, before any of them waits for another
+    (sizes,) = _gather([ids.new_full((), part.classes)], group)
+    ends = sizes.cumsum(0)
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        # Here every rank raises the same; later one could wait for another that did.
         _check.token_rows(op, ids, temperature, mask, int(ends[-1]))
-    starts = ends - torch.cat(sizes)
+    starts = ends - sizes
     inside = [(ids >= start) & (ids < end) for start, end in zip(starts.unbind(), ends.unbind(), strict=True)]
     rank = dist.get_rank(group)
 
@@ -84,10 +83,8 @@ def token_stats(
             ref_logsumexp = ref_logsumexp.masked_fill(_real(mask, part.ref_excluded, ids), float("-inf"))
             kl = kl.masked_fill(part.ref_excluded, 0.0)  # its share of the sum is infinite on its own
         found += [kl, ref_logsumexp]
-    gathered = [torch.stack(x) for x in zip(*(x.unbind() for x in _gather(torch.stack(found), group)), strict=True)]
-
     legal = functools.reduce(torch.logical_or, inside)
-    *results, whole_kl = _whole(torch.stack(inside), *gathered)
+    *results, whole_kl = _whole(torch.stack(inside), *_gather(found, group))
     logprobs, entropy, logsumexp = (_shown(x, legal, mask) for x in results)  # type: ignore[arg-type]
     return TokenStats(logprobs, entropy, logsumexp, None if whole_kl is None else _shown(whole_kl, legal, mask))
 
@@ -142,14 +139,15 @@ def _shown(x: Tensor, legal: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask, 0.0)
 
 
-def _gather(x: Tensor, group: Any) -> list[Tensor]:
-    """x of every rank, with a gradient towards this one's."""
+def _gather(own: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """(n, ...) of each of `own`, which have one shape, with a gradient towards this rank's; none where nobody asks for it."""
     import torch.distributed as dist
 
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.detach().contiguous(), group=group)
-    parts[dist.get_rank(group)] = x
-    return parts
+    packed = torch.stack([x.detach() for x in own])
+    parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, packed, group=group)
+    rank = dist.get_rank(group)
+    return [torch.stack([x if r == rank else part[k] for r, part in enumerate(parts)]) for k, x in enumerate(own)]
 
 
 def replicated(x: Tensor, group: Any) -> Tensor:

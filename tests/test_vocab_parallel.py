@@ -20,15 +20,17 @@ from rlhf_fast._types import TokenStats
 CASES = cases()
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda n: f"{n} ranks")
+@pytest.fixture(
+    scope="module", params=[(2, "cpp"), (4, "cpp"), (2, "reference")], ids=lambda p: f"{p[0]} ranks, {p[1]}"
+)
 def ranks(request, tmp_path_factory):
     """What each rank found."""
-    world, folder = request.param, tmp_path_factory.mktemp("gloo")
+    (world, backend), folder = request.param, tmp_path_factory.mktemp("gloo")
     script = Path(__file__).parent / "vocab_rank.py"
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(world), str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RLHF_FAST_BACKEND": backend},
             stderr=subprocess.PIPE,
             text=True,
         )
