@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from rlhf_fast.reference.token_logprobs import refused_id, refused_temperature
 
 _FP32 = torch.float32
+_HERE = "its full_tensor(), or its to_local() with process_group where an op takes one for a vocabulary cut over ranks"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -22,26 +24,35 @@ def error(kind: type[Exception], op: str, argument: str, got: object, expected: 
     return kind(f"{op}: argument '{argument}' got {got}, expected {expected}")
 
 
-def floating(op: str, argument: str, x: object) -> None:
-    """`x` is a float tensor of a supported dtype."""
+def tensor(op: str, argument: str, x: object) -> Tensor:
+    """`x` is a tensor whose numbers are all here: a kernel would read the memory behind a DTensor, which holds a part or none."""
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return x
     if not isinstance(x, Tensor):
         raise error(TypeError, op, argument, type(x).__name__, "a torch.Tensor")
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is no DTensor
+    if module is not None and isinstance(x, module.DTensor):
+        raise error(TypeError, op, argument, "a DTensor", _HERE)
+    return x
+
+
+def floating(op: str, argument: str, x: object) -> None:
+    """`x` is a float tensor of a supported dtype."""
+    x = tensor(op, argument, x)
     if x.dtype not in FLOATS:
         raise error(TypeError, op, argument, x.dtype, f"one of {_names(FLOATS)}")
 
 
 def integer(op: str, argument: str, x: object) -> None:
     """`x` is an integer tensor (token ids, group ids, cu_seqlens)."""
-    if not isinstance(x, Tensor):
-        raise error(TypeError, op, argument, type(x).__name__, "a torch.Tensor")
+    x = tensor(op, argument, x)
     if x.dtype not in INTS:
         raise error(TypeError, op, argument, x.dtype, f"one of {_names(INTS)}")
 
 
 def boolean(op: str, argument: str, x: object) -> None:
     """`x` is a mask: bool (or an integer tensor of zeros and ones)."""
-    if not isinstance(x, Tensor):
-        raise error(TypeError, op, argument, type(x).__name__, "a torch.Tensor")
+    x = tensor(op, argument, x)
     if x.dtype is not torch.bool and x.dtype not in INTS:
         raise error(TypeError, op, argument, x.dtype, "torch.bool (True = real token)")
 

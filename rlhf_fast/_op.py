@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from rlhf_fast import _env, _native
@@ -136,7 +137,11 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
-        if torch.compiler.is_compiling() or not plain(first):
+        if torch.compiler.is_compiling():
+            return self._packet(*args)
+        if not plain(first) or forward_ad._current_level >= 0:
+            if self._transformed(args):
+                return self._of_reference(args)
             return self._packet(*args)
         device = "cpu" if first.is_cpu else first.device.type  # device.type costs ten times as much
         backend = (self._chosen.get(device) or self._usable(device))[0]
@@ -157,6 +162,21 @@ class Op:
                         )  # the gradients belong to the backward
                     return self._function.apply(*args)
         return backend.fn(*args)
+
+    def _transformed(self, args: Sequence[Any]) -> bool:
+        """Whether a derivative of this call is looked for by other means than autograd's backward: torch.func, or forward mode."""
+        active = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+        return active and self._function is not None and any(isinstance(x, Tensor) and _tracked(x) for x in args)
+
+    def _of_reference(self, args: Sequence[Any]) -> Any:
+        """The reference is made of operators that every transform knows. torch would refuse the op without naming it, and in forward
+        mode take it for a constant."""
+        if forced_backend() == "reference":
+            return self.reference(*args)
+        raise RuntimeError(
+            f"{self.name}: the derivatives of torch.func and of forward mode are not available: use torch.autograd.grad, or "
+            "use_backend('reference'), which has them"
+        )
 
     def select(self, device: str) -> Backend:
         """The first available backend for the device type, or the forced one.
@@ -231,6 +251,18 @@ def plain(x: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def _tracked(x: Tensor) -> bool:
+    """Whether a torch.func transform or forward mode differentiates towards x, at any level of nesting."""
+    functorch = torch._C._functorch
+    while forward_ad.unpack_dual(x).tangent is None:
+        if not functorch.is_functorch_wrapped_tensor(x):
+            return False
+        if functorch.is_gradtrackingtensor(x) and x.requires_grad:
+            return True
+        x = functorch.get_unwrapped(x)
+    return True
 
 
 def last_use(ctx: Any, grad: Tensor) -> bool:

@@ -64,7 +64,7 @@ def advantages(
     """
     op = "advantages"
     rules = dialect_of(op, dialect)
-    if not isinstance(values, Tensor) or values.dtype not in _check.FLOATS:
+    if type(values) is not Tensor or values.dtype not in _check.FLOATS:
         _check.floating(op, "values", values)
     shape = values.shape
     if mask is None:
@@ -114,7 +114,7 @@ def advantages(
 
 def _scores(scores: Tensor, values: Tensor, rows: int) -> bool:
     """Whether the checked scores are token rewards (the shape of values) rather than one per sequence."""
-    if not isinstance(scores, Tensor) or scores.dtype not in _check.FLOATS:
+    if type(scores) is not Tensor or scores.dtype not in _check.FLOATS:
         _check.floating("advantages", "scores", scores)
     if scores.device != values.device:
         _check.device("advantages", "scores", scores, values, "values")

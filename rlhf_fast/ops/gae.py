@@ -47,7 +47,7 @@ def gae(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument.
     """
-    if not isinstance(rewards, Tensor) or rewards.dtype not in _check.FLOATS:
+    if type(rewards) is not Tensor or rewards.dtype not in _check.FLOATS:
         _check.floating("gae", "rewards", rewards)
     ready = _check.alike("gae", rewards, "rewards", {"values": values})
     mask = _check.mask_like("gae", mask, rewards, "rewards")

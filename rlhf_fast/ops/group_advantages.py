@@ -47,7 +47,7 @@ def group_advantages(
         TypeError, ValueError: wrong dtype, shape, device, kind or range; names the argument.
     """
     op = "group_advantages"
-    if not isinstance(scores, Tensor) or scores.dtype not in _check.FLOATS:
+    if type(scores) is not Tensor or scores.dtype not in _check.FLOATS:
         _check.floating(op, "scores", scores)
     _check.integer(op, "group_ids", group_ids)
     if group_ids.shape != scores.shape:

@@ -46,7 +46,7 @@ def kl_estimate(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, kind or bound; names the argument.
     """
-    if not isinstance(logprobs, Tensor) or logprobs.dtype not in _check.FLOATS:
+    if type(logprobs) is not Tensor or logprobs.dtype not in _check.FLOATS:
         _check.floating("kl_estimate", "logprobs", logprobs)
     ready = _check.alike("kl_estimate", logprobs, "logprobs", {"ref_logprobs": ref_logprobs})
     if mask is not None:

@@ -102,7 +102,7 @@ def arguments(
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Checked arguments of `ppo_loss` as its schema has them, without the last; `name` is what `op` calls the log-probs."""
     rules = dialect_of(op, dialect)
-    if not isinstance(logprobs, Tensor) or logprobs.dtype not in _check.FLOATS:
+    if type(logprobs) is not Tensor or logprobs.dtype not in _check.FLOATS:
         _check.floating(op, name, logprobs)
     if mask is None:
         raise _check.error(TypeError, op, "mask", None, "a torch.Tensor")

@@ -43,7 +43,7 @@ def reward_loss(
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument.
     """
     op = "reward_loss"
-    if not isinstance(chosen_scores, Tensor) or chosen_scores.dtype not in _check.FLOATS:
+    if type(chosen_scores) is not Tensor or chosen_scores.dtype not in _check.FLOATS:
         _check.floating(op, "chosen_scores", chosen_scores)
     ready = _check.alike(op, chosen_scores, "chosen_scores", {"rejected_scores": rejected_scores})
     if margin is not None:

@@ -57,9 +57,9 @@ def token_logprobs(
             id and V before anything is computed (on the CPU; elsewhere such a row is NaN). A process_group that is not one, or
             that this process does not belong to.
     """
-    if not isinstance(logits, Tensor) or logits.dtype not in _check.FLOATS:
+    if type(logits) is not Tensor or logits.dtype not in _check.FLOATS:
         _check.floating("token_logprobs", "logits", logits)
-    if not isinstance(token_ids, Tensor) or token_ids.dtype not in _check.INTS:
+    if type(token_ids) is not Tensor or token_ids.dtype not in _check.INTS:
         _check.integer("token_logprobs", "token_ids", token_ids)
     rows = logits.shape[:-1]
     if logits.dim() == 0 or logits.shape[-1] == 0:

@@ -38,7 +38,7 @@ def whiten(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument.
     """
-    if not isinstance(x, Tensor) or x.dtype not in _check.FLOATS:
+    if type(x) is not Tensor or x.dtype not in _check.FLOATS:
         _check.floating("whiten", "x", x)
     if mask is not None:
         mask = _check.mask_like("whiten", mask, x, "x")
