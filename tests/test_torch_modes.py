@@ -51,7 +51,12 @@ def leaf(kwargs):
 def derivative(name, kwargs):
     """(function of the first float input, that input)."""
     first = leaf(kwargs)
-    return lambda x: call(name, {**kwargs, first: x})[0].square().sum(), kwargs[first]
+
+    def weighted(x):
+        out = call(name, {**kwargs, first: x})[0]
+        return (out * torch.linspace(1.0, 2.0, out.numel(), dtype=out.dtype).view(out.shape)).sum()
+
+    return weighted, kwargs[first]
 
 
 @each_op
