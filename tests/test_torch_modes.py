@@ -151,23 +151,23 @@ def test_a_step_in_one_graph_is_the_eager_step():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_autocast_region_leaves_the_dtypes_of_the_arguments(dtype):
+def test_an_autocast_region_leaves_the_dtypes_of_the_arguments(dtype, backend):
     torch.manual_seed(0)
     body, head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 31, bias=False, dtype=dtype)
     x, ids = torch.randn(3, 6, 8), torch.randint(0, 31, (3, 6))
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = body(x)
-        assert hidden.dtype is torch.bfloat16  # what the region makes of a Linear
-        stats = rlhf_fast.linear_token_logprobs(hidden, head.weight, ids)
-        of_logits = rlhf_fast.token_logprobs(head(x), ids)
-    outside = hidden.detach().requires_grad_()
-    expected = rlhf_fast.linear_token_logprobs(outside, head.weight, ids)
-    assert same(stats[:3], expected[:3]) and stats.logprobs.dtype is of_logits.logprobs.dtype is torch.float32
-    wanted = torch.autograd.grad(expected.logprobs.sum(), head.weight)
-    got = torch.autograd.grad(
-        stats.logprobs.sum(), [head.weight, body.weight]
-    )  # outside of the region, as PyTorch advises
+    with rlhf_fast.use_backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = body(x)
+            assert hidden.dtype is torch.bfloat16  # what the region makes of a Linear
+            stats = rlhf_fast.linear_token_logprobs(hidden, head.weight, ids)
+            of_logits = rlhf_fast.token_logprobs(head(x), ids)
+        outside = hidden.detach().requires_grad_()
+        expected = rlhf_fast.linear_token_logprobs(outside, head.weight, ids)
+        assert same(stats[:3], expected[:3]) and stats.logprobs.dtype is of_logits.logprobs.dtype is torch.float32
+        wanted = torch.autograd.grad(expected.logprobs.sum(), head.weight)
+        got = torch.autograd.grad(stats.logprobs.sum(), [head.weight, body.weight])  # outside of it, as PyTorch advises
     assert torch.equal(got[0], wanted[0]) and got[0].dtype is dtype and got[1].dtype is torch.float32
 
 

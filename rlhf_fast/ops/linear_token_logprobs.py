@@ -48,10 +48,10 @@ def linear_token_logprobs(
     """token_logprobs of logits = hidden weight^T + bias, a few rows of logits at a time.
 
     Masked rows are taken out before the product (on a GPU, where the host would have to wait for the mask, they are multiplied
-    as zeros). The product and its gradients are computed and accumulated
-    in fp32 (fp64 when hidden or weight is), whatever autocast says: products of bf16 states and weights are exact and give fp32 logits. Where both are
-    bf16 and the processor multiplies bf16, the gradients of the logits are rounded to it, as PyTorch would, and so they are on a GPU. With a frozen weight and bias the
-    forward also keeps the derivative towards hidden of the outputs named in `directions`, for logprobs
+    as zeros). The product and its gradients are computed and accumulated in fp32 (fp64 when hidden or weight is), whatever
+    autocast says: products of bf16 states and weights are exact and give fp32 logits. Where both are bf16 and the processor
+    multiplies bf16, the gradients of the logits are rounded to it, as PyTorch would, and so they are on a GPU. With a frozen
+    weight and bias the forward also keeps the derivative towards hidden of the outputs named in `directions`, for logprobs
     u = (W[token] - sum_v p_v W_v) / temperature: the backward of these outputs is then a scaling of rows. Gradients of
     other outputs, and those of a trained weight or bias, compute the logits again, and only for rows whose upstream
     gradient is not 0. With an entropy bonus ("logprobs", "entropy") thus takes three products instead of four; for the

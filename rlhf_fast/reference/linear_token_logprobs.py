@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ def linear_token_logprobs(
     """(logprobs, entropy, logsumexp, kl), each (...), of logits = hidden weight^T + bias.
 
     hidden (..., H), weight (V, H), bias (V,), ref_hidden (..., R), ref_weight (V, R) or None: `weight`, ref_bias (V,).
-    Mixed dtypes are promoted; the logits are stored in the promoted one.
+    Mixed dtypes are promoted; the logits are stored in the promoted one, whatever autocast says.
     """
 
     logits = _project(hidden, weight, bias, mask)
@@ -44,7 +46,13 @@ def _project(x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None) -> Ten
     dtype = torch.promote_types(x.dtype, w.dtype)
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0.0)  # 0 * NaN in the gradient of the weight
-    return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
+    with _without_autocast(x.device.type):
+        return F.linear(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype))
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast would round fp32 operands of a product to its own dtype."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def sample(
