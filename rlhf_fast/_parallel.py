@@ -31,11 +31,11 @@ class Slice(NamedTuple):
     classes: int
     statistics: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor, Tensor | None]]
     """(logprobs, entropy, logsumexp, kl), each (...), differentiable; kl None without a reference."""
-    excluded: Tensor | None
+    excluded: Callable[[], Tensor | None]
     """(...) or 0-d: True where every class of the slice is at -inf, which the kernels take for an error. None: nowhere."""
     ref_logsumexp: Callable[[Tensor, Tensor | None], Tensor] | None = None
     """Of the reference's slice, a constant; None without a reference."""
-    ref_excluded: Tensor | None = None
+    ref_excluded: Callable[[], Tensor | None] = lambda: None
 
 
 def check_group(op: str, group: object) -> None:
@@ -65,28 +65,39 @@ def token_stats(
     ids = token_ids.to(torch.int64)
     (sizes,) = _gather([ids.new_full((), part.classes)], group)
     ends = sizes.cumsum(0)
-    if ids.is_cpu and not torch.compiler.is_compiling():
-        # Here every rank raises the same; later one could wait for another that did.
+    read = ids.is_cpu and not torch.compiler.is_compiling()  # a GPU's numbers would stop the queue
+    if read:  # every rank raises the same here; later one could wait for another that did
         _check.token_rows(op, ids, temperature, mask, int(ends[-1]))
     starts = ends - sizes
     inside = [(ids >= start) & (ids < end) for start, end in zip(starts.unbind(), ends.unbind(), strict=True)]
     rank = dist.get_rank(group)
-
     own = (ids - starts[rank]).masked_fill(~inside[rank], 0)
-    logprobs, entropy, logsumexp, kl = part.statistics(own, _without(mask, part.excluded, ids))
-    if part.excluded is not None:
-        logsumexp = logsumexp.masked_fill(_real(mask, part.excluded, ids), float("-inf"))
+
+    def rows(where: Tensor) -> Tensor:
+        where = where.expand(ids.shape)
+        return where if mask is None else where & mask
+
+    # A slice without a class gives NaN, as does a NaN: reading it once more tells the two apart.
+    results = part.statistics(own, mask) if read else None
+    where = None
+    if results is None or bool(results[2].isnan().any()):
+        where = part.excluded()
+        results = part.statistics(own, mask if where is None else rows(~where).contiguous())
+    logprobs, entropy, logsumexp, kl = results
+    if where is not None:
+        logsumexp = logsumexp.masked_fill(rows(where), float("-inf"))
     found = [logprobs, entropy, logsumexp]
     if part.ref_logsumexp is not None and kl is not None:
-        ref_logsumexp = part.ref_logsumexp(torch.zeros_like(own), _without(mask, part.ref_excluded, ids))
-        if part.ref_excluded is not None:
-            ref_logsumexp = ref_logsumexp.masked_fill(_real(mask, part.ref_excluded, ids), float("-inf"))
-            kl = kl.masked_fill(part.ref_excluded, 0.0)  # its share of the sum is infinite on its own
+        ref_logsumexp = part.ref_logsumexp(torch.zeros_like(own), mask)
+        where = part.ref_excluded() if not read or bool(ref_logsumexp.isnan().any()) else None
+        if where is not None:
+            ref_logsumexp = ref_logsumexp.masked_fill(rows(where), float("-inf"))
+            kl = kl.masked_fill(where, 0.0)  # its share of the sum is infinite on its own
         found += [kl, ref_logsumexp]
     legal = functools.reduce(torch.logical_or, inside)
-    *results, whole_kl = _whole(torch.stack(inside), *_gather(found, group))
-    logprobs, entropy, logsumexp = (_shown(x, legal, mask) for x in results)  # type: ignore[arg-type]
-    return TokenStats(logprobs, entropy, logsumexp, None if whole_kl is None else _shown(whole_kl, legal, mask))
+    logprobs, entropy, logsumexp, kl = _whole(torch.stack(inside), *_gather(found, group))
+    logprobs, entropy, logsumexp = (_shown(x, legal, mask) for x in (logprobs, entropy, logsumexp))
+    return TokenStats(logprobs, entropy, logsumexp, None if kl is None else _shown(kl, legal, mask))
 
 
 def _whole(
@@ -123,15 +134,6 @@ def _shares(logsumexp: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _sum(x: Tensor) -> Tensor:
     """Over the first dimension, in the order of the ranks."""
     return functools.reduce(torch.add, x.unbind())
-
-
-def _real(mask: Tensor | None, where: Tensor, like: Tensor) -> Tensor:
-    where = where.expand(like.shape)
-    return where if mask is None else where & mask
-
-
-def _without(mask: Tensor | None, where: Tensor | None, like: Tensor) -> Tensor | None:
-    return mask if where is None else _real(mask, ~where, like).contiguous()
 
 
 def _shown(x: Tensor, legal: Tensor, mask: Tensor | None) -> Tensor:

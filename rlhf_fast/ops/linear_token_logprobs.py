@@ -144,13 +144,13 @@ def _slice(x: Inputs, differentiate: bool) -> _parallel.Slice:
         )  # fmt: skip
         return _linear(*alone, False, kept)[2].to(x.dtype)
 
-    of_policy = _parallel.Slice(x.weight.shape[0], statistics, excluded(x.bias))
+    of_policy = _parallel.Slice(x.weight.shape[0], statistics, lambda: excluded(x.bias))
     if x.ref_hidden is None:
         return of_policy
     ref_weight, ref_bias = (x.weight, x.bias) if x.ref_weight is None else (x.ref_weight, x.ref_bias)
     ref_hidden = x.ref_hidden.double() if x.dtype is torch.float64 else x.ref_hidden
     ref_weight, ref_bias = ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
-    return of_policy._replace(ref_logsumexp=ref_logsumexp, ref_excluded=excluded(ref_bias))
+    return of_policy._replace(ref_logsumexp=ref_logsumexp, ref_excluded=lambda: excluded(ref_bias))
 
 
 def _outputs(x: Inputs, keep_state: bool, kept: Sequence[bool], new: Callable[..., Tensor]) -> list[Tensor]:

@@ -44,8 +44,8 @@ def token_logprobs(
             ref_logits are this one's (..., V_r) with V_r > 0, which may differ from rank to rank; everything else is the same on
             every rank, and the ids count from the first class of the first rank. Every rank gets the statistics of the whole and,
             from the same loss, the gradient towards its own slice (rlhf_fast/_parallel.py). Two all-gathers: of V_r, and of 3
-            numbers per token (5 with a reference); none in the backward. Reads a slice once more for rows that it excludes
-            (not with a softcap), that of the reference twice more.
+            numbers per token (5 with a reference); none in the backward. The reference's slice is read twice. A slice that
+            excludes every class of a row is told from NaN by reading it once more, on a GPU always, unless there is a softcap.
 
     Returns:
         TokenStats, each (...) fp32 (fp64 for fp64 logits), all differentiable towards logits; kl is None without ref_logits.
@@ -106,10 +106,10 @@ def _slice(
     def ref_logsumexp(ids: Tensor, mask: Tensor | None) -> Tensor:
         return _token_logprobs(ref_logits.detach(), ids, mask, temperature, None, *numbers, False)[2]  # type: ignore[union-attr]
 
-    of_policy = _parallel.Slice(logits.shape[-1], statistics, _parallel.excluded(logits, softcap))
+    of_policy = _parallel.Slice(logits.shape[-1], statistics, lambda: _parallel.excluded(logits, softcap))
     if ref_logits is None:
         return of_policy
-    return of_policy._replace(ref_logsumexp=ref_logsumexp, ref_excluded=_parallel.excluded(ref_logits, softcap))
+    return of_policy._replace(ref_logsumexp=ref_logsumexp, ref_excluded=lambda: _parallel.excluded(ref_logits, softcap))
 
 
 def temperature_of(
