@@ -42,9 +42,7 @@ def check_group(op: str, group: object) -> None:
     """`group` is a process group that this process belongs to."""
     import torch.distributed as dist  # not every build of PyTorch has it
 
-    if (
-        dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER
-    ):  # what new_group gives to a rank outside of it
+    if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:  # what a rank outside of a new group holds
         raise _check.error(ValueError, op, "process_group", "a group without this rank", "one that it belongs to")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         expected = "a torch.distributed.ProcessGroup (mesh.get_group() of a DeviceMesh) or None"
@@ -142,13 +140,14 @@ def _shown(x: Tensor, legal: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _gather(own: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """(n, ...) of each of `own`, which have one shape, with a gradient towards this rank's; none where nobody asks for it."""
+    """(n, ...) of each of `own`, which have one shape, with a first derivative towards this rank's; none where nobody asks for it."""
     import torch.distributed as dist
 
     packed = torch.stack([x.detach() for x in own])
     parts = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, packed, group=group)
     rank = dist.get_rank(group)
+    own = [_Own.apply(x) if x.requires_grad else x for x in own]
     return [torch.stack([x if r == rank else part[k] for r, part in enumerate(parts)]) for k, x in enumerate(own)]
 
 
@@ -157,9 +156,21 @@ def replicated(x: Tensor, group: Any) -> Tensor:
     return _Replicated.apply(x, group) if x.requires_grad and torch.is_grad_enabled() else x
 
 
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _once(grad, ctx.saved_tensors[0])
+
+
 class _Replicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.save_for_backward(x)
         ctx.group = group
         return x.view_as(x)
 
@@ -167,7 +178,23 @@ class _Replicated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         import torch.distributed as dist
 
-        wide = torch.promote_types(grad.dtype, torch.float32)  # n roundings to bf16 would add up
-        total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total.to(grad.dtype), None
+        with torch.no_grad():
+            wide = torch.promote_types(grad.dtype, torch.float32)  # n roundings to bf16 would add up
+            total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
+            dist.all_reduce(total, group=ctx.group)
+        return _once(total.to(grad.dtype), ctx.saved_tensors[0]), None
+
+
+def _once(grad: Tensor, x: Tensor) -> Tensor:
+    """grad towards x, which raises when it is differentiated again: that would also need what the other ranks find."""
+    return _Refused.apply(grad, x) if torch.is_grad_enabled() else grad  # create_graph=True turns it on
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("process_group: the second derivative of statistics over several ranks is not available")

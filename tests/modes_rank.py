@@ -41,8 +41,14 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def logits() -> Tensor:
+    z = torch.randn(B, T, V, generator=torch.Generator().manual_seed(2))
+    z[0, 0, : V - V // 2] = -torch.inf  # all that the first rank has of a row
+    return z
+
+
 def loss(out: rlhf_fast.TokenStats) -> Tensor:
-    return -(out.logprobs + 0.1 * out.entropy).sum()
+    return -(out.logprobs.clamp(min=-100.0) + 0.1 * out.entropy).sum()
 
 
 def gradients(model: nn.Module) -> dict[str, list]:
@@ -84,8 +90,7 @@ def main(rank: int, folder: Path) -> None:
     model.reshard()
     found["sharded head"] = refused(lambda: rlhf_fast.linear_token_logprobs(x, model.head.weight, ids))
 
-    logits = torch.randn(B, T, V, generator=torch.Generator().manual_seed(2))
-    sharded = distribute_tensor(logits, mesh, [Shard(2)])
+    sharded = distribute_tensor(logits(), mesh, [Shard(2)])
     found["sharded logits"] = refused(lambda: rlhf_fast.token_logprobs(sharded, ids))
     local, group = sharded.to_local().requires_grad_(), mesh.get_group()
     out = rlhf_fast.token_logprobs(local, ids, mask=mask, process_group=group)

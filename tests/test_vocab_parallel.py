@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_every_rank_names_the_wrong_argument(ranks):
         )
         assert f"'temperature' got 0.0 at row {row}, expected a finite number > 0" in r["errors"]["temperature"]
         assert r["errors"]["type"].startswith("TypeError: token_logprobs: argument 'process_group' got str, expected a")
+        assert re.match(r"RuntimeError: .*the second derivative .*is not available", r["errors"]["second derivative"])
         if i > 0:
             assert "'process_group' got a group without this rank" in r["errors"]["member"]
 

@@ -19,9 +19,16 @@ import rlhf_fast
 def refused(call) -> str:
     try:
         call()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
+
+
+def second_derivative(kwargs: dict, group: object) -> None:
+    z = kwargs["logits"].clone().requires_grad_()
+    out = rlhf_fast.token_logprobs(**{**kwargs, "logits": z}, process_group=group)
+    (first,) = torch.autograd.grad(out.logprobs.sum(), z, create_graph=True)
+    first.square().sum().backward()
 
 
 def errors(rank: int, world: int, group: object) -> dict[str, str]:
@@ -35,6 +42,7 @@ def errors(rank: int, world: int, group: object) -> dict[str, str]:
         "id": lambda: rlhf_fast.token_logprobs(**{**kwargs, "token_ids": beyond}, process_group=group),
         "temperature": lambda: rlhf_fast.token_logprobs(**kwargs, temperature=cold, process_group=group),
         "type": lambda: rlhf_fast.token_logprobs(**kwargs, process_group="world"),
+        "second derivative": lambda: second_derivative(kwargs, group),
         "member": lambda: rank > 0 and rlhf_fast.token_logprobs(**kwargs, process_group=single),
     }
     return {name: refused(call) for name, call in calls.items()}

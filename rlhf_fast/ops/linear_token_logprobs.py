@@ -73,7 +73,7 @@ def linear_token_logprobs(
             (..., H) fp32 each. Without effect on the results, and with a process_group.
         process_group: as for token_logprobs: weight (V_r, H), bias, ref_weight and ref_bias are this rank's rows of the head,
             hidden and ref_hidden are whole on every rank. The gradient towards hidden is summed over the ranks by one all-reduce
-            (in fp32 at least) and is that of the whole; those towards weight and bias are of this rank's rows. Do not sum them again.
+            (in fp32 at least, in the order of its algorithm) and is that of the whole; those towards weight and bias are of this rank's rows. Do not sum them again.
             The product of a reference is computed twice.
 
     Returns:

@@ -43,7 +43,7 @@ def token_logprobs(
         process_group: torch.distributed.ProcessGroup over whose ranks the vocabulary is cut, in the order of the ranks: logits and
             ref_logits are this one's (..., V_r) with V_r > 0, which may differ from rank to rank; everything else is the same on
             every rank, and the ids count from the first class of the first rank. Every rank gets the statistics of the whole and,
-            from the same loss, the gradient towards its own slice (rlhf_fast/_parallel.py). Two all-gathers: of V_r, and of 3
+            from the same loss, the first derivative towards its own slice (rlhf_fast/_parallel.py). Two all-gathers: of V_r, and of 3
             numbers per token (5 with a reference); none in the backward. The reference's slice is read twice. A slice that
             excludes every class of a row is told from NaN by reading it once more, on a GPU always, unless there is a softcap.
 
