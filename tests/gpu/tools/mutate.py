@@ -204,8 +204,11 @@ def run(
 
         def look(layer: Layer) -> None:
             """At mutants of the source, until there are no more."""
-            while todo and time.monotonic() < deadline:
-                mutant = todo.popleft()
+            while time.monotonic() < deadline:
+                try:
+                    mutant = todo.popleft()
+                except IndexError:  # two threads take from it
+                    return
                 if not afresh and explanation(mutant) is not None:
                     record(mutant, None)
                     continue
