@@ -1,4 +1,4 @@
-"""What the tests of the heads on a GPU's kernels of rows share: results with gradients, and their comparison with the reference."""
+"""What the tests of the heads share: results with gradients, and their comparison with the reference."""
 
 from __future__ import annotations
 

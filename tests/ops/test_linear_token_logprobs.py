@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import tolerances
 import torch
+from head_parity import NAMES, leaves
+from head_parity import statistics as results
 from parity import assert_parity, double
 from torch.library import opcheck
 from watch import Watch
@@ -10,28 +12,8 @@ from watch import Watch
 import rlhf_fast
 from rlhf_fast.reference import linear_token_logprobs as reference
 
-NAMES = ("logprobs", "entropy", "logsumexp", "kl")
 TRAINED = [("hidden",), ("weight",), ("hidden", "weight", "bias"), ("bias",)]
 NAN = float("nan")
-
-
-def leaves(kwargs, trained):
-    return {k: v.detach().clone().requires_grad_() if k in trained else v for k, v in kwargs.items()}
-
-
-def results(kwargs, trained=(), outputs=NAMES, **options):
-    """The statistics, and the gradients of a random combination of `outputs` towards `trained`."""
-    kwargs = leaves(kwargs, trained)
-    out = rlhf_fast.linear_token_logprobs(**kwargs, **options)
-    found = [x.detach() for x in out if x is not None]
-    if trained:
-        g = torch.Generator().manual_seed(3)
-        total = 0
-        for name in outputs:
-            x = getattr(out, name)
-            total = total + (x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum()
-        found += torch.autograd.grad(total, [kwargs[k] for k in trained])
-    return found
 
 
 def check(kwargs, trained=(), outputs=NAMES, **options):
