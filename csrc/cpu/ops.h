@@ -11,7 +11,7 @@
 
 namespace rlhf_fast {
 
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 struct GaeArgs {
   const void* rewards;        // (rows, length) or (cu_seqlens[rows],), wide
@@ -184,13 +184,27 @@ struct MatmulArgs {
   const void* a;      // (m, k), a_dtype
   const void* b;      // (k, n), b_dtype
   const float* bias;  // (n,) or null; added with accumulate too
-  float* c;           // (m, n), rows c_row apart
+  void* c;            // (m, n) float, rows c_row apart
   void* workspace;    // (kMatmulFloats,) float
   int64_t m, n, k;
   int64_t a_row, a_column, b_row, b_column, c_row;
   int a_dtype, b_dtype;  // Dtype, not kFloat64
   bool accumulate;
   bool narrow;  // fp32 operands may be rounded to bf16 on processors that multiply it
+  int threads;
+};
+
+struct LoraLinearArgs {
+  const void* x;    // (rows, in), rows x_row apart, dtype
+  const float* a;   // (in, rank)
+  const float* b;   // (rank, out)
+  void* low;        // (rows, rank) float
+  void* y;          // (rows, out), rows y_row apart, dtype; or null: low alone
+  void* workspace;  // (kMatmulFloats,) float
+  int64_t rows, in, out, rank;
+  int64_t x_row, a_row, a_column, b_row, b_column, y_row;
+  double scale;
+  int dtype;  // Dtype, not kFloat64
   int threads;
 };
 
@@ -254,6 +268,7 @@ struct TokenLogprobsBackwardArgs {
   KERNEL(group_advantages, GroupAdvantagesArgs)              \
   KERNEL(kl_estimate, KlEstimateArgs)                        \
   KERNEL(kl_estimate_backward, KlEstimateBackwardArgs)       \
+  KERNEL(lora_linear, LoraLinearArgs)                        \
   KERNEL(machine_limit, MachineLimitArgs)                    \
   KERNEL(matmul, MatmulArgs)                                 \
   KERNEL(ppo_loss, PpoLossArgs)                              \

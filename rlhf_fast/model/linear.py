@@ -1,18 +1,18 @@
-"""Frozen linear layers whose row blocks pass through the adapters of different roles."""
+"""Frozen linear layers whose row blocks pass through the adapters of different roles, by the op `lora_linear`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.model.lora import LoraPair, LowRank
+from rlhf_fast.ops.lora_linear import apply
 
 
 class RowPlan:
@@ -34,115 +34,6 @@ class RowPlan:
             self.roles = before
 
 
-class Block(NamedTuple):
-    """One row block of a pass that has an adapter."""
-
-    start: int
-    stop: int
-    scale: float
-    dropout: float  # probability; 0 outside train mode
-
-
-def _rows(x: Tensor, block: Block) -> Tensor:
-    """The rows of a block; a slice costs as much as a small product, so the whole is not sliced."""
-    return x if x.shape[0] == block.stop - block.start else x[block.start : block.stop]
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Any, transposed: bool) -> Tensor:
-    """The base layer exactly as its own class computes it, so that an idle adapter leaves the same bits."""
-    if not transposed:
-        return F.linear(x, weight, bias)
-    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transposed: bool,
-    blocks: Sequence[Block],
-    factors: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """Output (…, out), the low-rank activations (rows, r) and the dropout masks (rows, in) of each block."""
-    y = _affine(x, weight, bias, transposed)
-    x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    lows, keeps = [], []
-    for i, block in enumerate(blocks):
-        a, b = factors[2 * i], factors[2 * i + 1]
-        x_block, y_block = _rows(x_rows, block), _rows(y_rows, block)
-        keep = None
-        if block.dropout > 0.0:
-            keep = torch.empty_like(x_block, dtype=torch.bool).bernoulli_(1.0 - block.dropout)
-            x_block = x_block * keep / (1.0 - block.dropout)
-        if a.dtype is not y.dtype:
-            a, b = a.to(y.dtype), b.to(y.dtype)
-        low = F.linear(x_block, a)
-        # In place on the base output: no second (rows, out) tensor, and B = 0 adds exactly 0.
-        y_block.addmm_(low, b.t(), alpha=block.scale)
-        lows.append(low)
-        keeps.append(keep)
-    return y, lows, keeps
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """`y = W x + b`, plus `scale B A x` on the row blocks; W and b are constants, so only x and the (rows, r)
-    activations are kept for the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        transposed: bool,
-        blocks: Sequence[Block],
-        *factors: Tensor,
-    ) -> Tensor:
-        y, lows, keeps = _forward(x, weight, bias, transposed, blocks, factors)
-        ctx.blocks, ctx.transposed = blocks, transposed
-        ctx.save_for_backward(x, weight, *factors, *lows, *keeps)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        n = len(ctx.blocks)
-        x, weight, *rest = ctx.saved_tensors
-        factors, lows, keeps = rest[: 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
-        x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_rows @ (weight.t() if ctx.transposed else weight)
-        grads: list[Tensor | None] = []
-        for i, (block, low, keep) in enumerate(zip(ctx.blocks, lows, keeps, strict=True)):
-            a, b = factors[2 * i], factors[2 * i + 1]
-            needs_a, needs_b = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
-            grad_block = _rows(grad_rows, block)
-            grad_low = (grad_block @ b.to(grad_block.dtype)).mul_(block.scale)  # (rows, r)
-            if grad_x is not None:
-                _add_input_grad(_rows(grad_x, block), grad_low, a, keep, block.dropout)
-            grad_a = grad_b = None
-            if needs_a:
-                x_block = _rows(x_rows, block)
-                if keep is not None:
-                    x_block = x_block * keep / (1.0 - block.dropout)
-                grad_a = (grad_low.t() @ x_block).to(a.dtype)
-            if needs_b:
-                grad_b = (grad_block.t() @ low).to(b.dtype).mul_(block.scale)
-            grads += [grad_a, grad_b]
-        grad_input = None if grad_x is None else grad_x.view(x.shape)
-        return grad_input, None, None, None, None, *grads
-
-
-def _add_input_grad(out: Tensor, grad_low: Tensor, a: Tensor, keep: Tensor | None, dropout: float) -> None:
-    """out (rows, in) += grad_low A, through the dropout mask."""
-    a = a.to(out.dtype)
-    if keep is None:
-        out.addmm_(grad_low, a)
-    else:
-        out.addcmul_(grad_low @ a, keep.to(out.dtype), value=1.0 / (1.0 - dropout))
-
-
 class _RoleAdapters:
     """What turns a linear layer into an adapted one. The adapters lie in a plain dict, outside the base's
     parameters and state dict, so the base still saves and loads as the model it is."""
@@ -154,27 +45,39 @@ class _RoleAdapters:
     transposed = False
 
     def forward(self, x: Tensor) -> Tensor:
-        roles, pairs = self.plan.roles, self.pairs
-        active = [(i, pairs[role]) for i, role in enumerate(roles) if role in pairs]
-        if not active:
+        roles = self.plan.roles
+        if not roles:
             return super().forward(x)  # type: ignore[misc]
-        rows = x.shape[:-1].numel()
-        if rows % len(roles):
-            raise ValueError(f"{type(self).__name__}: got {rows} rows, expected equal blocks for the roles {roles}")
-        size = rows // len(roles)
-        blocks, factors = [], []
-        for i, pair in active:
-            dropout = pair.dropout if pair.training else 0.0
-            blocks.append(Block(i * size, (i + 1) * size, pair.scale, dropout))
-            factors += [pair.lora_A, pair.lora_B]
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight.t() if self.transposed else self.weight
+        bias: Tensor | None = self.bias
         device = x.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if not torch.is_grad_enabled():
-            return _forward(x, weight, bias, self.transposed, blocks, factors)[0]
-        return _AdaptedLinear.apply(x, weight, bias, self.transposed, blocks, *factors)
+        rows = x.shape[:-1].numel()
+        if rows % len(roles):
+            raise ValueError(f"{type(self).__name__}: got {rows} rows, expected equal blocks for the roles {roles}")
+        size = rows // len(roles)
+        active = [(i, self.pairs[role]) for i, role in enumerate(roles) if role in self.pairs]
+        if len(active) == 1:
+            factors: tuple[Tensor, Tensor] = (active[0][1].lora_A, active[0][1].lora_B)
+        elif active:
+            factors = torch.cat([p.lora_A for _, p in active]), torch.cat([p.lora_B for _, p in active], dim=1)
+        else:
+            factors = x.new_empty(0, weight.shape[1]), x.new_empty(weight.shape[0], 0)
+        bounds = [bound for i, _ in active for bound in (i * size, (i + 1) * size)]
+        scales, ranks = [pair.scale for _, pair in active], [pair.lora_A.shape[0] for _, pair in active]
+        return apply(x, weight, *factors, _dropped(x, size, active), bias, scales, bounds, ranks)
+
+
+def _dropped(x: Tensor, size: int, active: Sequence[tuple[int, LoraPair]]) -> Tensor | None:
+    """What the adapters of blocks of `size` rows read instead of x: x after their dropout; None without any."""
+    rates = {i: pair.dropout for i, pair in active if pair.training and pair.dropout > 0.0}
+    if not rates:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = [F.dropout(block, rates.get(i, 0.0), i in rates) for i, block in enumerate(rows.split(size))]
+    return torch.cat(blocks).view(x.shape)
 
 
 class LoraLinear(_RoleAdapters, nn.Linear):
@@ -237,6 +140,11 @@ def _is_plain(module: nn.Module) -> bool:
 def is_adapted(module: nn.Module) -> bool:
     """True for a layer that some model's roles already run through."""
     return isinstance(module, _RoleAdapters)
+
+
+def is_known(module: nn.Module) -> bool:
+    """True for a layer whose class computes `W x + b`, no subclass of it."""
+    return type(module) in (nn.Linear, Conv1D)
 
 
 def adapt(module: nn.Module, plan: RowPlan) -> None:

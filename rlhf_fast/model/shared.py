@@ -25,6 +25,7 @@ from rlhf_fast.model.linear import (
     features,
     fold_into,
     is_adapted,
+    is_known,
     pairs_on,
     select,
     weight_of,
@@ -34,6 +35,8 @@ from rlhf_fast.model.outputs import RoleOutput, SharedOutput
 from rlhf_fast.model.packing import Packing, attending, implementation_of
 
 ROLES = ("policy", "reference", "value", "reward")
+_NO_ROLE = ("",)
+"""Plan of a pass whose rows have no adapter anywhere."""
 _HEAD_INIT = {"value": "zero", "reward": "normal"}
 
 PathLike = str | os.PathLike[str]
@@ -47,7 +50,8 @@ class SharedModel(nn.Module):
     adapter there. In grad mode roles without trainable adapters take a pass of their own that keeps nothing.
 
     base: taken over in place: its parameters stop requiring gradients, its dropout stays off for good, its
-        linear layers become adapted ones under the same names. Without an active role it is the plain model.
+        linear layers become adapted ones under the same names, with `lora_linear` for their product. Without an active role it
+        is the plain model.
     roles: a subset of ROLES. "reference" has no adapter unless `adapters` gives one; "value" and "reward"
         have a head.
     lora: shape of the new adapters (A random, B zero: every role starts as the base).
@@ -100,6 +104,9 @@ class SharedModel(nn.Module):
         self.base = base.requires_grad_(False)
         self._folded = [self._fold(file) for file in folded]
         self._plan = RowPlan()
+        for layer in self.backbone.all_linears().values():
+            if is_known(layer):  # without adapters, its product is still the op's
+                adapt(layer, self._plan)
         self.adapters = nn.ModuleDict({role: nn.ModuleDict() for role in self.roles})
         self.heads = nn.ModuleDict()
         for role in self.roles:
@@ -186,7 +193,7 @@ class SharedModel(nn.Module):
             self._check_trunk(trunk, input_ids[0] if flat else input_ids)
             trunk = trunk.unsqueeze(0) if flat else trunk
         elif self.shared_layers:
-            trunk = self.backbone.trunk(input_ids, mask)
+            trunk = self._trunk(input_ids, mask)
         trained = [role for role in roles if torch.is_grad_enabled() and self._trains(role)]
         frozen = [role for role in roles if role not in trained]
         with torch.no_grad():
@@ -208,8 +215,12 @@ class SharedModel(nn.Module):
         input_ids, mask = self._checked_batch("SharedModel.trunk", input_ids, attention_mask, cu_seqlens)
         if isinstance(mask, Packing):
             with self.backbone.packed():
-                return self.backbone.trunk(input_ids, mask).squeeze(0)
-        return self.backbone.trunk(input_ids, mask)
+                return self._trunk(input_ids, mask).squeeze(0)
+        return self._trunk(input_ids, mask)
+
+    def _trunk(self, input_ids: Tensor, mask: Tensor | Packing) -> Tensor:
+        with self._plan.use(_NO_ROLE):
+            return self.backbone.trunk(input_ids, mask)
 
     @property
     def packed_attention(self) -> tuple[str, str | None]:

@@ -8,6 +8,7 @@ from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.linear_ppo_loss import linear_ppo_loss
 from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
+from rlhf_fast.ops.lora_linear import lora_linear
 from rlhf_fast.ops.ppo_loss import ppo_loss
 from rlhf_fast.ops.reward_loss import reward_loss
 from rlhf_fast.ops.token_logprobs import token_logprobs
@@ -20,6 +21,7 @@ __all__ = [
     "kl_estimate",
     "linear_ppo_loss",
     "linear_token_logprobs",
+    "lora_linear",
     "ppo_loss",
     "reward_loss",
     "token_logprobs",

@@ -61,12 +61,13 @@ def matmul(
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     (m, k), n = a.shape, b.shape[1]
     _native.kernel("matmul")(
-        a, b, bias, out, _workspace(), m, n, k, *a.stride(), *b.stride(), out.stride(0),
+        a, b, bias, out, workspace(), m, n, k, *a.stride(), *b.stride(), out.stride(0),
         _native.DTYPES[a.dtype], _native.DTYPES[b.dtype], add, narrow, torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _workspace() -> Tensor:
+def workspace() -> Tensor:
+    """Where the kernel packs operands: recycled memory, one for each call."""
     module, _ = _native.load()
     assert module is not None
     return _buffers.empty((module.MATMUL_FLOATS,), torch.float32)
