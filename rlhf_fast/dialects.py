@@ -2,13 +2,14 @@
 
 A dialect changes what a real token gets: where the score goes, how gaps and whitening are treated, which quantities are
 clamped. It is a row of the table below and nothing else; the maths stays in one place. Masked tokens give 0 in every
-dialect (verl and OpenRLHF leave whitened leftovers there, which their losses mask).
+dialect (verl and OpenRLHF leave whitened leftovers there, which their losses mask). A row named framework_option is the
+framework with that option switched on.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlhf_fast._check import error
 
@@ -25,13 +26,21 @@ class Dialect:
     score_clip: float | None = None
     """Sequence scores are clamped to +-this."""
     gap: str = "carry"
-    """Masked slots inside a row: skipped ("carry"), or a step with zero reward and zero value ("decay")."""
+    """Masked slots inside a row: skipped ("carry"), or a step with zero reward and zero value ("decay"). "read": all masked slots, those
+    after the last token too, are steps with zero reward and the value that stands there."""
+    bootstrap: bool = False
+    """A sequence that was cut before its end goes on: the value of the state after its last token counts. Elsewhere the trainer has
+    none."""
+    drop_truncated: bool = False
+    """The score of such a sequence counts 0."""
     kl_clamp: dict[str, KlClamp] = field(default_factory=dict)
     """{estimator: (bound of the log-ratio, bound of the estimate)}; none when absent."""
     unbiased: bool = True
     """Variance of the whitening divides by n - 1."""
     floor_variance: bool = False
     """Whitening divides by sqrt(max(var, 1e-8)) instead of sqrt(var + 1e-8)."""
+    deviation_eps: float | None = None
+    """Whitening divides by sqrt(var) + this, in fp64."""
     ratio_clamp: float | None = None
     """The PPO log-ratio is clamped to +-this."""
     dual_clip: float | None = None
@@ -46,6 +55,15 @@ class Dialect:
 
 
 _ALL = ("k1", "k2", "k3", "abs")
+
+# areal/trainer/ppo/actor.py, areal/utils/data.py, NormConfig in areal/api/cli_args.py: scores are clipped after their scaling, every
+# estimator is bounded, a sequence that fills the window is cut. A score whose slot is outside of the loss mask is lost there; here
+# it goes to the last real token.
+_AREAL = Dialect(
+    score_clip=20.0, bootstrap=True, kl_clamp=dict.fromkeys(_ALL, (None, 10.0)), deviation_eps=1e-5
+)  # fmt: skip
+# roll/utils/functionals.py: only k3 is bounded. The scan has no mask at all, so that critic outputs on padding leak in.
+_ROLL = Dialect(gap="read", kl_clamp={"k3": (None, 10.0)})
 
 DIALECTS: dict[str, Dialect] = {
     "rlhf_fast": Dialect(ratio_clamp=20.0),
@@ -66,12 +84,9 @@ DIALECTS: dict[str, Dialect] = {
     # slime/utils/ppo_utils.py, slime/backends/megatron_utils/loss.py: "k3" is its unbounded one (low_var_kl is bounded by 10). Its
     # scan ignores the loss mask: mask is that of the response. The value loss lacks the factor 1/2.
     "slime": Dialect(value_scale=2.0),
-    # areal/trainer/ppo/actor.py, areal/utils/data.py: scores are clipped after their scaling, every estimator is bounded. Its
-    # whitening adds a configurable eps to the standard deviation; ours is the default of 1e-8 in the variance.
-    "areal": Dialect(score_clip=20.0, kl_clamp=dict.fromkeys(_ALL, (None, 10.0))),
-    # roll/utils/functionals.py: only k3 is bounded. Its scan has no mask at all, so that critic outputs on padding leak in: give
-    # a mask of ones and token rewards to get its numbers.
-    "roll": Dialect(kl_clamp={"k3": (None, 10.0)}),
+    "areal": _AREAL,
+    "areal_mask_no_eos_with_zero": replace(_AREAL, drop_truncated=True),
+    "roll": _ROLL,
     # lm-human-preferences (Ziegler et al. 2019): biased variance.
     "openai": Dialect(gap="decay", unbiased=False),
 }

@@ -12,9 +12,11 @@ from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast._types import Advantages
 from rlhf_fast.dialects import dialect as dialect_of
+from rlhf_fast.ops.gae import GAPS, gae
 from rlhf_fast.ops.kl_estimate import ALL_KINDS, KINDS
 from rlhf_fast.reference.advantages import WHITEN_EPS, score_slots, with_slot_after
 from rlhf_fast.reference.advantages import advantages as reference
+from rlhf_fast.reference.whiten import by_deviation, standardise
 
 
 def advantages(
@@ -31,6 +33,7 @@ def advantages(
     whiten: bool = True,
     dialect: str = "rlhf_fast",
     bootstrap: Tensor | None = None,
+    truncated: Tensor | None = None,
     gap: str | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Advantages:
@@ -52,7 +55,9 @@ def advantages(
         dialect: row of rlhf_fast.dialects.DIALECTS. "trl" counts the slot after the last real token as real for rewards, values
             and returns, because its score and its last value live there.
         bootstrap: (B,) value of the state after the last real token (truncated responses); None = 0.
-        gap: "carry" or "decay" as in `gae`; None = the dialect's.
+        truncated: (B,) bool, True = cut before its end: the bootstrap value counts there only, and a dialect with drop_truncated
+            takes a sequence score of 0. None = bootstrap counts everywhere and no score is dropped.
+        gap: "carry", "decay" or "read" as in `gae`; None = the dialect's. "read" scans twice.
         cu_seqlens: (S+1,) boundaries of S packed sequences.
 
     Returns:
@@ -98,18 +103,52 @@ def advantages(
     if gap is None:
         gap = rules.gap
     else:
-        _check.choice(op, "gap", gap, ("carry", "decay"))
+        _check.choice(op, "gap", gap, GAPS)
+    if truncated is not None:
+        scores, bootstrap = _cut(truncated, scores, bootstrap, rows, rules.drop_truncated and not per_token)
     if not (ready and bootstrap is None and scores.dtype is torch.float32 and scores.is_contiguous()):
         scores, values, logprobs, ref_logprobs, bootstrap = _check.common_wide(  # type: ignore[assignment]
             scores, values, logprobs, ref_logprobs, bootstrap
         )
-    return Advantages(
+    after_last, by_steps = (
+        rules.score_slot == "after_last",
+        gap == "read" or (whiten and rules.deviation_eps is not None),
+    )
+    found = Advantages(
         *_advantages(
             scores, values, mask, logprobs, ref_logprobs, bootstrap, cu_seqlens, per_token, kl_coef, kl_kind,
-            *rules.kl_bounds(kl_kind), math.inf if rules.score_clip is None else rules.score_clip,
-            rules.score_slot == "after_last", gamma, lam, gap == "decay", bool(whiten), rules.unbiased, rules.floor_variance,
+            *rules.kl_bounds(kl_kind), math.inf if rules.score_clip is None else rules.score_clip, after_last, gamma, lam,
+            gap == "decay", bool(whiten) and not by_steps, rules.unbiased, rules.floor_variance,
         )
     )  # fmt: skip
+    if not by_steps:
+        return found
+    raw, returns, rewards, kl = found
+    if gap == "read":
+        valued = with_slot_after(mask, cu_seqlens) if after_last else mask
+        raw, returns = gae(
+            rewards, values, valued, gamma=gamma, lam=lam, bootstrap=bootstrap, cu_seqlens=cu_seqlens, gap=gap
+        )
+    if not whiten:
+        return Advantages(raw.where(mask, 0.0), returns, rewards, kl)
+    if rules.deviation_eps is not None:
+        return Advantages(by_deviation(raw, mask, rules.unbiased, rules.deviation_eps), returns, rewards, kl)
+    white = standardise(raw.double(), mask, rules.unbiased, WHITEN_EPS, rules.floor_variance)
+    return Advantages(white.where(mask, 0.0).to(raw.dtype), returns, rewards, kl)
+
+
+def _cut(
+    truncated: Tensor, scores: Tensor, bootstrap: Tensor | None, rows: int, drop: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(scores, bootstrap) with the checked `truncated`."""
+    _check.boolean("advantages", "truncated", truncated)
+    _check.shape("advantages", "truncated", truncated, (rows,), "one per sequence")
+    _check.device("advantages", "truncated", truncated, scores, "scores")
+    truncated = truncated != 0
+    return (
+        scores.masked_fill(truncated, 0.0) if drop else scores,
+        None if bootstrap is None else bootstrap.where(truncated, 0.0),
+    )
 
 
 def _scores(scores: Tensor, values: Tensor, rows: int) -> bool:

@@ -12,6 +12,8 @@ from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
 from rlhf_fast.reference.gae import gae as reference
 
+GAPS = ("carry", "decay", "read")
+
 
 def gae(
     rewards: Tensor,
@@ -38,7 +40,8 @@ def gae(
         bootstrap: (...) value of the state after the last real token of each row ((S,) when packed); None = 0.
         cu_seqlens: (S+1,) boundaries of S packed sequences, from 0 to N.
         gap: masked slots between real tokens (tool output, observations) are skipped ("carry"), or are a step with zero
-            reward and zero value ("decay", OpenRLHF's rule).
+            reward and zero value ("decay", OpenRLHF's rule). "read" is ROLL's lack of a mask: every masked slot of a row, padding
+            too, is a step with zero reward and the value that stands there, and the bootstrap value follows the last slot.
 
     Returns:
         (advantages, returns), each like rewards, fp32 (fp64 when an input is fp64); differentiable towards rewards,
@@ -54,7 +57,7 @@ def gae(
     gamma = _check.number("gae", "gamma", gamma, 0.0, 1.0)
     if not isinstance(lam, Tensor):
         lam = _check.number("gae", "lam", lam, 0.0, 1.0)
-    _check.choice("gae", "gap", gap, ("carry", "decay"))
+    _check.choice("gae", "gap", gap, GAPS)
     shape = rewards.shape
     if cu_seqlens is not None:
         if rewards.dim() != 1:
@@ -75,11 +78,16 @@ def gae(
         bootstrap = bootstrap.reshape(-1)
     if not ready or bootstrap is not None:
         rewards, values, bootstrap = _check.common_wide(rewards, values, bootstrap)  # type: ignore[assignment]
+    shown = mask
+    if gap == "read" and mask is not None:
+        rewards, mask = rewards.where(mask, 0.0), None
     if isinstance(lam, Tensor):
         numbers = _numbers(lam, rows, rewards)
         advantages, returns = _by_lam(numbers, rewards, values, mask, bootstrap, cu_seqlens, gamma, gap == "decay")
     else:
         advantages, returns = _gae(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, gap == "decay")
+    if shown is not mask and shown is not None:
+        advantages, returns = advantages.where(shown, 0.0), returns.where(shown, 0.0)
     if advantages.shape != shape:
         return advantages.view(shape), returns.view(shape)
     return advantages, returns

@@ -25,6 +25,15 @@ def standardise(
     return y if shift_mean else y + mean
 
 
+def by_deviation(x: Tensor, mask: Tensor, unbiased: bool, eps: float) -> Tensor:
+    """(x - mean) / (sqrt(var) + eps) in fp64, rounded to the dtype of x; masked entries give 0."""
+    wide = x.double()
+    mean, variance = moments(wide, mask, unbiased)
+    some = variance > 0  # the root has no slope at 0
+    deviation = variance.where(some, 1.0).sqrt().where(some, 0.0)
+    return ((wide - mean).where(mask, 0.0) / (deviation + eps)).to(x.dtype)
+
+
 def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool, unbiased: bool, eps: float) -> Tensor:
     """(x - mean) * rsqrt(var + eps) over the real entries, + mean without shift_mean; masked entries give 0."""
     if mask is not None:
