@@ -29,6 +29,7 @@ from rlhf_fast._config_tree import (
     read_overrides,
     read_yaml,
 )
+from rlhf_fast.dialects import dialect
 from rlhf_fast.model.lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -322,12 +323,15 @@ class PPOUpdateConfig:
     whiten: bool = True
     """Advantages get mean 0 and variance 1 over the real tokens."""
     dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """Bound of the loss for negative advantages (3 is usual); none switches it off."""
+    """Bound of the loss for negative advantages (3 is usual); none leaves it to the dialect, whose default has none."""
+    dialect: Name = "rlhf_fast"
+    """Conventions of another trainer for scores, gaps, whitening, clamps and values: a row of rlhf_fast.dialects."""
     target_kl: Positive | None = None
     """Skip the rest of the epochs when the approximate KL of an update passes this."""
 
     def __post_init__(self) -> None:
         _at_most(self, "micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size)
+        dialect(type(self).__name__, self.dialect)
 
 
 @dataclass(frozen=True)

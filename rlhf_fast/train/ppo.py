@@ -13,7 +13,9 @@ from torch import Tensor
 from rlhf_fast import Advantages, advantages, ppo_loss
 from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.dialects import DIALECTS
 from rlhf_fast.model import SharedModel
+from rlhf_fast.reference.advantages import with_slot_after
 from rlhf_fast.rollout import Rollout, generate
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
@@ -37,6 +39,8 @@ class Experience:
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
+    next_values: Tensor
+    """(B,) value of the state after the last slot."""
     scores: Tensor
     """(B,) what PPO maximises, before the KL penalty; 0 where unscorable."""
     raw_scores: Tensor
@@ -87,6 +91,7 @@ class Trainer:
                 "entropy": policy.entropy,
                 "ref_logprobs": reference.logprobs,
                 "values": out.value.values[:, rollout.prompt_length - 1 : -1],
+                "next_values": out.value.values[:, -1],
             }
             if trunk is not None:
                 found["trunk"] = trunk
@@ -116,7 +121,7 @@ class Trainer:
 
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
         """All epochs of minibatch updates on one experience; returns the metrics of the step."""
-        ppo = self.config.ppo
+        ppo, rules = self.config.ppo, DIALECTS[self.config.ppo.dialect]
         targets = advantages(
             e.scores,
             e.values,
@@ -128,7 +133,11 @@ class Trainer:
             gamma=ppo.gamma,
             lam=ppo.lam,
             whiten=ppo.whiten,
+            dialect=ppo.dialect,
+            bootstrap=e.next_values if rules.bootstrap else None,
+            truncated=~e.rollout.finished,
         )
+        valued = with_slot_after(e.mask, None) if rules.score_slot == "after_last" else e.mask
         means = _Means(OF_UPDATES)
         first: dict[str, float] = {}
         updates = 0
@@ -136,10 +145,10 @@ class Trainer:
             order = torch.randperm(len(e.mask), generator=generator)
             stop = False
             for minibatch in order.split(ppo.minibatch_size):
-                tokens = int(e.mask[minibatch].sum())
+                counts = int(e.mask[minibatch].sum()), int(valued[minibatch].sum())
                 found = _Means(OF_MICRO_BATCHES)
                 for rows in minibatch.split(ppo.micro_batch_size):
-                    found.add(self._backward(e, targets, rows, tokens))
+                    found.add(self._backward(e, targets, valued, rows, counts))
                 found.values["grad_norm"] = run.update()
                 updates += 1
                 first = first or dict(found.values)
@@ -184,12 +193,15 @@ class Trainer:
         rows = zip(rollout.input_ids[:, :P], rollout.attention_mask[:, :P], strict=True)
         return self.tokenizer.batch_decode([row[m].tolist() for row, m in rows], skip_special_tokens=True)
 
-    def _backward(self, e: Experience, targets: Advantages, rows: Tensor, tokens: int) -> dict[str, float]:
+    def _backward(
+        self, e: Experience, targets: Advantages, valued: Tensor, rows: Tensor, counts: tuple[int, int]
+    ) -> dict[str, float]:
         """Gradient of one micro-batch, weighted so that a minibatch adds up to its one-shot gradient.
 
+        valued: like e.mask, the slots whose value is trained. counts: of tokens and of those slots in the minibatch.
         Policy and value run one after the other: the activations of one role are gone before those of the other come.
         """
-        ppo, rollout = self.config.ppo, e.rollout
+        ppo, rollout, (tokens, slots) = self.config.ppo, e.rollout, counts
         ids, attention = rollout.input_ids[rows], rollout.attention_mask[rows]
         trunk = None if e.trunk is None else e.trunk[rows]
         mask, old_logprobs = e.mask[rows], e.logprobs[rows]
@@ -206,6 +218,7 @@ class Trainer:
             dual_clip=ppo.dual_clip,
             entropy_coef=ppo.entropy_coef,
             normalizer=max(tokens, 1),
+            dialect=ppo.dialect,
         )
         policy.loss.backward()
         del hidden
@@ -214,13 +227,14 @@ class Trainer:
             old_logprobs,
             old_logprobs,
             torch.zeros_like(old_logprobs),
-            mask,
+            valued[rows],
             values=values[:, rollout.prompt_length - 1 : -1],
             old_values=e.values[rows],
             returns=targets.returns[rows],
             value_clip=ppo.value_clip,
             value_coef=ppo.value_coef,
-            normalizer=max(tokens, 1),
+            normalizer=max(slots, 1),
+            dialect=ppo.dialect,
         )
         value.loss.backward()
         found = policy.stats.floats()

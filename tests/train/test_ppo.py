@@ -10,6 +10,7 @@ import tolerances
 import torch
 from models import letter_tokenizer, save_tiny, tiny_llama
 
+from rlhf_fast import advantages
 from rlhf_fast.batch import pad
 from rlhf_fast.config import (
     KLConfig,
@@ -22,6 +23,7 @@ from rlhf_fast.config import (
     RolloutConfig,
     RunConfig,
 )
+from rlhf_fast.dialects import DIALECTS
 from rlhf_fast.model import LoraConfig, SharedModel
 from rlhf_fast.train.ppo import Trainer, explained_variance, train_ppo
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
@@ -145,6 +147,79 @@ def test_item_26_micro_batches_add_up_to_the_one_shot_gradient(folder, micro):
             assert float((g - split[name]).abs().max()) <= 1e-5 * scale, name
     for name, value in grads[0][1].items():
         assert grads[1][1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def updated(folder, **changes):
+    """(trainer, model, experience off the ratio of 1, gradients of an update with one minibatch)."""
+    settings = {"epochs": 1, "minibatch_size": 16, "micro_batch_size": 5, "value_coef": 1.0, **changes}
+    trainer, model = make(folder, warm=True, ppo=PPOUpdateConfig(**settings))
+    e = experience(trainer)
+    e.logprobs = e.logprobs - 0.3 * e.mask
+    record = Updates(model)
+    trainer.update(record, e, torch.Generator().manual_seed(1))
+    return trainer, model, e, record.seen[0]
+
+
+def plain_ppo(trainer, model, e, name):
+    """The loss of one minibatch in plain PyTorch, from `advantages` in the dialect."""
+    config, rules = trainer.config, DIALECTS[name]
+    found = advantages(
+        e.scores, e.values, e.mask, logprobs=e.logprobs, ref_logprobs=e.ref_logprobs, kl_coef=config.kl.coef, dialect=name,
+        bootstrap=e.next_values if rules.bootstrap else None, truncated=~e.rollout.finished,
+    )  # fmt: skip
+    P = e.rollout.prompt_length
+    out = model(e.rollout.input_ids, e.rollout.attention_mask, roles=("policy", "value"))
+    new = out.policy.logits[:, P - 1 : -1].log_softmax(-1).gather(2, e.rollout.responses[..., None])[..., 0]
+    ratio, A = (new - e.logprobs).exp(), found.advantages
+    policy = torch.maximum(-A * ratio, -A * ratio.clamp(0.8, 1.2))
+    bound = {"verl": 3.0}.get(name, math.inf)
+    policy = torch.where(A < 0, policy.clamp(max=-bound * A) if bound < math.inf else policy, policy)
+    valued = e.mask.clone()
+    if name == "trl":
+        for row, real in zip(valued, e.mask, strict=True):
+            row[min(int(real.nonzero().max()) + 1, len(row) - 1)] = True
+    values = out.value.values[:, P - 1 : -1]
+    squares = torch.maximum(
+        (values - found.returns) ** 2,
+        (e.values + (values - e.values).clamp(-0.2, 0.2) - found.returns) ** 2,
+    )
+    value = (squares / 2 * rules.value_scale)[valued].mean()
+    return policy[e.mask].mean() + value, valued
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_an_update_in_every_dialect_is_that_of_plain_pytorch(folder, name):
+    trainer, model, e, seen = updated(folder, dialect=name)
+    loss, valued = plain_ppo(trainer, model, e, name)
+    assert (valued.sum() > e.mask.sum()) == (name == "trl") and e.mask.any(1).all()
+    expected = torch.autograd.grad(loss, [Updates(model).parameters[n] for n in seen])
+    scale = max(float(g.abs().max()) for g in expected)
+    for (n, g), wanted in zip(seen.items(), expected, strict=True):
+        assert float((g - wanted).abs().max()) <= 1e-4 * scale, n
+
+
+def test_dialects_change_the_update(folder):
+    """Those that differ in advantages, values or clamps on rollouts of which some did not end."""
+    _, _, e, plain = updated(folder)
+    assert not e.rollout.finished.all() and e.rollout.finished.any()
+    for name in ("trl", "openrlhf", "slime", "areal", "areal_mask_no_eos_with_zero", "roll", "openai"):
+        _, _, _, seen = updated(folder, dialect=name)
+        assert any(not torch.allclose(g, plain[n], rtol=1e-4, atol=1e-7) for n, g in seen.items()), name
+
+
+def test_the_value_after_the_last_slot_is_that_of_the_state_after_the_last_token(folder):
+    trainer, model = make(folder, warm=True)
+    e = experience(trainer)
+    with torch.no_grad():
+        values = model(e.rollout.input_ids, e.rollout.attention_mask, roles=("value",)).value.values
+    assert e.next_values.shape == (16,) and torch.allclose(e.next_values, values[:, -1], atol=1e-5)
+
+
+def test_an_unknown_dialect_is_named_before_anything_runs():
+    with pytest.raises(
+        ValueError, match=r"PPOUpdateConfig: argument 'dialect' got 'tlr', expected one of 'rlhf_fast', 'trl'"
+    ):
+        PPOUpdateConfig(dialect="tlr")
 
 
 def test_the_trunk_gives_the_gradient_of_the_whole_model(folder):
