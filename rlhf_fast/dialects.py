@@ -45,6 +45,8 @@ class Dialect:
     """The PPO log-ratio is clamped to +-this."""
     dual_clip: float | None = None
     """Dual clipping that is always on."""
+    dual_clip_slope: float = 0.0
+    """Its bound is dual_clip + this x the ratio clip."""
     value_scale: float = 1.0
     """Factor of the value loss: 2 for a loss without the 1/2. The statistic value_loss is that of the loss with it."""
 
@@ -52,6 +54,15 @@ class Dialect:
         """(bound of the log-ratio, bound of the estimate) for an estimator; infinity for none."""
         low, high = self.kl_clamp.get(kind.removesuffix("+"), (None, None))
         return (math.inf if low is None else low, math.inf if high is None else high)
+
+    def dual_bound(self, op: str, low: float, high: float) -> float | None:
+        """Bound of the dual clipping beside a ratio clip (low, high). Raises ValueError where one number must give it and two do not."""
+        if self.dual_clip is None or not self.dual_clip_slope:
+            return self.dual_clip
+        if low != high:
+            expected = f"one number: the dialect's dual_clip is {self.dual_clip:g} + {self.dual_clip_slope:g} clip; or a dual_clip"
+            raise error(ValueError, op, "clip", f"({low:g}, {high:g})", expected)
+        return self.dual_clip + self.dual_clip_slope * low
 
 
 _ALL = ("k1", "k2", "k3", "abs")
@@ -87,6 +98,8 @@ DIALECTS: dict[str, Dialect] = {
     "areal": _AREAL,
     "areal_mask_no_eos_with_zero": replace(_AREAL, drop_truncated=True),
     "roll": _ROLL,
+    # roll/pipeline/base_worker.py: bounded by 1 + 2 pg_clip, also where two other numbers clip the ratio.
+    "roll_dual_clip_loss": replace(_ROLL, dual_clip=1.0, dual_clip_slope=2.0),
     # lm-human-preferences (Ziegler et al. 2019): biased variance.
     "openai": Dialect(gap="decay", unbiased=False),
 }

@@ -73,7 +73,7 @@ def areal_normalised(x, mask, eps=1e-5):
     return ((x.double() - real.mean()) / (real.std() + eps)).float()
 
 
-@pytest.mark.parametrize("dialect", ["slime", "areal", "areal_mask_no_eos_with_zero", "roll"])
+@pytest.mark.parametrize("dialect", ["slime", "areal", "areal_mask_no_eos_with_zero", "roll", "roll_dual_clip_loss"])
 def test_kl_scores_scan_and_whitening_against_the_loops(dialect):
     g = torch.Generator().manual_seed(3)
     values, new, ref = (torch.randn(4, 9, generator=g) for _ in range(3))
@@ -199,6 +199,37 @@ def test_slimes_value_loss_lacks_the_half():
     squares = torch.maximum((moved - x["returns"]) ** 2, (x["old_values"] + 0.5 - x["returns"]) ** 2)
     torch.testing.assert_close(losses[1], squares[x["mask"]].mean())
     torch.testing.assert_close(grads[1], 2 * grads[0])
+
+
+@pytest.mark.parametrize("low", [0.1, 0.25])
+@pytest.mark.parametrize("dialect", ["roll", "roll_dual_clip_loss"])
+def test_rolls_bound_of_the_dual_clip_follows_its_clip(dialect, low):
+    """roll/pipeline/base_worker.py loss_func, written again."""
+    g = torch.Generator().manual_seed(7)
+    new, old, A = (torch.randn(6, 9, generator=g, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(6, 9, generator=g) > 0.2
+    leaf = new.clone().requires_grad_()
+    ratio = (leaf - old).exp()
+    loss = -torch.min(ratio * A, ratio.clamp(1 - low, 1 + low) * A)
+    if dialect == "roll_dual_clip_loss":
+        loss = torch.where(A < 0, -torch.max(-loss, (1 + low * 2) * A), loss)
+    expected = loss[mask].mean()
+    (slope,) = torch.autograd.grad(expected, leaf)
+    found = ppo_loss(leaf, old, A, mask, clip=low, dialect=dialect)
+    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, leaf)[0], slope)
+    assert (found.loss == ppo_loss(new, old, A, mask, clip=low, dialect="trl").loss) == (dialect == "roll")
+
+
+def test_a_bound_that_follows_the_clip_needs_one_clip():
+    x = torch.zeros(1, 1)
+    real = torch.ones(1, 1, dtype=torch.bool)
+    with pytest.raises(
+        ValueError, match=r"ppo_loss: argument 'clip' got \(0.2, 0.28\), expected one number: .* 1 \+ 2 clip"
+    ):
+        ppo_loss(x, x, x, real, clip=(0.2, 0.28), dialect="roll_dual_clip_loss")
+    far = x + 3.0
+    assert ppo_loss(far, x, x - 1, real, clip=(0.2, 0.28), dual_clip=1.5, dialect="roll_dual_clip_loss").loss == 1.5
 
 
 @pytest.mark.parametrize("dialect", ["slime", "areal", "roll", "nemo", "trl"])

@@ -58,7 +58,7 @@ def ppo_loss(
         advantages: like logprobs, or one per sequence: logprobs.shape[:-1] ((S,) with cu_seqlens).
         mask: like logprobs, True = real token. Masked tokens are never read; gradient 0.
         clip: (low, high), or one number for both; low in (0, 1], high > 0.
-        dual_clip: c > 1, or None (the dialect's: "verl" always uses 3).
+        dual_clip: c > 1, or None (the dialect's: "verl" always uses 3, "roll_dual_clip_loss" 1 + 2 clip).
         entropy: like logprobs, per token; entropy_coef >= 0.
         ref_logprobs: like logprobs; adds the KL term with kl_coef >= 0 and kl_kind, bounded as the dialect says.
         values, returns: like logprobs; both add the value loss with value_coef >= 0. values are the current predictions.
@@ -132,7 +132,11 @@ def arguments(
         checked["importance_weights"] = importance_weights
     ready = _check.alike(op, logprobs, name, checked)
     low, high = clip if clip == (0.2, 0.2) else clip_range(op, clip)
-    dual = rules.dual_clip if dual_clip is None else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True)
+    dual = (
+        rules.dual_bound(op, low, high)
+        if dual_clip is None
+        else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True)
+    )
     entropy_coef = _check.number(op, "entropy_coef", entropy_coef, 0.0)
     kl_coef = _check.number(op, "kl_coef", kl_coef, 0.0)
     _check.choice(op, "kl_kind", kl_kind, ALL_KINDS)

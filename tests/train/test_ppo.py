@@ -172,7 +172,7 @@ def plain_ppo(trainer, model, e, name):
     new = out.policy.logits[:, P - 1 : -1].log_softmax(-1).gather(2, e.rollout.responses[..., None])[..., 0]
     ratio, A = (new - e.logprobs).exp(), found.advantages
     policy = torch.maximum(-A * ratio, -A * ratio.clamp(0.8, 1.2))
-    bound = {"verl": 3.0}.get(name, math.inf)
+    bound = {"verl": 3.0, "roll_dual_clip_loss": 1.4}.get(name, math.inf)
     policy = torch.where(A < 0, policy.clamp(max=-bound * A) if bound < math.inf else policy, policy)
     valued = e.mask.clone()
     if name == "trl":
