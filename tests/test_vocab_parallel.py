@@ -13,12 +13,12 @@ import pytest
 import tolerances
 import torch
 from parity import assert_parity, double
-from vocab_slices import FIRST_DIMENSION, LAST_DIMENSION, SIZES, cases, results
+from vocab_slices import FIRST_DIMENSION, LAST_DIMENSION, SIZES, cases, loss_cases, loss_results, results
 
 import rlhf_fast
 from rlhf_fast._types import TokenStats
 
-CASES = cases()
+CASES, LOSSES = cases(), loss_cases()
 
 
 @pytest.fixture(
@@ -52,7 +52,7 @@ def of_ranks(ranks, case):
         ]
         leaf = name.removeprefix("d ")
         if leaf in (*LAST_DIMENSION, *FIRST_DIMENSION):
-            shape = list(CASES[case][0][leaf].shape)  # JSON keeps no shape of an empty tensor
+            shape = list({**CASES, **LOSSES}[case][0][leaf].shape)  # JSON keeps no shape of an empty tensor
             found[name] = torch.cat(each, -1 if leaf in LAST_DIMENSION else 0).reshape(shape)
         else:
             assert all(torch.equal(x.nan_to_num(7.0), each[0].nan_to_num(7.0)) for x in each), name
@@ -83,6 +83,23 @@ def test_slices_give_the_statistics_and_gradients_of_the_whole(ranks, case):
             assert_parity(x, truth[name], plain[name], name, scale=scale)
 
 
+@pytest.mark.parametrize("case", LOSSES)
+def test_slices_give_the_loss_and_gradients_of_the_whole(ranks, case):
+    kwargs, options, trained = LOSSES[case]
+    got = of_ranks(ranks, case)
+    with rlhf_fast.use_backend("reference"):
+        truth, plain = (loss_results(k, options, trained) for k in (double(kwargs), kwargs))
+    assert got.keys() == truth.keys() and got["d hidden"].any()
+    for name, x in got.items():
+        assert x.dtype is plain[name].dtype, name
+        size = float(truth[name].abs().max())
+        if kwargs["hidden"].dtype is torch.float64:
+            assert (x - truth[name]).abs().max() <= tolerances.DOUBLE * max(1.0, size), name
+        else:  # means of differences and of terms of both signs: at the size of a term, 1, and of the head's precision
+            x = x.float() if x.dtype is torch.float64 else x
+            assert_parity(x, truth[name], plain[name], name, scale=size if x.dim() else max(1.0, size))
+
+
 def test_a_row_has_the_same_bits_in_any_batch(ranks):
     assert all(r["invariance"] for r in ranks)
 
@@ -102,6 +119,13 @@ def test_every_rank_names_the_wrong_argument(ranks):
         assert f"'temperature' got 0.0 at row {row}, expected a finite number > 0" in r["errors"]["temperature"]
         assert r["errors"]["type"].startswith("TypeError: token_logprobs: argument 'process_group' got str, expected a")
         assert re.match(r"RuntimeError: .*the second derivative .*is not available", r["errors"]["second derivative"])
+        assert re.match(
+            r"ValueError: .*'token_ids' got \d+ at row \d+, expected a token id in \[0, 127\)", r["errors"]["loss, id"]
+        )
+        assert r["errors"]["loss, coefficient"].startswith(
+            "ValueError: linear_ppo_loss: argument 'ref_logprobs' got None"
+        )
+        assert r["errors"]["loss, type"].startswith("TypeError: linear_ppo_loss: argument 'process_group' got str")
         if i > 0:
             assert "'process_group' got a group without this rank" in r["errors"]["member"]
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from vocab_slices import V, cases, cut, results
+from vocab_slices import V, cases, cut, loss_cases, loss_results, results
 
 import rlhf_fast
 
@@ -45,6 +45,12 @@ def errors(rank: int, world: int, group: object) -> dict[str, str]:
         "second derivative": lambda: second_derivative(kwargs, group),
         "member": lambda: rank > 0 and rlhf_fast.token_logprobs(**kwargs, process_group=single),
     }
+    loss = cut(loss_cases()["loss alone"][0], rank, world)
+    calls["loss, id"] = lambda: rlhf_fast.linear_ppo_loss(
+        **{**loss, "token_ids": loss["token_ids"] + V}, process_group=group
+    )
+    calls["loss, coefficient"] = lambda: rlhf_fast.linear_ppo_loss(**loss, kl_coef=0.1, process_group=group)
+    calls["loss, type"] = lambda: rlhf_fast.linear_ppo_loss(**loss, process_group="world")
     return {name: refused(call) for name, call in calls.items()}
 
 
@@ -85,6 +91,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     found: dict[str, object] = {}
     for name, (kwargs, options, trained) in cases().items():
         got = results(cut(kwargs, rank, world), options, trained, group)
+        found[name] = {k: [str(v.dtype), v.tolist()] for k, v in got.items()}
+    for name, (kwargs, options, trained) in loss_cases().items():
+        got = loss_results(cut(kwargs, rank, world), options, trained, group)
         found[name] = {k: [str(v.dtype), v.tolist()] for k, v in got.items()}
     found["errors"] = errors(rank, world, group)
     found["invariance"] = invariance(rank, world, group)

@@ -1,4 +1,5 @@
-"""Calls of the two log-prob ops that test_vocab_parallel.py makes on the whole vocabulary and vocab_rank.py on slices of it."""
+"""Calls that test_vocab_parallel.py makes on the whole vocabulary and vocab_rank.py on slices of it: of the two log-prob ops, and of
+the PPO loss on a head."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 import rlhf_fast
 from rlhf_fast._types import TokenStats
+from rlhf_fast.reference import linear_ppo_loss as of_loss
 from rlhf_fast.reference import linear_token_logprobs as of_head
 from rlhf_fast.reference import token_logprobs as of_logits
 
@@ -84,6 +86,45 @@ def cases() -> dict[str, tuple[dict, dict, tuple[str, ...]]]:
         "head fp32": (head(f32), {}, both),
         "head bf16": (head(bf16), {}, both),
     }  # fmt: skip
+
+
+LOSS = ("hidden", "weight", "bias", "values")
+
+
+def loss_cases() -> dict[str, tuple[dict, dict, tuple[str, ...]]]:
+    """The same of linear_ppo_loss."""
+    f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+    full = {"entropy_coef": 0.05, "kl_coef": 0.1}
+    bare = {
+        k: v for k, v in of_loss.sample(dtype=f64).items() if k in ("hidden", "weight", "token_ids", "mask", *TOKENS)
+    }
+    wide = {k: v.double() if k in TOKENS else v for k, v in of_loss.sample().items()}
+    packed = {
+        k: v if k in ("weight", "bias") else v.flatten(0, 1) for k, v in of_loss.sample(dtype=f64, seed=3).items()
+    }
+    bounds = {"cu_seqlens": torch.tensor([0, 4, 4, 20, 36])}
+    return {
+        "loss fp64": (of_loss.sample(dtype=f64), {**full, "temperature": 1.3, "softcap": 8.0}, LOSS),
+        "loss fp64, dialect": (of_loss.sample(dtype=f64, seed=1), {"dialect": "verl", "reduction": "seq-mean-token-mean"}, LOSS),
+        "loss fp64, frozen": (of_loss.sample(dtype=f64), {**full, "chunk_bytes": 4096, "normalizer": 11.0}, ("hidden",)),
+        "loss alone": (bare, {"clip": (0.1, 0.3), "dual_clip": 1.2}, ("hidden", "weight")),
+        "loss of fp64 advantages": (wide, full, LOSS),
+        "loss packed": (packed, {**full, **bounds, "reduction": "seq-mean-token-sum"}, LOSS),
+        "loss fp32": (of_loss.sample(dtype=f32), full, LOSS),
+        "loss bf16": (of_loss.sample(dtype=bf16), full, LOSS),
+    }  # fmt: skip
+
+
+TOKENS = ("old_logprobs", "advantages")
+
+
+def loss_results(kwargs: dict, options: dict, trained: tuple[str, ...], group: object = None) -> dict[str, Tensor]:
+    """Loss, statistics and the gradients of 1.7 losses; explained_variance as the share it is 1 minus."""
+    kwargs = {k: v.detach().clone().requires_grad_() if k in trained else v for k, v in kwargs.items()}
+    out = rlhf_fast.linear_ppo_loss(**kwargs, **options, process_group=group)
+    grads = torch.autograd.grad(1.7 * out.loss, [kwargs[k] for k in trained])
+    found = {"loss": out.loss.detach(), **out.stats, **{f"d {k}": g for k, g in zip(trained, grads, strict=True)}}
+    return {**found, "explained_variance": 1 - found["explained_variance"]}
 
 
 def cut(kwargs: dict, rank: int, world: int) -> dict:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _check, _parallel
 from rlhf_fast._native import contiguous
 from rlhf_fast._op import Backend, Op, cpp, cuda, last_use, no_doubles, triton
 from rlhf_fast._types import LossOutput, Stats
@@ -22,7 +22,8 @@ from rlhf_fast.ops._lm_head import (
     whole_rows,
 )
 from rlhf_fast.ops._lm_head import arguments as head_arguments
-from rlhf_fast.ops.ppo_loss import _ppo_loss
+from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
+from rlhf_fast.ops.ppo_loss import _ppo_loss, loss_output
 from rlhf_fast.ops.ppo_loss import arguments as loss_arguments
 from rlhf_fast.ops.ppo_loss import forward as loss_forward
 from rlhf_fast.ops.token_logprobs import backward_into
@@ -63,6 +64,7 @@ def linear_ppo_loss(
     normalizer: Tensor | float | None = None,
     dialect: str = "rlhf_fast",
     cu_seqlens: Tensor | None = None,
+    process_group: object | None = None,
 ) -> LossOutput:
     """ppo_loss of the log-probs and entropies that linear_token_logprobs gives, in one pass over the head.
 
@@ -85,6 +87,9 @@ def linear_ppo_loss(
             backward: (..., H), (V, H), (V,).
         clip, dual_clip, entropy_coef, ref_logprobs, kl_coef, kl_kind, values, old_values, returns, value_clip, value_coef,
             importance_weights, reduction, normalizer, dialect, cu_seqlens: as for ppo_loss.
+        process_group: as for linear_token_logprobs: weight (V_r, H) and bias are this rank's rows of the head, everything else is
+            whole on every rank, and so are the loss and the gradient towards hidden. A row's gradient needs what the other ranks
+            find, so the two ops run one after the other: the backward computes the logits a second time.
 
     Returns:
         LossOutput(loss, stats): a scalar, fp32 (fp64 when an input is fp64), differentiable towards hidden, weight, bias and
@@ -94,13 +99,23 @@ def linear_ppo_loss(
         TypeError, ValueError: wrong dtype, shape, device or range, or a coefficient without its tensor; names the argument. A
             token id outside of [0, V) names row, id and V before anything is computed (on the CPU; elsewhere the loss is NaN).
     """
+    if process_group is not None:
+        _parallel.check_group(_OP, process_group)
     x = head_arguments(_OP, hidden, weight, token_ids, bias, mask, temperature, softcap, chunk_bytes)
     made = token_ids.new_empty(token_ids.shape, dtype=x.dtype)  # stands for the log-probs and entropies to come
-    _, old_logprobs, advantages, mask, _, ref_logprobs, values, *rest = loss_arguments(
+    checked = loss_arguments(
         _OP, "token_ids", made, old_logprobs, advantages, mask, clip, dual_clip, made, entropy_coef, ref_logprobs, kl_coef,
         kl_kind, values, old_values, returns, value_clip, value_coef, importance_weights, reduction, normalizer, dialect,
         cu_seqlens,
     )  # fmt: skip
+    if process_group is not None:
+        found = linear_token_logprobs(
+            hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap, mask=mask, chunk_bytes=chunk_bytes,
+            process_group=process_group,
+        )  # fmt: skip
+        entropy, dtype = found.entropy if entropy_coef else found.entropy.detach(), checked[1].dtype
+        return loss_output((found.logprobs.to(dtype), *checked[1:4], entropy.to(dtype), *checked[5:]))
+    _, old_logprobs, advantages, mask, _, ref_logprobs, values, *rest = checked
     tensors, numbers = rest[:5], rest[5:]
     differentiate = torch.is_grad_enabled()
     wanted = [differentiate and t is not None and t.requires_grad for t in (hidden, weight, bias, values)]
