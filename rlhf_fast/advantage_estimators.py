@@ -7,15 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rlhf_fast import _check
+from rlhf_fast._scan import Steps
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.whiten import whiten
-from rlhf_fast.reference._reduce import sums
-
-CHUNK = 64
-"""Steps of the scan that are taken one after another; as many again as there are chunks follow."""
 
 
 class VTrace(NamedTuple):
@@ -40,7 +36,7 @@ def lambda_returns(
     """G_t = r_t + gamma_t ((1 - lam) V_{t+1} + lam G_{t+1}) (Sutton & Barto 2018, section 12.1).
 
     With one gamma these are the returns of `gae`, which computes them in one fused pass; here every step may have its own
-    discount (0 ends an episode inside a row), and the scan is plain PyTorch in 64 + T / 64 steps.
+    discount (0 ends an episode inside a row), and the scan is plain PyTorch in 64 + log2(T / 64) steps.
 
     Args:
         rewards: (B, T) reward per token; (N,) packed when cu_seqlens is given.
@@ -58,12 +54,11 @@ def lambda_returns(
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument.
     """
     op = "lambda_returns"
-    rows = _rows(op, rewards, mask, cu_seqlens)
-    steps = _steps(op, rows, rewards, values, gamma, lam, bootstrap)
-    constant = steps.rewards + steps.gamma * (1 - steps.lam) * steps.next_values
+    x = _inputs(op, rewards, values, mask, gamma, lam, bootstrap, cu_seqlens)
+    constant = x.rewards + x.gamma * (1 - x.lam) * x.next_values
     # Past the last token G is V, so the whole of its next value counts there.
-    constant = torch.where(rows.last, steps.rewards + steps.gamma * steps.next_values, constant)
-    return rows.back(_scan(steps.gamma * steps.lam, constant))
+    constant = torch.where(x.steps.last, x.rewards + x.gamma * x.next_values, constant)
+    return x.back(x.steps.accumulate(x.gamma * x.lam, constant))
 
 
 @torch.no_grad()
@@ -101,18 +96,16 @@ def vtrace(
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument.
     """
     op = "vtrace"
-    rows = _rows(op, rewards, mask, cu_seqlens)
-    for name, x in (("logprobs", logprobs), ("old_logprobs", old_logprobs)):
-        _check.like(op, name, x, rewards, "rewards")
     rho_clip = _check.number(op, "rho_clip", rho_clip, 0.0, open_low=True)
     pg_clip = _check.number(op, "pg_clip", pg_clip, 0.0, open_low=True)
-    steps = _steps(op, rows, rewards, values, gamma, lam, bootstrap, logprobs, old_logprobs)
-    rho = (steps.others[0] - steps.others[1]).exp()
-    delta = rho.clamp(max=rho_clip) * (steps.rewards + steps.gamma * steps.next_values - steps.values)
-    errors = _scan(steps.gamma * steps.lam * rho.clamp(max=1), delta)
-    q = steps.rewards + steps.gamma * (steps.next_values + steps.lam * _next(errors))
-    advantages = rho.clamp(max=pg_clip) * (q - steps.values)
-    return VTrace(rows.back(advantages), rows.back(steps.values + errors))
+    x = _inputs(
+        op, rewards, values, mask, gamma, lam, bootstrap, cu_seqlens, logprobs=logprobs, old_logprobs=old_logprobs
+    )
+    rho = (x.others[0] - x.others[1]).exp()
+    delta = rho.clamp(max=rho_clip) * (x.rewards + x.gamma * x.next_values - x.values)
+    errors = x.steps.accumulate(x.gamma * x.lam * rho.clamp(max=1), delta)
+    q = x.rewards + x.gamma * (x.next_values + x.lam * x.steps.next(errors, None))
+    return VTrace(x.back(rho.clamp(max=pg_clip) * (q - x.values)), x.back(x.values + errors))
 
 
 def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
@@ -181,46 +174,32 @@ def gdpo_advantages(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The real tokens of every sequence, moved to the left of a dense (R, L) block."""
+class _Inputs:
+    """Checked inputs in one dtype, like the rewards, 0 where masked."""
 
-    shape: torch.Size
-    """Of the rewards."""
-    source: Tensor
-    """(K,) places of the real tokens in the flattened rewards; indices are several times as fast as masks."""
-    target: Tensor
-    """(K,) their places in the flattened block."""
-    last: Tensor
-    """(R, L), the last real token of each sequence."""
-
-    def dense(self, x: Tensor) -> Tensor:
-        return _move(x, self.source, self.target, self.last.shape)
-
-    def back(self, x: Tensor) -> Tensor:
-        return _move(x, self.target, self.source, self.shape)
-
-
-def _move(x: Tensor, source: Tensor, target: Tensor, shape: torch.Size) -> Tensor:
-    """x from its flat places `source` to the places `target` of zeros."""
-    moved = x.reshape(-1).index_select(0, source)
-    return moved.new_zeros(shape.numel()).index_copy(0, target, moved).view(shape)
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """Dense (R, L) inputs in one dtype, 0 past the end."""
-
+    steps: Steps
     rewards: Tensor
     values: Tensor
     next_values: Tensor
-    gamma: Tensor
-    """Or (1, 1)."""
-    lam: Tensor
-    """(R, 1)."""
+    gamma: float | Tensor
+    lam: float | Tensor
     others: tuple[Tensor, ...]
 
+    def back(self, x: Tensor) -> Tensor:
+        return x.where(self.steps.real, 0.0)
 
-def _rows(op: str, rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Rows:
+
+def _inputs(
+    op: str,
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+    **others: Tensor,
+) -> _Inputs:
     _check.floating(op, "rewards", rewards)
     expected = "(B, T), or cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
     if rewards.dim() != (2 if cu_seqlens is None else 1):
@@ -230,74 +209,31 @@ def _rows(op: str, rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | No
     mask = _check.mask_like(op, mask, rewards, "rewards")
     if mask is None:
         mask = torch.ones_like(rewards, dtype=torch.bool)
-    lengths = sums(mask.long(), cu_seqlens)
-    slots = torch.arange(int(lengths.max()) if lengths.numel() else 0, device=rewards.device)
-    source, target = (m.reshape(-1).nonzero()[:, 0] for m in (mask, slots < lengths[:, None]))
-    return _Rows(mask.shape, source, target, slots == lengths[:, None] - 1)
-
-
-def _steps(
-    op: str,
-    rows: _Rows,
-    rewards: Tensor,
-    values: Tensor,
-    gamma: float | Tensor,
-    lam: float | Tensor,
-    bootstrap: Tensor | None,
-    *others: Tensor,
-) -> _Steps:
-    _check.like(op, "values", values, rewards, "rewards")
-    count = len(rows.last)
+    for name, x in {"values": values, **others}.items():
+        _check.like(op, name, x, rewards, "rewards")
+    count = len(rewards) if cu_seqlens is None else len(cu_seqlens) - 1
     if isinstance(gamma, Tensor):
         _check.like(op, "gamma", gamma, rewards, "rewards")
     else:
         gamma = _check.number(op, "gamma", gamma, 0.0, 1.0)
-    if not isinstance(lam, Tensor):
-        lam = torch.full((count,), _check.number(op, "lam", lam, 0.0, 1.0), dtype=torch.float64, device=rewards.device)
-    for name, x in (("lam", lam), ("bootstrap", bootstrap)):
-        if x is not None:
-            _check.floating(op, name, x)
-            _check.shape(op, name, x, (count,), "one per sequence")
-            _check.device(op, name, x, rewards, "rewards")
-    r, v, b, *rest = _check.common_wide(rewards, values, bootstrap, *others)
-    assert r is not None and v is not None
-    r, v = rows.dense(r), rows.dense(v)
-    end = r.new_zeros(count) if b is None else b
-    return _Steps(
+    per_sequence = {} if bootstrap is None else {"bootstrap": bootstrap}
+    if isinstance(lam, Tensor):
+        per_sequence["lam"] = lam
+    else:
+        lam = _check.number(op, "lam", lam, 0.0, 1.0)
+    for name, x in per_sequence.items():
+        _check.floating(op, name, x)
+        _check.shape(op, name, x, (count,), "one per sequence")
+        _check.device(op, name, x, rewards, "rewards")
+    wide = _check.common_wide(rewards, values, *others.values(), bootstrap)
+    r, v, *rest = (x.where(mask, 0.0) for x in wide[:-1] if x is not None)
+    steps = Steps.of(mask, cu_seqlens)
+    return _Inputs(
+        steps=steps,
         rewards=r,
         values=v,
-        next_values=torch.where(rows.last, end[:, None], _next(v)),
-        gamma=rows.dense(gamma.detach()).to(r.dtype) if isinstance(gamma, Tensor) else r.new_full((1, 1), gamma),
-        lam=lam.detach().to(r.dtype)[:, None],
-        others=tuple(rows.dense(x) for x in rest if x is not None),
+        next_values=steps.next(v, wide[-1]),
+        gamma=gamma.detach().to(r.dtype).where(mask, 0.0) if isinstance(gamma, Tensor) else gamma,
+        lam=steps.each(lam.detach().to(r.dtype)) if isinstance(lam, Tensor) else lam,
+        others=tuple(rest),
     )
-
-
-def _next(x: Tensor) -> Tensor:
-    """x_{t + 1} along the rows of (R, L), 0 past their end."""
-    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
-
-
-def _scan(a: Tensor, b: Tensor) -> Tensor:
-    """x_t = b_t + a_t x_{t+1} along the rows of (R, L), x_L = 0: chunks of CHUNK steps side by side, then the carries between
-    them. No product is divided out, so nothing underflows, and the order depends on the position alone.
-    """
-    R, L = b.shape
-    if L == 0:
-        return b
-    a, chunks = a.expand(R, L), -(-L // CHUNK)
-    a, b = (pad(x, (0, chunks * CHUNK - L)).view(R, chunks, CHUNK).permute(2, 0, 1).contiguous() for x in (a, b))
-    x, through = torch.zeros_like(b[0]), torch.ones_like(b[0])
-    inner, products = [], []
-    for step, offset in zip(reversed(a.unbind()), reversed(b.unbind()), strict=True):  # (R, chunks) each
-        x, through = offset + step * x, step * through
-        inner.append(x)
-        products.append(through)
-    carry = b.new_zeros(R)
-    carries = [carry]
-    for first, product in zip(reversed(x.unbind(1)[1:]), reversed(through.unbind(1)[1:]), strict=True):
-        carry = first + product * carry
-        carries.append(carry)
-    entering = torch.stack(carries[::-1], 1)  # (R, chunks): x at the end of each chunk
-    whole = [y + p * entering for y, p in zip(reversed(inner), reversed(products), strict=True)]
-    return torch.stack(whole, 2).reshape(R, chunks * CHUNK)[:, :L]

@@ -7,6 +7,8 @@ from parity import assert_parity, double
 
 import rlhf_fast
 from rlhf_fast import gae, gdpo_advantages, group_advantages, lambda_returns, length_adaptive_lambda, vtrace
+from rlhf_fast._scan import CHUNK
+from rlhf_fast.ops.gae import GAPS, _by_lam, _by_scan
 from rlhf_fast.ops.group_advantages import COMPOSED, FORMULAS
 from rlhf_fast.reference import gae as gae_source
 from rlhf_fast.reference import group_advantages as group_source
@@ -191,6 +193,101 @@ def test_empty_and_extreme_inputs(estimate):
     assert all(x.isfinite().all() for x in estimate(**kwargs))
     kwargs["mask"][:] = False
     assert not any(x.any() for x in estimate(**kwargs))
+
+
+@ESTIMATORS
+def test_rows_around_a_chunk_have_their_bits_padded_packed_and_alone(estimate):
+    lengths = torch.tensor([CHUNK - 1, CHUNK, 0, CHUNK + 1, 4 * CHUNK, 3 * CHUNK + 5, 1])
+    kwargs = tokens((7, 4 * CHUNK), torch.float32)
+    inside = torch.arange(4 * CHUNK) < lengths[:, None]
+    kwargs["mask"] = inside & (torch.rand(inside.shape, generator=torch.Generator().manual_seed(1)) > 0.1)
+    gamma = (
+        torch.rand(inside.shape, generator=torch.Generator().manual_seed(2)).gt(0.02).float() * 0.99
+    )  # some ends inside
+    padded = estimate(**kwargs, gamma=gamma)
+    packed = {k: v if k == "bootstrap" else v[inside] for k, v in kwargs.items()}
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    for a, b in zip(padded, estimate(**packed, gamma=gamma[inside], cu_seqlens=bounds), strict=True):
+        assert torch.equal(a[inside], b)
+    spoilt = {**packed, "rewards": packed["rewards"].clone()}
+    at = bounds[4] + int(kwargs["mask"][4].nonzero()[100])
+    spoilt["rewards"][at] = (
+        torch.nan
+    )  # spoils its own sequence up to there, or to the end of an episode inside, and no other
+    for a, b in zip(padded, estimate(**spoilt, gamma=gamma[inside], cu_seqlens=bounds), strict=True):
+        others = torch.arange(len(b))
+        clean = (others < bounds[4]) | (others > at)
+        assert torch.equal(a[inside][clean], b[clean]) and b[at].isnan()
+    for i in range(7):
+        alone = estimate(**{k: v[i : i + 1] for k, v in kwargs.items()}, gamma=gamma[i : i + 1])
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, padded, strict=True))
+
+
+def everything(r, v, logprobs, old_logprobs, mask, lam, bootstrap, cu_seqlens):
+    flat = [x.reshape(-1) for x in (r, v, logprobs, old_logprobs, mask)]
+    found = [lambda_returns(r, v, mask, lam=lam, bootstrap=bootstrap), lambda_returns(r, v, gamma=0.9)]
+    found += vtrace(r, v, logprobs, old_logprobs, mask, lam=lam, bootstrap=bootstrap)
+    found += vtrace(*flat, cu_seqlens=cu_seqlens)
+    found.append(lambda_returns(flat[0], flat[1], flat[4], lam=lam, bootstrap=bootstrap, cu_seqlens=cu_seqlens))
+    for gap in GAPS:
+        found += gae(r, v, mask, lam=lam, bootstrap=bootstrap, gap=gap, gamma=0.99)
+        found += gae(flat[0], flat[1], flat[4], lam=lam, gap=gap, cu_seqlens=cu_seqlens)
+    return found
+
+
+def arguments_of_everything(rows=4, length=150, dtype=torch.float32):
+    kwargs = tokens((rows, length), dtype)
+    lam, bounds = torch.linspace(0.0, 1.0, rows), torch.arange(rows + 1) * length
+    names = ("rewards", "values", *POLICIES, "mask")
+    return [*(kwargs[k] for k in names), lam, kwargs["bootstrap"], bounds]
+
+
+def test_the_estimators_are_one_graph_of_the_same_numbers():
+    eager, compiled = (arguments_of_everything(dtype=torch.float64) for _ in range(2))
+    results = []
+    for inputs, f in (
+        (eager, everything),
+        (compiled, torch.compile(everything, fullgraph=True, backend="aot_eager")),
+    ):
+        leaves = [x.requires_grad_() for x in (*inputs[:2], inputs[6])]
+        out = f(*inputs)
+        total = sum((x * torch.linspace(1, 2, x.numel()).view_as(x)).sum() for x in out if x.requires_grad)
+        results.append((out, torch.autograd.grad(total, leaves)))
+    torch.testing.assert_close(*results)  # a lam per row: kernels eagerly, the scan when compiled
+
+
+def test_no_number_is_read_on_the_host():
+    """There is none on the meta device."""
+    inputs = [x.to("meta") for x in arguments_of_everything()]
+    leaves = [x.requires_grad_() for x in (*inputs[:2], inputs[6])]
+    out = everything(*inputs)
+    grads = torch.autograd.grad([x.sum() for x in out if x.requires_grad], leaves)
+    assert [x.shape for x in grads] == [x.shape for x in leaves]
+    assert all(x.shape in ((4, 150), (600,)) for x in out)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gap", ["carry", "decay"])
+def test_the_scan_with_one_lam_per_sequence_is_that_of_the_kernels(gap, packed):
+    r, v, _, _, mask, lam, bootstrap, bounds = arguments_of_everything(6, 200)
+    if packed:
+        r, v, mask = (x.reshape(-1) for x in (r, v, mask))
+    cut = bounds if packed else None
+    args = (mask, bootstrap, cut, 0.98, gap == "decay")
+    got = _by_scan(lam, r, v, *args)
+    truth = _by_lam(lam.double(), r.double(), v.double(), mask, bootstrap.double(), *args[2:])
+    for a, b in zip(got, truth, strict=True):
+        assert_parity(a, b, scale=float(b.abs().max()) * 4)  # sums of terms that cancel
+        assert not a[~mask].any()
+    bad = _by_scan(torch.tensor([1.5, -0.1, float("nan"), 0.5, 0.5, 0.5]), r, v, *args)[0]
+    rows = torch.arange(6).repeat_interleave(200) if packed else torch.arange(6)[:, None].expand(6, 200)
+    first = (rows < 3) & mask
+    first &= first.flip(-1).cumsum(-1).flip(-1) > 1 if not packed else True
+    lasts = torch.stack(
+        [(mask & (rows == i)).reshape(-1).nonzero().max() for i in range(3) if (mask & (rows == i)).any()]
+    )
+    first.view(-1)[lasts] = False  # the last token has nothing behind it to decay
+    assert bad[first].isnan().all() and bad[rows >= 3].isfinite().all()
 
 
 def test_gradcheck_of_lambda_returns():

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, cuda, no_doubles, reference_backward, triton
+from rlhf_fast._scan import Steps
 from rlhf_fast.reference.gae import gae as reference
 
 GAPS = ("carry", "decay", "read")
@@ -36,7 +37,8 @@ def gae(
         mask: like rewards, True = real token; None = all real. Masked slots are never read and give 0.
         gamma: discount in [0, 1].
         lam: trace decay in [0, 1]; or a tensor (...) ((S,) when packed), one constant per row (VAPO, Yue et al. 2025, arXiv
-            2504.05118, with `length_adaptive_lambda`), read on the host: one scan per distinct number.
+            2504.05118, with `length_adaptive_lambda`). On a CPU one pass per distinct number; elsewhere, and in a compiled graph,
+            where the host would have to wait for them, one scan of plain PyTorch, and a number outside of [0, 1] gives NaN.
         bootstrap: (...) value of the state after the last real token of each row ((S,) when packed); None = 0.
         cu_seqlens: (S+1,) boundaries of S packed sequences, from 0 to N.
         gap: masked slots between real tokens (tool output, observations) are skipped ("carry"), or are a step with zero
@@ -82,8 +84,9 @@ def gae(
     if gap == "read" and mask is not None:
         rewards, mask = rewards.where(mask, 0.0), None
     if isinstance(lam, Tensor):
-        numbers = _numbers(lam, rows, rewards)
-        advantages, returns = _by_lam(numbers, rewards, values, mask, bootstrap, cu_seqlens, gamma, gap == "decay")
+        lam = _each(lam, rows, rewards)
+        by_lam = _by_lam if lam.is_cpu and not torch.compiler.is_compiling() else _by_scan
+        advantages, returns = by_lam(lam, rewards, values, mask, bootstrap, cu_seqlens, gamma, gap == "decay")
     else:
         advantages, returns = _gae(rewards, values, mask, bootstrap, cu_seqlens, gamma, lam, gap == "decay")
     if shown is not mask and shown is not None:
@@ -93,18 +96,30 @@ def gae(
     return advantages, returns
 
 
-def _numbers(lam: Tensor, rows: tuple[int, ...], rewards: Tensor) -> list[float]:
+def _each(lam: Tensor, rows: tuple[int, ...], rewards: Tensor) -> Tensor:
     _check.floating("gae", "lam", lam)
     _check.shape("gae", "lam", lam, rows, "one number per sequence")
     _check.device("gae", "lam", lam, rewards, "rewards")
-    numbers = lam.detach().reshape(-1).tolist()
+    return lam.detach().reshape(-1)
+
+
+def _by_scan(lam, rewards, values, mask, bootstrap, cu_seqlens, gamma, decay_gaps):  # type: ignore[no-untyped-def]
+    """Without reading a number."""
+    if mask is None:
+        mask = torch.ones_like(rewards, dtype=torch.bool)
+    rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
+    steps = Steps.of(mask, cu_seqlens, gaps=decay_gaps)
+    delta = rewards + gamma * steps.next(values, bootstrap) - values
+    lam = lam.where((lam >= 0) & (lam <= 1), torch.nan).to(rewards.dtype)
+    advantages = steps.accumulate(gamma * steps.each(lam), delta).where(mask, 0.0)
+    return advantages, (advantages + values).where(mask, 0.0)
+
+
+def _by_lam(lam, rewards, values, mask, bootstrap, cu_seqlens, gamma, decay_gaps):  # type: ignore[no-untyped-def]
+    """The rows of each number in a call of their own, which gives them the bits of a call with that number."""
+    numbers = lam.tolist()
     for number in numbers:
         _check.number("gae", "lam", number, 0.0, 1.0)
-    return numbers
-
-
-def _by_lam(numbers, rewards, values, mask, bootstrap, cu_seqlens, gamma, decay_gaps):  # type: ignore[no-untyped-def]
-    """The rows of each number in a call of their own, which gives them the bits of a call with that number."""
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
     rows = torch.tensor(order, dtype=torch.int64, device=rewards.device)
     place, ends, bounds = rows, list(range(len(order) + 1)), None
