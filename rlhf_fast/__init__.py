@@ -15,7 +15,7 @@ from rlhf_fast._types import Advantages, LossOutput, PreferenceOutput, TokenStat
 from rlhf_fast._version import __version__
 from rlhf_fast.advantage_estimators import VTrace, gdpo_advantages, lambda_returns, length_adaptive_lambda, vtrace
 from rlhf_fast.corrections import off_policy_mask, rollout_correction
-from rlhf_fast.denominators import Denominators
+from rlhf_fast.denominators import Denominators, gather_rows
 from rlhf_fast.entropy import EntropyController, covariance_mask, top_entropy_mask
 from rlhf_fast.integrations import patch, unpatch
 from rlhf_fast.losses import policy_loss, preference_loss
@@ -52,6 +52,7 @@ __all__ = [
     "backends",
     "covariance_mask",
     "gae",
+    "gather_rows",
     "gdpo_advantages",
     "group_advantages",
     "kl_estimate",

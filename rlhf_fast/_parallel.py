@@ -61,7 +61,7 @@ def token_stats(
     import torch.distributed as dist
 
     ids = token_ids.to(torch.int64)
-    (sizes,) = _gather([ids.new_full((), part.classes)], group)
+    (sizes,) = gather([ids.new_full((), part.classes)], group)
     ends = sizes.cumsum(0)
     read = ids.is_cpu and not torch.compiler.is_compiling()  # a GPU's numbers would stop the queue
     if read:  # every rank raises the same here; later one could wait for another that did
@@ -93,7 +93,7 @@ def token_stats(
             kl = kl.masked_fill(where, 0.0)  # its share of the sum is infinite on its own
         found += [kl, ref_logsumexp]
     legal = functools.reduce(torch.logical_or, inside)
-    logprobs, entropy, logsumexp, kl = _whole(torch.stack(inside), *_gather(found, group))
+    logprobs, entropy, logsumexp, kl = _whole(torch.stack(inside), *gather(found, group))
     logprobs, entropy, logsumexp = (_shown(x, legal, mask) for x in (logprobs, entropy, logsumexp))
     return TokenStats(logprobs, entropy, logsumexp, None if kl is None else _shown(kl, legal, mask))
 
@@ -139,7 +139,7 @@ def _shown(x: Tensor, legal: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask, 0.0)
 
 
-def _gather(own: Sequence[Tensor], group: Any) -> list[Tensor]:
+def gather(own: Sequence[Tensor], group: Any) -> list[Tensor]:
     """(n, ...) of each of `own`, which have one shape, with a first derivative towards this rank's; none where nobody asks for it."""
     import torch.distributed as dist
 

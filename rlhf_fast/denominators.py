@@ -1,4 +1,5 @@
-"""What a policy loss is divided by, counted once per optimiser step over the whole batch."""
+"""What a loss is divided by, counted once per optimiser step over the whole batch, and the rows of all ranks for what looks across
+it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check
+from rlhf_fast import _check, _parallel
 from rlhf_fast.reference._reduce import sequences, tokens
 
 COUNTS = ("tokens", "sequences", "slots", "sequence_slots")
@@ -39,6 +40,13 @@ class Denominators:
 
     Who averages the parts afterwards (DDP and FSDP over ranks, some trainers over accumulation steps) takes `d.averaged(n)`.
     A sequence must lie in one part: seq-mean-token-mean and the sequence ratios read all of its tokens.
+
+    Pairs, scores and answers that are one number each are rows of one token:
+
+        d = Denominators.of(real_pairs[:, None], process_group=group)
+        preference_loss(..., mask=..., normalizer=d.normalizer("token-mean"))
+
+    What looks across the batch (aot, the kinds of `group_advantages` that scale by it, `running_delta`) takes `gather_rows`.
     """
 
     counts: Tensor
@@ -135,6 +143,42 @@ class Denominators:
                 ValueError, op, "reduction", repr(reduction), "one without slots, or Denominators.of(..., horizon=...)"
             )
         return self.counts[COUNTS.index(name)].to(dtype) / self.parts
+
+
+def gather_rows(x: Tensor, process_group: object | None = None) -> Tensor:
+    """The rows of all ranks one after the other, the same on each of them: for losses and advantages that look across the batch.
+
+    The other ranks' rows are constants, so the loss of all rows gives every rank the gradient of its own, and these add up to the
+    gradient of the whole. (Where DDP or FSDP averages them, multiply the loss by the number of ranks.)
+
+        preference_loss(*(gather_rows(x, group) for x in (chosen, rejected, ref_chosen, ref_rejected)), kind="aot")
+
+    Micro-batches of a rank can not be gathered one by one: such a loss needs all of its pairs in one call.
+
+    Args:
+        x: (n, ...), n its own on every rank, the rest the same on all.
+        process_group: its ranks all call (None: all ranks).
+
+    Returns:
+        (sum of n, ...) in the order of the ranks; the first derivative towards x. Its shape is read on the host.
+
+    Raises:
+        TypeError, ValueError: no tensor, or one without rows; a process_group that is not one; names the argument.
+    """
+    import torch.distributed as dist  # not every build of PyTorch has it
+
+    op = "gather_rows"
+    _check.tensor(op, "x", x)
+    if x.dim() == 0:
+        raise _check.error(ValueError, op, "x", "a scalar", "(n, ...)")
+    if process_group is None:
+        process_group = dist.group.WORLD
+    _parallel.check_group(op, process_group)
+    (sizes,) = _parallel.gather([x.new_tensor(len(x), dtype=torch.int64)], process_group)
+    counts = sizes.tolist()
+    padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+    (found,) = _parallel.gather([padded], process_group)
+    return torch.cat([part[:n] for part, n in zip(found.unbind(), counts, strict=True)])
 
 
 def _whole(op: str, argument: str, x: object) -> int:
