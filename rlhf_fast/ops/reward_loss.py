@@ -9,6 +9,7 @@ from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
 from rlhf_fast._op import Op, cpp, cuda, no_doubles, triton
 from rlhf_fast._types import LossOutput, Stats
+from rlhf_fast.ops.ppo_loss import scalar
 from rlhf_fast.reference._gradients import with_gradients
 from rlhf_fast.reference.reward_loss import STATS
 from rlhf_fast.reference.reward_loss import reward_loss as reference
@@ -22,6 +23,7 @@ def reward_loss(
     center_coef: float = 0.0,
     label_smoothing: float = 0.0,
     mask: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> LossOutput:
     """Bradley-Terry: mean -log sigmoid(chosen - rejected - margin) + center_coef mean (chosen + rejected)^2.
 
@@ -34,6 +36,8 @@ def reward_loss(
         center_coef: >= 0, pulls the scores towards mean 0.
         label_smoothing: in [0, 0.5), probability that a label is flipped.
         mask: like the scores, False = pair to leave out (never read, no gradient).
+        normalizer: > 0, replaces the number of pairs under the loss: with that of the whole batch, micro-batches add up to its loss
+            and gradient. A float or a 0-d tensor (`Denominators`); the statistics stay means over the pairs of the call.
 
     Returns:
         LossOutput(loss, stats); the loss is a scalar, fp32 (fp64 when an input is fp64), 0 without pairs; stats are
@@ -59,10 +63,17 @@ def reward_loss(
         label_smoothing = _check.number(op, "label_smoothing", label_smoothing, 0.0, 0.5)
         if label_smoothing == 0.5:
             raise _check.error(ValueError, op, "label_smoothing", 0.5, "less than 0.5: labels that mean nothing")
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = _check.number(op, "normalizer", normalizer, 0.0, open_low=True)
     if not ready or margin is not None:
         chosen_scores, rejected_scores, margin = _check.common_wide(chosen_scores, rejected_scores, margin)  # type: ignore[assignment]
+    if isinstance(normalizer, Tensor):
+        normalizer = scalar(op, normalizer, chosen_scores)
     gradients = torch.is_grad_enabled() and (chosen_scores.requires_grad or rejected_scores.requires_grad)
     loss, stats, _ = _reward_loss(chosen_scores, rejected_scores, margin, mask, center_coef, label_smoothing, gradients)
+    if normalizer is not None:
+        pairs = stats[STATS.index("pairs")]
+        loss = loss * (pairs / normalizer).where(pairs > 0, 0.0)  # without pairs a normalizer may be 0 too
     return LossOutput(loss, Stats(stats, STATS))
 
 

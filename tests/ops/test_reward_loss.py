@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import tolerances
@@ -9,6 +10,7 @@ from parity import assert_parity, double
 from torch.library import opcheck
 
 import rlhf_fast
+from rlhf_fast import Denominators
 from rlhf_fast.ops import reward_loss
 from rlhf_fast.reference import reward_loss as reference
 
@@ -88,6 +90,34 @@ def test_everything_masked_gives_zero_loss_and_zero_gradient():
     assert loss == 0 and not stats.any() and not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("cuts", [(0, 9), (0, 1, 9), (0, 3, 3, 7, 9), tuple(range(10))], ids=str)
+def test_micro_batches_that_share_the_number_of_pairs_add_up(cuts):
+    kwargs = double(reference.sample(9))
+    kwargs["mask"] = torch.arange(9) != 4
+    options = {"center_coef": 0.1, "label_smoothing": 0.2}
+
+    def of(rows, **normalizer):
+        leaf = kwargs["chosen_scores"][rows].clone().requires_grad_()
+        part = {k: v[rows] for k, v in kwargs.items()} | {"chosen_scores": leaf}
+        out = reward_loss(**part, **options, **normalizer)
+        return out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0], out.stats["pairs"]
+
+    loss, grad, pairs = of(slice(None))
+    counts = Denominators.of(kwargs["mask"][:, None])
+    for normalizer in (8.0, torch.tensor(8), counts.normalizer("token-mean")):
+        parts = [of(slice(i, j), normalizer=normalizer) for i, j in pairwise(cuts)]
+        assert sum(p[2] for p in parts) == pairs == 8
+        torch.testing.assert_close(sum(p[0] for p in parts), loss, rtol=tolerances.SPLIT, atol=0.0)
+        torch.testing.assert_close(torch.cat([p[1] for p in parts]), grad, rtol=tolerances.SPLIT, atol=1e-15)
+    half = reward_loss(
+        *(kwargs[k].bfloat16() for k in ("chosen_scores", "rejected_scores")), normalizer=torch.tensor(513)
+    )
+    whole = reward_loss(*(kwargs[k].bfloat16() for k in ("chosen_scores", "rejected_scores")))
+    torch.testing.assert_close(half.loss, whole.loss * 9 / 513)  # the number is not rounded to bf16
+    nothing = reward_loss(*(kwargs[k][:0] for k in ("chosen_scores", "rejected_scores")), normalizer=torch.tensor(0.0))
+    assert nothing.loss == 0
+
+
 def test_two_backward_calls_agree():
     kwargs = reference.sample(9)
     leaf = kwargs["chosen_scores"].requires_grad_()
@@ -163,6 +193,8 @@ def test_any_shape_and_strides():
         ({"label_smoothing": 0.6}, "'label_smoothing' got 0.6"),
         ({"label_smoothing": 0.5}, "'label_smoothing' got 0.5"),
         ({"mask": torch.ones(2)}, "'mask' got torch.float32"),
+        ({"normalizer": 0.0}, "'normalizer' got 0.0"),
+        ({"normalizer": torch.ones(2)}, r"'normalizer' got shape \(2,\)"),
         ({"rejected_scores": torch.zeros(2, device="meta")}, "'rejected_scores' got device meta"),
     ],
 )
