@@ -56,6 +56,13 @@ def kl_logratios() -> Tensor:
     return torch.linspace(-0.5, 1.5, N, dtype=torch.float64)
 
 
+def across_ranks() -> tuple[Tensor, Tensor, Tensor]:
+    """(several rewards of N samples, values of tokens (N, 5), their mask)."""
+    g = torch.Generator().manual_seed(6)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    return draw(N, 2), draw(N, 5), torch.rand(N, 5, generator=g) > 0.3
+
+
 def run(case: str, tensors: dict[str, Tensor], **shared: object) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, gradients of the log-probs) of some of the pairs."""
     options = {o: OPTIONS[o] for name in names(case) for o in KINDS[name].options}

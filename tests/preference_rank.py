@@ -14,9 +14,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from preference_batches import CASES, LEAVES, OPTIONS, N, across, kl_logratios, names, pairs, run
+from preference_batches import CASES, LEAVES, OPTIONS, N, across, across_ranks, kl_logratios, names, pairs, run
 
-from rlhf_fast import Denominators, gather_rows, group_advantages, preference_loss, running_delta
+from rlhf_fast import (
+    Denominators,
+    advantages,
+    gather_rows,
+    gdpo_advantages,
+    group_advantages,
+    preference_loss,
+    running_delta,
+    whiten,
+)
 from rlhf_fast.ops.group_advantages import FORMULAS
 from rlhf_fast.preference_kinds import KINDS
 
@@ -26,6 +35,12 @@ SHARES = {0: ([0, 1], [2], [3]), 1: ([4], [5, 6, 7, 8])}
 
 def own_rows(rank: int) -> list[int]:
     return [row for rows in SHARES[rank] for row in rows]
+
+
+def own_places(rank: int) -> slice:
+    """Where a rank finds its rows among those of all."""
+    start = sum(len(own_rows(r)) for r in range(rank))
+    return slice(start, start + len(own_rows(rank)))
 
 
 def of_parts(case: str, rank: int, tensors: dict) -> tuple[torch.Tensor, dict, torch.Tensor]:
@@ -75,6 +90,10 @@ def main(rank: int, world: int, folder: Path) -> None:
         everywhere = group_advantages(gather_rows(leaf), gather_rows(ids[own]), kind, **extra)
         (grad,) = torch.autograd.grad((everywhere * torch.linspace(1, 2, N, dtype=torch.float64)).sum(), leaf)
         found[f"group {kind}"] = [everywhere.tolist(), grad.tolist()]
+    several, token, mask = across_ranks()
+    found["gdpo"] = gdpo_advantages(gather_rows(several[own]), gather_rows(ids[own])).tolist()
+    raw = advantages(scores[own], token[own], mask[own], whiten=False).advantages
+    found["whitened"] = whiten(gather_rows(raw), gather_rows(mask[own]))[own_places(rank)].tolist()
     zero = torch.zeros((), dtype=torch.float64)
     found["delta"] = running_delta(zero, zero, gather_rows(scores[own]))[0].item()
     x = torch.arange(6.0).view(3, 2)[: 3 * rank].requires_grad_()  # no row on the first rank

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
-from preference_batches import CASES, LEAVES, N, across, pairs, run
+from preference_batches import CASES, LEAVES, N, across, across_ranks, pairs, run
 
-from rlhf_fast import Denominators, gather_rows, group_advantages
+from rlhf_fast import Denominators, advantages, gather_rows, gdpo_advantages, group_advantages
 from rlhf_fast.ops.group_advantages import FORMULAS
 from rlhf_fast.preference_kinds import KINDS
 
@@ -106,6 +106,15 @@ def test_group_advantages_of_all_ranks_are_those_of_one(ranks, kind):
         everywhere, own = found[f"group {kind}"]
         close(everywhere, expected.detach())
         close(own, grad[found["rows"]])
+
+
+def test_rewards_normalised_and_advantages_whitened_over_all_ranks_are_those_of_one(ranks):
+    several, values, mask = across_ranks()
+    scores, ids = torch.linspace(-1, 2, N, dtype=torch.float64).square(), torch.arange(N) % 2
+    of_one = advantages(scores, values, mask).advantages
+    for found in ranks:
+        close(found["gdpo"], gdpo_advantages(several, ids))
+        close(found["whitened"], of_one[found["rows"]])
 
 
 def test_the_running_mean_of_bco_is_that_of_all_ranks(ranks):
