@@ -46,14 +46,15 @@ def advantages(
         scores: (B,) one score per sequence, placed by the dialect's rule (a sequence without a real token drops it); or
             (B, T) token rewards; with cu_seqlens (S,) or (N,), and (S,) when S = N.
         values: (B, T) value of the state before each token; (N,) packed when cu_seqlens is given.
-        mask: like values, True = real token. Masked slots are never read and give 0.
+        mask: like values, True = real token. Masked slots give 0 and are never read, but for their values with gap "read".
         logprobs, ref_logprobs: like values, in nats; both or neither.
         kl_coef: >= 0, price of one nat; needs the log-probs.
         kl_kind: estimator of `kl_estimate`, bounded as the dialect says.
         gamma, lam: in [0, 1].
         whiten: False returns the raw advantages.
         dialect: row of rlhf_fast.dialects.DIALECTS. "trl" counts the slot after the last real token as real for rewards, values
-            and returns, because its score and its last value live there.
+            and returns, because its score and its last value live there. "areal" is whitened by plain PyTorch in fp64, after the
+            pass.
         bootstrap: (B,) value of the state after the last real token (truncated responses); None = 0.
         truncated: (B,) bool, True = cut before its end: the bootstrap value counts there only, and a dialect with drop_truncated
             takes a sequence score of 0. None = bootstrap counts everywhere and no score is dropped.

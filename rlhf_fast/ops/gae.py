@@ -34,7 +34,8 @@ def gae(
     Args:
         rewards: (..., T) reward per token; (N,) packed when cu_seqlens is given.
         values: like rewards; value of the state before the token.
-        mask: like rewards, True = real token; None = all real. Masked slots are never read and give 0.
+        mask: like rewards, True = real token; None = all real. Masked slots give 0 and are never read, but for their values with
+            gap "read".
         gamma: discount in [0, 1].
         lam: trace decay in [0, 1]; or a tensor (...) ((S,) when packed), one constant per row (VAPO, Yue et al. 2025, arXiv
             2504.05118, with `length_adaptive_lambda`). On a CPU one pass per distinct number; elsewhere, and in a compiled graph,
