@@ -27,6 +27,16 @@ COMMANDS = {
     "sft": Command("supervised fine-tuning of the policy adapter", "SFTConfig", "rlhf_fast.train.sft:train_sft"),
     "reward": Command("reward model from preference pairs", "RewardConfig", "rlhf_fast.train.reward:train_reward"),
     "ppo": Command("PPO with four roles on one base model", "PPOConfig", "rlhf_fast.train.ppo:train_ppo"),
+    "grpo": Command(
+        "GRPO, DAPO, RLOO, REINFORCE++ and other recipes without a critic",
+        "GroupConfig",
+        "rlhf_fast.train.group:train_group",
+    ),
+    "dpo": Command(
+        "DPO, IPO, SimPO, KTO and other losses on preference pairs",
+        "PreferenceConfig",
+        "rlhf_fast.train.preference:train_preference",
+    ),
     "evaluate": Command(
         "compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"
     ),

@@ -30,7 +30,10 @@ from rlhf_fast._config_tree import (
     read_yaml,
 )
 from rlhf_fast.dialects import dialect
+from rlhf_fast.losses import ADVANTAGES, RECIPES
 from rlhf_fast.model.lora import LoraConfig
+from rlhf_fast.preference import preference_loss
+from rlhf_fast.preference_kinds import KINDS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -46,6 +49,8 @@ ProperFraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Columns = Annotated[dict[str, str], tyro.conf.arg(metavar="[FIELD=COLUMN ...]")]
 Folders = Annotated[dict[str, str], tyro.conf.arg(metavar="[NAME=FOLDER ...]")]
 Weights = Annotated[dict[str, Finite], tyro.conf.arg(metavar="[SOURCE=WEIGHT ...]")]
+GROUP_ADVANTAGES = tuple(kind for kind in ADVANTAGES if kind not in ("gae", "remax"))
+"""Those of a trainer without a critic and without a greedy answer."""
 T = TypeVar("T")
 D = TypeVar("D", bound="DataclassInstance")
 
@@ -354,6 +359,186 @@ class PPOConfig:
     def __post_init__(self) -> None:
         rollout = self.rollout.batch_size
         _at_most(self, "ppo.minibatch_size", self.ppo.minibatch_size, "rollout.batch_size", rollout)
+
+
+@dataclass(frozen=True)
+class GroupKLConfig(KLConfig):
+    """Penalty on the divergence from the reference policy, in the loss or in the reward as the recipe places it."""
+
+    coef: NonNegative = 0.0
+    """Coefficient of the KL; 0 with kind = fixed leaves the reference out altogether."""
+    estimator: Literal["k1", "k2", "k3", "abs"] | None = None  # type: ignore[assignment]
+    """Per-token estimate (that of the recipe when left out)."""
+
+    @property
+    def used(self) -> bool:
+        """Whether the reference has a part in training."""
+        return self.coef > 0 or self.kind == "adaptive"
+
+
+@dataclass(frozen=True)
+class GroupUpdateConfig:
+    """The update by a recipe of rlhf_fast.losses.RECIPES, with advantages relative to the other completions of a prompt."""
+
+    recipe: Name = "grpo"
+    """Policy loss by name: grpo, dapo, dr_grpo, gspo, cispo, rloo, reinforce++ and others (`python -m rlhf_fast.tables`)."""
+    advantages: Name | None = None
+    """Kind of group advantages, or returns for those without groups (that of the recipe when left out)."""
+    epochs: Count = 1
+    """Passes over each rollout batch."""
+    minibatch_size: Count = 64
+    """Completions per optimizer step."""
+    micro_batch_size: Count = 16
+    """Completions per forward pass; gradients add up to those of the minibatch."""
+    clip: tuple[Positive, Positive] | None = None
+    """Bounds of the ratio below and above 1 (those of the recipe when left out)."""
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Bound of the loss for negative advantages (that of the recipe when left out)."""
+    ratio_cap: Positive | None = None
+    """Largest ratio before it is multiplied by the advantage (that of the recipe when left out)."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        _at_most(self, "micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size)
+        owner = type(self).__name__
+        _check.choice(owner, "recipe", self.recipe, tuple(RECIPES))
+        if self.advantages is not None:
+            _check.choice(owner, "advantages", self.advantages, GROUP_ADVANTAGES)
+        elif self.kind not in GROUP_ADVANTAGES:
+            expected = f"one of {', '.join(GROUP_ADVANTAGES)} with recipe = {self.recipe}, whose own ({self.kind}) want a critic"
+            raise _check.error(ValueError, owner, "advantages", None, expected)
+        for name in ("clip", "dual_clip", "ratio_cap"):
+            value = getattr(self, name)
+            if value is not None and name not in RECIPES[self.recipe].reads:
+                raise _check.error(
+                    ValueError, owner, name, value, f"nothing with recipe = {self.recipe}, which has none"
+                )
+
+    @property
+    def kind(self) -> str:
+        """Kind of the advantages."""
+        return self.advantages or RECIPES[self.recipe].advantages
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """GRPO, RLOO, REINFORCE++ and their kin: policy and reference on one base, several completions of each prompt, no critic."""
+
+    model: ModelConfig
+    data: PromptDataConfig
+    run: RunConfig
+    reward: RewardSource
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-5))
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    group_size: Count = 8
+    """Completions of each prompt; rollout.batch_size is a multiple of it."""
+    kl: GroupKLConfig = field(default_factory=GroupKLConfig)
+    group: GroupUpdateConfig = field(default_factory=GroupUpdateConfig)
+    steps: Count = 100
+    """Rollout batches."""
+
+    def __post_init__(self) -> None:
+        size = self.rollout.batch_size
+        _at_most(self, "group.minibatch_size", self.group.minibatch_size, "rollout.batch_size", size)
+        if size % self.group_size:
+            raise _check.error(
+                ValueError, "GroupConfig", "group_size", self.group_size, f"a divisor of batch_size = {size}"
+            )
+
+
+@dataclass(frozen=True)
+class PreferenceLossConfig:
+    """A loss on pairs by name: a kind of rlhf_fast.preference_kinds.KINDS, or a weighted mix of several."""
+
+    kind: Name = "dpo"
+    """dpo, ipo, hinge, simpo, orpo, kto and others (`python -m rlhf_fast.tables`)."""
+    mix: Weights = field(default_factory=dict)
+    """Several kinds and their weights, instead of kind."""
+    beta: Positive = 0.1
+    """Inverse temperature: lower lets the policy leave the reference further behind."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of wrong labels, for the kinds that read it."""
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """f-divergence that holds the policy near the reference, for the kinds that read it."""
+    options: Weights = field(default_factory=dict)
+    """Further numbers of the kind by name: gamma, penalty, nll_coef, length_coef, tau, alpha, desirable_weight, undesirable_weight."""
+    tail_weight: Fraction = 1.0
+    """Weight of the tokens of the longer answer past the length of the shorter one (LD-DPO)."""
+
+    def __post_init__(self) -> None:
+        if self.mix and self.kind != "dpo":
+            raise _check.error(
+                ValueError, type(self).__name__, "mix", dict(self.mix), f"nothing beside kind = {self.kind!r}"
+            )
+        for name in self.options:
+            known = (
+                "gamma",
+                "penalty",
+                "nll_coef",
+                "length_coef",
+                "tau",
+                "alpha",
+                "desirable_weight",
+                "undesirable_weight",
+            )
+            _check.choice(type(self).__name__, "options", name, known)
+        # One pair through the loss finds what it does not know, or does not read.
+        pair, kinds = torch.zeros(1), [KINDS[name] for name in self.kinds if name in KINDS]
+        lengths = torch.ones(1, dtype=torch.int64) if any(k.per_token or k.lengths for k in kinds) else None
+        reference = pair if self.needs_reference else None
+        preference_loss(
+            pair, pair, reference, reference, chosen_lengths=lengths, rejected_lengths=lengths,
+            kl_logratios=pair if "kto" in self.kinds else None, **self.arguments(),
+        )  # fmt: skip
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        """Kind -> weight, whichever of the two forms was used."""
+        return dict(self.mix) or {self.kind: 1.0}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a kind compares with the reference."""
+        return any(KINDS[name].reference for name in self.kinds if name in KINDS)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of `preference_loss`."""
+        return {
+            "kind": self.kinds if self.mix else self.kind,
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "divergence": self.divergence,
+            **self.options,
+        }
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """DPO and its kin: the policy adapter on preference pairs, the base itself for the reference."""
+
+    model: ModelConfig
+    data: PairDataConfig
+    run: RunConfig
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5, warmup_ratio=0.1))
+    loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
+    epochs: Count = 1
+    """Passes over the pairs."""
+    batch_size: Count = 32
+    """Pairs per optimizer step."""
+    micro_batch_size: Count = 8
+    """Pairs per forward pass; gradients add up to the one-shot gradient."""
+    eval_fraction: ProperFraction = 0.1
+    """Share of the pairs held out for accuracy."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps."""
+
+    def __post_init__(self) -> None:
+        _at_most(self, "micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
+        across = [name for name in self.loss.kinds if KINDS[name].across]
+        if across and self.micro_batch_size != self.batch_size:
+            expected = f"batch_size = {self.batch_size} with {across[0]}, which looks across the batch"
+            raise _check.error(ValueError, "PreferenceConfig", "micro_batch_size", self.micro_batch_size, expected)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""GRPO, RLOO, REINFORCE++ and their kin: several completions of a prompt are each other's baseline, and there is no critic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import Denominators, advantages, covariance_mask, group_advantages, kl_estimate, policy_loss
+from rlhf_fast.config import GroupConfig
+from rlhf_fast.entropy import COVARIANCE_KINDS
+from rlhf_fast.losses import RECIPES
+from rlhf_fast.model import SharedModel
+from rlhf_fast.train.loop import Run
+from rlhf_fast.train.online import Experience, Means, Sampler, train_online
+from rlhf_fast.train.rewards import Rewards
+
+
+class Trainer(Sampler):
+    """The steps of a recipe of `policy_loss` on a SharedModel with the role policy and, where a KL is asked for, reference."""
+
+    def __init__(self, config: GroupConfig, model: SharedModel, tokenizer: Any, rewards: Rewards) -> None:
+        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, config.group.micro_batch_size)
+        self.config = config
+        self.recipe = RECIPES[config.group.recipe]
+        self.samples_per_prompt = config.group_size
+
+    def advantages(self, e: Experience) -> Tensor:
+        """(B,) relative to the group, or (B, R) for returns; a completion without a score has none, and is no one's baseline."""
+        in_reward = self.recipe.kl_placement == "reward" and e.ref_logprobs is not None
+        coef, estimator = self.controller.coef if in_reward else 0.0, self.config.kl.estimator or self.recipe.kl_kind
+        if self.config.group.kind == "returns":
+            ref = e.ref_logprobs if in_reward else None
+            logprobs = e.logprobs if in_reward else None
+            values = torch.zeros_like(e.logprobs)
+            return advantages(
+                e.scores, values, e.mask, logprobs=logprobs, ref_logprobs=ref, kl_coef=coef, kl_kind=estimator, lam=1.0
+            ).advantages
+        scores, real = e.scores, e.mask.any(1)
+        if in_reward and e.ref_logprobs is not None:
+            scores = scores - coef * (kl_estimate(e.logprobs, e.ref_logprobs, estimator) * e.mask).sum(1)
+        groups = torch.arange(len(scores), device=scores.device) // self.samples_per_prompt
+        lengths = e.mask.sum(1) if self.config.group.kind == "opo" else None
+        return group_advantages(scores, groups, self.config.group.kind, mask=real, lengths=lengths)
+
+    def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
+        """All epochs of minibatch updates on one experience; returns the metrics of the step."""
+        group = self.config.group
+        each = self.advantages(e)
+        means = Means(("tokens",))
+        for _ in range(group.epochs):
+            for minibatch in torch.randperm(len(e.mask), generator=generator).split(group.minibatch_size):
+                selected = None
+                if group.recipe in COVARIANCE_KINDS:
+                    chosen = covariance_mask(
+                        e.logprobs[minibatch],
+                        each[minibatch],
+                        e.mask[minibatch],
+                        kind=group.recipe,
+                        generator=generator,
+                    )
+                    selected = torch.zeros_like(e.mask)
+                    selected[minibatch] = chosen
+                counts = Denominators.of(e.mask[minibatch], horizon=self.settings.max_new_tokens)
+                found = Means(("tokens", "loss", "policy_loss", *(("kl",) if e.ref_logprobs is not None else ())))
+                for rows in minibatch.split(group.micro_batch_size):
+                    found.add(self._backward(e, each, selected, rows, counts))
+                found.values["grad_norm"] = run.update()
+                means.add(found.values)
+        signal = each.view(-1, self.samples_per_prompt, *each.shape[1:]).flatten(1).ne(0).any(1)
+        metrics = {f"group/{name}": value for name, value in means.values.items() if name != "tokens"} | {
+            "group/silent": float((~signal).float().mean()),
+            **self.metrics(e),
+        }
+        if "kl" in metrics:
+            self.controller.update(metrics["kl"], len(e.mask))
+        return metrics
+
+    def _backward(
+        self, e: Experience, each: Tensor, selected: Tensor | None, rows: Tensor, counts: Denominators
+    ) -> dict[str, float]:
+        """Gradient of one micro-batch; those of a minibatch add up to its one-shot gradient."""
+        group, rollout = self.config.group, e.rollout
+        trunk = None if e.trunk is None else e.trunk[rows]
+        out = self.model(rollout.input_ids[rows], rollout.attention_mask[rows], roles=("policy",), trunk=trunk)
+        stats = self.response_stats(rollout, rows, out.policy.hidden)
+        in_loss = self.recipe.kl_placement != "reward" and e.ref_logprobs is not None
+        loss, found = policy_loss(
+            group.recipe,
+            stats.logprobs,
+            e.logprobs[rows],
+            each[rows],
+            e.mask[rows],
+            ref_logprobs=e.ref_logprobs[rows] if in_loss else None,  # type: ignore[index]
+            kl_coef=self.controller.coef if in_loss else 0.0,
+            kl_kind=self.config.kl.estimator,
+            clip=group.clip,
+            dual_clip=group.dual_clip,
+            ratio_cap=group.ratio_cap,
+            entropy=stats.entropy if group.entropy_coef else None,
+            entropy_coef=group.entropy_coef,
+            rollout_logprobs=e.logprobs[rows] if self.recipe.correction else None,
+            selected=None if selected is None else selected[rows],
+            denominators=None if self.recipe.local else counts,
+        )
+        loss.backward()
+        return {**found.floats(), "loss": float(loss.detach())}
+
+
+def train_group(config: GroupConfig) -> Path:
+    """Run it; returns the folder of the trained policy adapter (PEFT format, relative to the base with its folds).
+
+    Raises ConfigError, DataError, RewardError, TrainingError.
+    """
+    roles = ("policy", "reference") if config.kl.used else ("policy",)
+    return train_online("grpo", config, Trainer, roles, {"policy": config.optim.lr})

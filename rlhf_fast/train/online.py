@@ -1,0 +1,258 @@
+"""What the trainers that learn from their own samples share: sampling, and one scoring pass over what was sampled."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import TokenStats
+from rlhf_fast.batch import Shuffle, pad
+from rlhf_fast.config import KLConfig, RolloutConfig
+from rlhf_fast.model import SharedModel
+from rlhf_fast.rollout import Rollout, generate
+from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
+from rlhf_fast.train.scoring import head_logprobs
+
+
+@dataclass
+class Experience:
+    """One rollout batch, scored: what the update reads. (B, R) unless said otherwise."""
+
+    rollout: Rollout
+    trunk: Tensor | None
+    """(B, P + R, H) output of the shared layers, reused in every epoch."""
+    mask: Tensor
+    """Response tokens that count: sampled, and of a completion that was scored."""
+    logprobs: Tensor
+    ref_logprobs: Tensor | None
+    """None without the reference role."""
+    values: Tensor | None
+    """None without the value role."""
+    next_values: Tensor | None
+    """(B,) value of the state after the last slot."""
+    scores: Tensor
+    """(B,) what PPO maximises, before the KL penalty; 0 where unscorable."""
+    raw_scores: Tensor
+    """(B,) as the sources gave them."""
+    entropy: Tensor
+
+    def kl_per_sequence(self) -> Tensor:
+        """(B,) k1 estimate of KL(policy || reference) in nats, summed over the completion; 0 without a reference."""
+        if self.ref_logprobs is None:
+            return torch.zeros_like(self.scores)
+        return ((self.logprobs - self.ref_logprobs) * self.mask).sum(1)
+
+
+class Sampler(ABC):
+    """Samples completions from the policy of a SharedModel, scores them with all of its roles in one pass, and learns from them.
+
+    micro_batch_size: completions per scoring pass.
+    """
+
+    samples_per_prompt = 1
+    """Completions of one prompt, which lie side by side in a batch."""
+
+    def __init__(
+        self,
+        settings: RolloutConfig,
+        kl: KLConfig,
+        model: SharedModel,
+        tokenizer: Any,
+        rewards: Rewards,
+        micro_batch_size: int,
+    ) -> None:
+        self.settings, self.model, self.tokenizer, self.rewards = settings, model, tokenizer, rewards
+        self.controller, self.micro_batch_size = KLController(kl), micro_batch_size
+
+    @abstractmethod
+    def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
+        """Learn from one batch; returns the metrics of the step."""
+
+    def rollout(self, prompts: list[list[int]], generator: torch.Generator) -> Rollout:
+        """Sample `samples_per_prompt` completions of each prompt from the policy."""
+        prompts = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
+        r = self.settings
+        ids, mask = pad(prompts, left=True)
+        return generate(
+            self.model,
+            ids,
+            mask,
+            max_new_tokens=r.max_new_tokens,
+            min_new_tokens=r.min_new_tokens,
+            temperature=r.temperature,
+            eos_token_id=self.tokenizer.eos_token_id if r.stop_at_eos else None,
+            generator=generator,
+        )
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Experience:
+        """Log-probs of policy and reference, values and scores, from one pass of the base per micro-batch."""
+        roles = [role for role in ("policy", "reference", "value", "reward") if role in self.model.roles]
+        parts: dict[str, list[Tensor]] = {}
+        size = self.micro_batch_size
+        for i in range(0, len(rollout.input_ids), size):
+            rows = slice(i, i + size)
+            ids, mask = rollout.input_ids[rows], rollout.attention_mask[rows]
+            trunk = self.model.trunk(ids, mask) if self.model.shared_layers else None
+            out = self.model(ids, mask, roles=roles, trunk=trunk)
+            policy = self.response_stats(rollout, rows, out.policy.hidden)
+            found = {"logprobs": policy.logprobs, "entropy": policy.entropy}
+            if "reference" in out:
+                found["ref_logprobs"] = self.response_stats(rollout, rows, out.reference.hidden).logprobs
+            if "value" in out:
+                values = out.value.values
+                found |= {"values": values[:, rollout.prompt_length - 1 : -1], "next_values": values[:, -1]}
+            if trunk is not None:
+                found["trunk"] = trunk
+            if "reward" in out:
+                found["role_scores"] = out.reward.scores
+            for name, value in found.items():
+                parts.setdefault(name, []).append(value)
+        joined = {name: torch.cat(values) for name, values in parts.items()}
+        role_scores = joined.pop("role_scores", None)
+        prompts, completions = self.prompt_texts(rollout), rollout.texts(self.tokenizer)
+        scores, raw = self.rewards(prompts, completions, role_scores)
+        scores = apply_missing_eos(scores, rollout.finished, self.settings)
+        scored = ~scores.isnan()
+        return Experience(
+            rollout=rollout,
+            trunk=joined.get("trunk"),
+            mask=rollout.response_mask & scored[:, None],
+            scores=scores.nan_to_num(0.0),
+            raw_scores=raw,
+            logprobs=joined["logprobs"],
+            entropy=joined["entropy"],
+            ref_logprobs=joined.get("ref_logprobs"),
+            values=joined.get("values"),
+            next_values=joined.get("next_values"),
+        )
+
+    def response_stats(self, rollout: Rollout, rows: slice | Tensor, hidden: Tensor) -> TokenStats:
+        """Log-probs and entropy of the sampled tokens of some rows under the head on their hidden states (b, P + R, H)."""
+        start = rollout.prompt_length - 1  # the state before the first response token predicts it
+        responses, mask = rollout.responses[rows], rollout.response_mask[rows]
+        return head_logprobs(self.model, hidden[:, start:-1], responses, mask, self.settings.temperature)
+
+    def metrics(self, e: Experience) -> dict[str, float]:
+        """What a batch of completions says of the policy."""
+        kl = (
+            {} if e.ref_logprobs is None else {"kl": float(e.kl_per_sequence().mean()), "kl_coef": self.controller.coef}
+        )
+        return {
+            **kl,
+            "score": float(e.raw_scores[~e.raw_scores.isnan()].mean()),
+            "entropy": float(e.entropy.sum() / e.rollout.response_mask.sum()),
+            "length": float(e.rollout.response_mask.sum(1).float().mean()),
+            "finished": float(e.rollout.finished.float().mean()),
+            "unscorable": float(e.raw_scores.isnan().sum()),
+        }
+
+    def summary(self, e: Experience) -> tuple[int, str]:
+        """(tokens, text) for the progress bar."""
+        score = float(e.raw_scores[~e.raw_scores.isnan()].mean())
+        kl = "" if e.ref_logprobs is None else f" kl {float(e.kl_per_sequence().mean()):.2f}"
+        return int(e.rollout.attention_mask.sum()), f"score {score:+.3f}{kl}"
+
+    def sample_rows(self, e: Experience, rows: int = 4) -> list[dict[str, Any]]:
+        """The first completions of a batch, for the table of samples."""
+        prompts, completions = self.prompt_texts(e.rollout), e.rollout.texts(self.tokenizer)
+        table = zip(prompts[:rows], completions[:rows], e.raw_scores[:rows].tolist(), strict=True)
+        return [{"prompt": p, "completion": c, "reward": r} for p, c, r in table]
+
+    def prompt_texts(self, rollout: Rollout) -> list[str]:
+        """Prompts as text, without special tokens."""
+        P = rollout.prompt_length
+        rows = zip(rollout.input_ids[:, :P], rollout.attention_mask[:, :P], strict=True)
+        return self.tokenizer.batch_decode([row[m].tolist() for row, m in rows], skip_special_tokens=True)
+
+
+class Means:
+    """Statistics of several parts: means weighted by the tokens behind each, but for sums and extremes."""
+
+    def __init__(self, sums: tuple[str, ...]) -> None:
+        self.sums = sums
+        self.values: dict[str, float] = {}
+
+    def add(self, part: dict[str, float]) -> None:
+        before = self.values.get("tokens", 0.0)
+        total = before + part["tokens"]
+        for name, value in part.items():
+            if name not in self.values:
+                self.values[name] = value
+            elif name in self.sums:
+                self.values[name] += value
+            elif name in ("ratio_max", "ratio_min"):
+                self.values[name] = (max if name == "ratio_max" else min)(self.values[name], value)
+            elif total:
+                self.values[name] = (before * self.values[name] + part["tokens"] * value) / total
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over real tokens: 1 for a perfect critic, 0 when returns do not vary."""
+    v, r = values[mask].double(), returns[mask].double()
+    variance = r.var(correction=0) if r.numel() else r.new_zeros(())
+    return float(1 - (r - v).var(correction=0) / variance) if variance > 0 else 0.0
+
+
+def train_online(
+    title: str,
+    config: Any,
+    trainer_of: Callable[..., Sampler],
+    roles: Sequence[str],
+    rates: Mapping[str, float],
+    *,
+    observe: Callable[[list[str]], Mapping[str, float]] | None = None,
+) -> Path:
+    """The loop of a trainer that samples: prompts in, adapters of the trained roles out; returns the folder of the policy's.
+
+    config: settings with model, data, run, reward, rollout and steps. trainer_of(config, model, tokenizer, rewards).
+    roles: those of the model; a reward role joins them when scores are learned. rates: {role: peak learning rate} of those that
+    train. observe: metrics of each batch of completions, to be logged.
+
+    Raises DataError, RewardError, TrainingError.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    tokenizer: Any = load_tokenizer(config.model.path)
+    encoded, fingerprint = load_data(config.data, tokenizer)
+    prompts = [prompt.input_ids for prompt in encoded]
+    rewards = Rewards(config.reward)
+    adapters = {}
+    if rewards.adapter is not None:
+        roles, adapters = (*roles, "reward"), {"reward": rewards.adapter}
+    model = load_model(config.model, tuple(roles), config.run.seed, adapters)
+    if rewards.adapter is not None and "value" in roles:
+        model.copy_role("reward", "value")  # the critic starts from what the reward model knows; its head starts at 0
+    trainer = trainer_of(config, model, tokenizer, rewards)
+    shuffle = Shuffle(len(prompts), config.run.seed)
+    size = config.rollout.batch_size // trainer.samples_per_prompt
+
+    def draw(step: int) -> tuple[list[list[int]], torch.Generator]:
+        # Every random draw of a step follows from the seed and the step, so a resumed run repeats it.
+        generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + step)
+        return [prompts[i] for i in shuffle.batch(step, size)], generator
+
+    state: State = {"kl_coef": (trainer.controller.get, trainer.controller.put), "rewards": (rewards.get, rewards.put)}
+    with Run(title, config, model, rates, config.steps, {"data": fingerprint}, state) as run:
+        if config.reward.normalize == "reference" and run.start == 0:
+            # Before step 1 the policy is the reference; a step number of its own keeps its draws apart from training.
+            rewards.observe(trainer.score(trainer.rollout(*draw(config.steps))).raw_scores)
+        for step in run.steps():
+            batch, generator = draw(step)
+            experience = trainer.score(trainer.rollout(batch, generator))
+            metrics = trainer.update(run, experience, generator)
+            if observe is not None:
+                metrics |= observe(experience.rollout.texts(tokenizer))
+            run.log(step, metrics, *trainer.summary(experience))
+            if run.settings.sample_every and step % run.settings.sample_every == 0:
+                run.monitor.samples(step + 1, trainer.sample_rows(experience))
+        for role in rates:
+            model.save_adapter(role, run.folder / ("adapter" if role == "policy" else role))
+        return run.folder / "adapter"

@@ -1,0 +1,173 @@
+"""DPO and its kin: the policy adapter on preference pairs, with the base itself for the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import SequenceLogprobs, preference_loss, running_delta, sequence_logprobs
+from rlhf_fast.batch import Shuffle, collate
+from rlhf_fast.config import PreferenceConfig, PreferenceLossConfig
+from rlhf_fast.data import EncodedPair
+from rlhf_fast.model import SharedModel
+from rlhf_fast.preference_kinds import KINDS
+from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.scoring import next_token_logprobs
+
+Answer = tuple[list[int], int]
+"""Tokens of a prompt with an answer, and where the answer begins."""
+
+
+def answer_logprobs(
+    model: SharedModel, answers: Sequence[Answer], roles: Sequence[str], tail_weight: float = 1.0
+) -> dict[str, SequenceLogprobs]:
+    """Log-probs of answers under each role, from one call of the model.
+
+    With a tail_weight, answers come as those that won followed by those that lost, in the same order.
+    """
+    learn = [[t >= start for t in range(len(ids))] for ids, start in answers]
+    batch = collate([ids for ids, _ in answers], learn)
+    out = model(batch.input_ids, batch.attention_mask, roles=roles)
+    targets = batch.target_mask[:, 1:]
+    common = None
+    if tail_weight != 1:
+        common = targets.sum(1).view(2, -1).amin(0).repeat(2)
+    found = {}
+    for role in roles:
+        stats = next_token_logprobs(model, out[role].hidden, batch.input_ids, batch.target_mask)
+        found[role] = sequence_logprobs(stats.logprobs, targets, common_lengths=common, tail_weight=tail_weight)
+    return found
+
+
+def _answers(pairs: Sequence[EncodedPair]) -> list[Answer]:
+    return [(p.chosen_ids, p.prompt_length) for p in pairs] + [(p.rejected_ids, p.prompt_length) for p in pairs]
+
+
+class Trainer:
+    """The loss on pairs, with what some kinds keep between steps."""
+
+    def __init__(self, loss: PreferenceLossConfig, model: SharedModel) -> None:
+        self.loss, self.model = loss, model
+        self.roles = ("policy", "reference") if loss.needs_reference else ("policy",)
+        self.lengths = any(KINDS[name].per_token or KINDS[name].lengths for name in loss.kinds)
+        self.delta, self.seen = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+
+    def get(self) -> list[float]:
+        """bco's delta and how many answers are behind it, for a checkpoint."""
+        return [float(self.delta), float(self.seen)]
+
+    def put(self, state: list[float]) -> None:
+        """Those of a checkpoint."""
+        self.delta, self.seen = (torch.tensor(x, dtype=torch.float64) for x in state)
+
+    @torch.no_grad()
+    def mismatched(self, pairs: Sequence[EncodedPair], micro_batch_size: int) -> Tensor | None:
+        """(n,) log-ratios of answers to the prompts of other pairs, which kto compares with; None for the other kinds."""
+        if "kto" not in self.loss.kinds:
+            return None
+        others = [*pairs[1:], *pairs[:1]]
+        strange = [
+            (p.chosen_ids[: p.prompt_length] + o.chosen_ids[o.prompt_length :], p.prompt_length)
+            for p, o in zip(pairs, others, strict=True)
+        ]
+        found = []
+        for i in range(0, len(strange), micro_batch_size):
+            each = answer_logprobs(self.model, strange[i : i + micro_batch_size], self.roles)
+            found.append(each["policy"].logprobs - each["reference"].logprobs)
+        return torch.cat(found)
+
+    def __call__(
+        self, pairs: Sequence[EncodedPair], total: int, kl_logratios: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """(loss, sums over the pairs) of one micro-batch of `total` pairs: losses of the micro-batches add up to that of all."""
+        found = answer_logprobs(self.model, _answers(pairs), self.roles, self.loss.tail_weight)
+        policy, n = found["policy"], len(pairs)
+        reference = found.get("reference")
+        arguments = self.loss.arguments()
+        if "bco" in self.loss.kinds:
+            arguments["delta"] = self.delta.to(policy.logprobs.dtype)
+        loss, chosen, rejected = preference_loss(
+            policy.logprobs[:n],
+            policy.logprobs[n:],
+            None if reference is None else reference.logprobs[:n],
+            None if reference is None else reference.logprobs[n:],
+            chosen_lengths=policy.lengths[:n] if self.lengths else None,
+            rejected_lengths=policy.lengths[n:] if self.lengths else None,
+            kl_logratios=kl_logratios,
+            normalizer=total,
+            **arguments,
+        )
+        self.delta, self.seen = running_delta(self.delta, self.seen, torch.cat([chosen, rejected]).double())
+        sums = {
+            "loss": float(loss.detach()),
+            "accuracy": float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()) / total,
+            "reward_chosen": float(chosen.sum()) / total,
+            "reward_rejected": float(rejected.sum()) / total,
+            "logprob_chosen": float(policy.logprobs[:n].detach().sum()) / total,
+            "logprob_rejected": float(policy.logprobs[n:].detach().sum()) / total,
+        }
+        return loss, sums
+
+    @torch.no_grad()
+    def accuracy(self, pairs: Sequence[EncodedPair], micro_batch_size: int) -> float:
+        """Share of pairs whose chosen answer has the higher implicit reward; ties count one half."""
+        right = 0.0
+        for i in range(0, len(pairs), micro_batch_size):
+            part = pairs[i : i + micro_batch_size]
+            found = answer_logprobs(self.model, _answers(part), self.roles)
+            rewards = found["policy"].logprobs
+            if "reference" in found:
+                rewards = rewards - found["reference"].logprobs
+            elif self.lengths:
+                rewards = rewards / found["policy"].lengths
+            chosen, rejected = rewards.view(2, -1)
+            right += float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum())
+        return right / len(pairs)
+
+
+def train_preference(config: PreferenceConfig) -> Path:
+    """Run it; returns the folder of the trained policy adapter (PEFT format, relative to the base with its folds).
+
+    Raises ConfigError, DataError, TrainingError.
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    tokenizer: Any = load_tokenizer(config.model.path)
+    encoded, fingerprint = load_data(config.data, tokenizer)
+    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
+    held = int(len(encoded) * config.eval_fraction)
+    held_out, kept = [encoded[i] for i in order[:held]], [encoded[i] for i in order[held:]]
+    torch.manual_seed(config.run.seed)
+    roles = ("policy", "reference") if config.loss.needs_reference else ("policy",)
+    model = load_model(config.model, roles, config.run.seed)
+    trainer = Trainer(config.loss, model)
+    total = math.ceil(len(kept) / config.batch_size) * config.epochs
+    total = total if config.max_steps is None else min(total, config.max_steps)
+    shuffle = Shuffle(len(kept), config.run.seed)
+    model.train()
+    state: State = {"delta": (trainer.get, trainer.put)}
+    with Run("dpo", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
+        for step in run.steps():
+            batch = [kept[i] for i in shuffle.batch(step, config.batch_size)]
+            kl_logratios = trainer.mismatched(batch, config.micro_batch_size)
+            sums: dict[str, float] = {}
+            for i in range(0, len(batch), config.micro_batch_size):
+                loss, part = trainer(batch[i : i + config.micro_batch_size], len(batch), kl_logratios)
+                loss.backward()
+                for name, value in part.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            sums["margin"] = sums["reward_chosen"] - sums["reward_rejected"]
+            sums["grad_norm"] = run.update()
+            if held_out and step + 1 == total:
+                model.eval()
+                sums["eval_accuracy"] = trainer.accuracy(held_out, config.micro_batch_size)
+                model.train()
+            tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
+            run.log(step, sums, tokens, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
+        model.save_adapter("policy", run.folder / "adapter")
+        return run.folder / "adapter"

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import letter_tokenizer, save_tiny, tiny_llama
+
+from rlhf_fast import group_advantages
+from rlhf_fast.config import (
+    GROUP_ADVANTAGES,
+    ConfigError,
+    GroupConfig,
+    GroupKLConfig,
+    GroupUpdateConfig,
+    ModelConfig,
+    OptimConfig,
+    PromptDataConfig,
+    RewardSource,
+    RolloutConfig,
+    RunConfig,
+    load_config,
+    to_yaml,
+)
+from rlhf_fast.losses import RECIPES
+from rlhf_fast.model import LoraConfig, SharedModel
+from rlhf_fast.train.group import Trainer, train_group
+from rlhf_fast.train.rewards import Rewards
+
+SCORE = f"{Path(__file__).parent / 'scorers.py'}:count_e"
+OURS = sorted(name for name, recipe in RECIPES.items() if recipe.advantages in GROUP_ADVANTAGES)
+
+
+def group_config(folder: Path, **changes: object) -> GroupConfig:
+    base = GroupConfig(
+        model=ModelConfig(str(folder / "model"), dtype="float32", shared_layers=1, lora=LoraConfig(r=4, alpha=8.0)),
+        data=PromptDataConfig(str(folder / "prompts.jsonl")),
+        run=RunConfig(str(folder / "run"), save_every=2, sample_every=0),
+        reward=RewardSource(source=SCORE),
+        optim=OptimConfig(lr=3e-2, schedule="constant"),
+        rollout=RolloutConfig(batch_size=16, max_new_tokens=8),
+        group_size=4,
+        group=GroupUpdateConfig(minibatch_size=16, micro_batch_size=4),
+        steps=4,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "model")
+    prompts = ["the film", "a story of", "we saw", "it was", "this"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    return tmp_path
+
+
+class Updates:
+    """Stands in for a Run: keeps the gradients of each update and takes no step."""
+
+    def __init__(self, model: SharedModel) -> None:
+        self.parameters, self.seen = model.parameters_of("policy"), []
+
+    def update(self) -> float:
+        self.seen.append({n: p.grad.clone() for n, p in self.parameters.items()})
+        for p in self.parameters.values():
+            p.grad = None
+        return 0.0
+
+
+def make(folder: Path, **changes: object) -> tuple[Trainer, SharedModel]:
+    config = group_config(folder, **changes)
+    roles = ("policy", "reference") if config.kl.used else ("policy",)
+    model = SharedModel(tiny_llama(), roles=roles, lora=config.model.lora, shared_layers=1)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.parameters_of("policy").items():
+            if "lora_B" in name:
+                p.normal_(0, 0.2, generator=generator)
+    return Trainer(config, model, letter_tokenizer(), Rewards(config.reward)), model
+
+
+def experience(trainer: Trainer):
+    prompts = [trainer.tokenizer(p, add_special_tokens=False).input_ids for p in ("the film", "we saw", "this", "it")]
+    return trainer.score(trainer.rollout(prompts, torch.Generator().manual_seed(0)))
+
+
+def gradients(folder: Path, e=None, **changes: object):
+    trainer, model = make(folder, **changes)
+    e = experience(trainer) if e is None else e
+    updates = Updates(model)
+    metrics = trainer.update(updates, e, torch.Generator().manual_seed(1))
+    return e, metrics, updates.seen
+
+
+def test_completions_of_a_prompt_lie_side_by_side(folder):
+    trainer, _ = make(folder)
+    e = experience(trainer)
+    assert len(e.scores) == 16
+    texts = trainer.prompt_texts(e.rollout)
+    assert [texts[i * 4 : i * 4 + 4] for i in range(4)] == [[p] * 4 for p in ("the film", "we saw", "this", "it")]
+    groups = torch.arange(16) // 4
+    assert torch.equal(trainer.advantages(e), group_advantages(e.scores, groups, "grpo"))
+
+
+def test_the_gradient_of_grpo_is_that_of_plain_pytorch(folder):
+    e, metrics, (found,) = gradients(folder, kl=GroupKLConfig(coef=0.1))
+    _, model = make(folder, kl=GroupKLConfig(coef=0.1))
+    rollout, P = e.rollout, e.rollout.prompt_length
+    groups = e.scores.view(4, 4)
+    each = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+    each = each.where(groups.std(1).gt(0).repeat_interleave(4), 0.0)
+    out = model(rollout.input_ids, rollout.attention_mask, roles=("policy", "reference"))
+    logprobs, ref = (
+        out[role].logits[:, P - 1 : -1].log_softmax(-1).gather(-1, rollout.responses[..., None]).squeeze(-1)
+        for role in ("policy", "reference")
+    )
+    ratio = (logprobs - logprobs.detach()).exp()
+    d = ref.detach() - logprobs
+    per_token = -ratio * each[:, None] + 0.1 * (d.exp() - 1 - d)
+    mask = e.mask.float()
+    loss = ((per_token * mask).sum(1) / mask.sum(1)).mean()
+    loss.backward()
+    assert metrics["group/loss"] == pytest.approx(loss.item(), abs=1e-5)
+    for name, p in model.parameters_of("policy").items():
+        torch.testing.assert_close(found[name], p.grad, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", OURS)
+def test_micro_batches_of_any_size_add_up_for_every_recipe(folder, recipe):
+    whole = GroupUpdateConfig(recipe, minibatch_size=16, micro_batch_size=16, entropy_coef=0.01)
+    kl = GroupKLConfig(coef=0.05)
+    e, metrics, (expected,) = gradients(folder, group=whole, kl=kl)
+    assert any(g.abs().max() > 0 for g in expected.values())
+    if RECIPES[recipe].local:
+        return  # its denominator is the batch at hand by definition
+    _, parts, (found,) = gradients(folder, e, group=dataclasses.replace(whole, micro_batch_size=3), kl=kl)
+    assert parts["group/loss"] == pytest.approx(metrics["group/loss"], abs=1e-5)
+    for name, g in found.items():
+        torch.testing.assert_close(g, expected[name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["rloo", "reinforce++"])
+def test_a_kl_in_the_reward_moves_the_advantages_and_not_the_loss(folder, recipe):
+    update = GroupUpdateConfig(recipe, minibatch_size=16, micro_batch_size=16)
+    trainer, _ = make(folder, group=update, kl=GroupKLConfig(coef=0.5))
+    e = experience(trainer)
+    with_kl = trainer.advantages(e)
+    trainer.controller.coef = 0.0
+    without = trainer.advantages(e)
+    assert (with_kl - without).abs().max() > 1e-3
+    if recipe == "rloo":
+        scores = e.scores - 0.5 * e.kl_per_sequence()
+        assert torch.allclose(with_kl, group_advantages(scores, torch.arange(16) // 4, "rloo"), atol=1e-5)
+
+
+def test_a_completion_without_a_score_is_no_ones_baseline(folder):
+    trainer, _ = make(folder)
+    e = experience(trainer)
+    e.mask[5] = False
+    e.scores[5] = 1e6
+    each = trainer.advantages(e)
+    alone = e.scores[[4, 6, 7]]
+    expected = (alone - alone.mean()) / (alone.std() + 1e-6) if alone.std() > 0 else torch.zeros(3)
+    assert each[5] == 0
+    torch.testing.assert_close(each[[4, 6, 7]], expected)
+
+
+def test_without_a_kl_there_is_no_reference(folder):
+    e, metrics, _ = gradients(folder)
+    assert e.ref_logprobs is None and "kl" not in metrics
+    _, metrics, _ = gradients(folder, kl=GroupKLConfig(kind="adaptive", coef=0.1))
+    assert metrics["kl"] > 0 and metrics["kl_coef"] == pytest.approx(0.1)
+
+
+def test_training_raises_the_score_and_resumes(folder):
+    config = group_config(folder, steps=12, kl=GroupKLConfig(coef=0.01))
+    adapter = train_group(config)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["score"] for line in lines if "score" in line]
+    assert len(scores) == 12 and sum(scores[-3:]) > sum(scores[:3])
+    assert (adapter / "adapter_model.safetensors").is_file()
+    with pytest.raises(Exception, match=r"resume|overwrite"):
+        train_group(config)
+
+
+BAD = {
+    "recipe": (["--group.recipe", "grpoo"], "grpo"),
+    "critic": (["--group.recipe", "ppo"], "critic"),
+    "advantages": (["--group.advantages", "gae"], "advantages"),
+    "size": (["--group-size", "5"], "divisor"),
+    "clip": (["--group.recipe", "gpg", "--group.clip", "0.1", "0.1"], "clip"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_settings_that_do_not_fit_are_refused(folder, case):
+    overrides, message = BAD[case]
+    file = folder / "settings.yaml"
+    file.write_text(to_yaml(group_config(folder)))
+    with pytest.raises(ConfigError, match=message):
+        load_config(GroupConfig, file, overrides, allow_code=True)
