@@ -9,6 +9,7 @@ VARIABLES = {
     "CPU_ISA": "force one instruction set of the C++ kernels (scalar, avx2, avx512, avx512bf16)",
     "CUDA_LIB": "use the CUDA kernels of one CUDA major (12, 13) or of a file, whatever this torch is built for",
     "FAULT": "kill the process at a named point, for tests of crash safety",
+    "REWARD_TOKEN": "bearer token that requests to a reward server carry",
 }
 
 

@@ -229,9 +229,14 @@ class RewardConfig:
 _CODE = re.compile(r"(?:.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
 
 
+def is_url(source: str) -> bool:
+    """True for the address of a reward server."""
+    return source.startswith(("http://", "https://"))
+
+
 def is_callable_spec(source: str) -> bool:
-    """True for `module:function` and `file.py:function`, False for a folder name."""
-    return _CODE.fullmatch(source) is not None
+    """True for `module:function` and `file.py:function`, False for a folder name or an address."""
+    return not is_url(source) and _CODE.fullmatch(source) is not None
 
 
 @dataclass(frozen=True)
@@ -239,18 +244,36 @@ class RewardSource:
     """What scores a completion: one source, or a weighted mix of several."""
 
     source: Name | None = None
-    """Adapter folder of a trained reward role, or a callable as module:function or file.py:function."""
+    """Adapter folder of a trained reward role, a callable as module:function or file.py:function, or a server as http://..."""
     mix: Weights = field(default_factory=dict)
     """Several sources and their weights, instead of source."""
     normalize: Literal["none", "reference", "running"] = "none"
     """Shift and scale scores by nothing, by SFT completions before step 1, or by running moments."""
     clip: Positive | None = None
     """Scores are limited to this absolute value after normalisation."""
+    workers: CountOrZero = 1
+    """Processes that run callables, or requests to a server at once. 0 runs callables in the training process: no timeout, and
+    a crash of theirs ends the run."""
+    timeout: Positive = 60.0
+    """Seconds a call of a callable or a request may take; then its worker is killed and replaced."""
+    retries: CountOrZero = 3
+    """Servers: further attempts, with growing pauses, after an error that may pass."""
+    call_size: Count | None = None
+    """Completions per call; left out, an equal share for each worker."""
+    whole_batch: bool = False
+    """Callables that compare the completions of a batch: one call gets all of them, and a failed one costs them all.
+    Otherwise a score depends on its own completion alone, and a failed call is repeated one by one to find the culprits."""
+    max_unscorable: Fraction = 0.1
+    """The run stops when more than this share of a batch gets no score."""
 
     def __post_init__(self) -> None:
         if (self.source is None) == (not self.mix):
             got = f"{self.source!r} and mix {self.mix!r}"
             raise _check.error(ValueError, "RewardSource", "source", got, "exactly one of the two")
+        if self.whole_batch and self.call_size is not None:
+            raise _check.error(
+                ValueError, "RewardSource", "call_size", self.call_size, "none beside whole_batch = True"
+            )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -568,10 +591,14 @@ class EvaluateConfig:
             raise _check.error(ValueError, "EvaluateConfig", "baseline", repr(self.baseline), f"one of {names}")
 
 
-# Settings that name code. A file that was handed over must not choose what runs: only the command line may.
+# Settings that name code or a server. A file that was handed over must not choose what runs, nor where completions go: only the
+# command line may.
 _CODE_KEYS = ("reward.source", "reward.mix", "judges")
-# Settings that move or show a run without changing its numbers.
-_UNHASHED_RUN_KEYS = {f.name for f in dataclasses.fields(RunConfig)} - {"seed"}
+# Settings that move, show or guard a run without changing its numbers.
+_UNHASHED_KEYS = {
+    "run": {f.name for f in dataclasses.fields(RunConfig)} - {"seed"},
+    "reward": {"workers", "timeout", "retries", "call_size", "max_unscorable"},
+}
 
 
 def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
@@ -598,8 +625,8 @@ def load_config(
     """Settings of type `cls`: an override beats the YAML file, the file beats the default.
 
     overrides: `--optim.lr 1e-5`, `--optim.lr=1e-5`, `--optim.betas 0.9 0.99`, `--run.resume`,
-    `--run.no-resume`, `--data.fields text=review`. allow_code: let the file name Python callables, which
-    otherwise only an override may. Raises ConfigError.
+    `--run.no-resume`, `--data.fields text=review`. allow_code: let the file name Python callables and reward servers,
+    which otherwise only an override may. Raises ConfigError.
     """
     file = Tree() if yaml_path is None else read_yaml(Path(yaml_path))
     values = merge(defaults(cls), file, cls)
@@ -618,9 +645,10 @@ def _refuse_code(file: Tree) -> None:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         for source in [value] if isinstance(value, str) else value or ():
-            if isinstance(source, str) and is_callable_spec(source):
+            if isinstance(source, str) and (is_callable_spec(source) or is_url(source)):
+                what = "a server to send completions to" if is_url(source) else "code to run"
                 raise ConfigError(
-                    f"{file.places[key]}{key}: got {source!r}, but a settings file may not name code to run; "
+                    f"{file.places[key]}{key}: got {source!r}, but a settings file may not name {what}; "
                     f"give it on the command line as --{key}"
                 )
 
@@ -638,8 +666,9 @@ def to_yaml(config: Any) -> str:
 def config_hash(config: Any) -> str:
     """SHA-256 (hex) of the settings that can change a run's numbers; of `run` only the seed counts."""
     tree = _plain(validate(config))
-    for key in _UNHASHED_RUN_KEYS:
-        tree.get("run", {}).pop(key, None)
+    for section, keys in _UNHASHED_KEYS.items():
+        for key in keys:
+            tree.get(section, {}).pop(key, None)
     text = json.dumps([type(config).__name__, tree], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

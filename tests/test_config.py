@@ -271,6 +271,14 @@ def test_file_cannot_name_code_but_command_line_can(load, key, block):
     assert config.reward.weights == {"os:system": 1.0}
 
 
+@pytest.mark.parametrize("block", ["{source: 'http://10.0.0.1/score'}", "{mix: {'https://host': 1}}"])
+def test_file_cannot_name_where_completions_are_sent_but_command_line_can(load, block):
+    text = FILE.replace("{source: adapters/reward}", block)
+    assert "may not name a server to send completions to; give it on the command line" in message(load, text)
+    config = load(None, *[w.replace("adapters/reward", "http://host:8000/score?a=b") for w in WORDS])
+    assert config.reward.weights == {"http://host:8000/score?a=b": 1.0}
+
+
 def test_file_cannot_name_a_judge_that_is_code(load):
     text = "model: {path: m}\ndata: {path: d}\nrun: {output_dir: o}\njudges: [vader, 'evil.py:run']\n"
     assert ":4: judges: got 'evil.py:run'" in message(load, text, cls=EvaluateConfig)
@@ -286,6 +294,7 @@ def test_file_cannot_name_a_judge_that_is_code(load):
         ("C:/adapters/reward", False),
         ("vader", False),
         ("module:1f", False),
+        ("http://host:1/a.py:f", False),
     ],
 )
 def test_callable_specs_are_told_from_folders(source, code):
@@ -332,6 +341,9 @@ def test_hash_ignores_where_and_how_a_run_is_shown(load):
     words = "--run.output-dir elsewhere --run.resume --run.log-every 9 --run.threads 1 --run.sample-every 0"
     assert config_hash(load(FILE, *words.split(), "--run.save-every", "3", "--run.keep", "5")) == plain
     assert len(plain) == 64
+    words = "--reward.workers 4 --reward.timeout 5 --reward.retries 0 --reward.call-size 2 --reward.max-unscorable 0.5"
+    assert config_hash(load(FILE, *words.split())) == plain
+    assert config_hash(load(FILE, "--reward.whole-batch")) != plain
 
 
 @pytest.mark.parametrize(

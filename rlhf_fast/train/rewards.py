@@ -2,122 +2,107 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
-import importlib.util
-import logging
 import math
-import numbers
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.config import KLConfig, RewardSource, RolloutConfig, is_callable_spec
+from rlhf_fast.config import KLConfig, RewardSource, RolloutConfig, is_callable_spec, is_url
+from rlhf_fast.rewards import InProcess, Pool, RewardError, RewardFunction, Scorer, Server, load_callable
 
-logger = logging.getLogger(__name__)
-
-MAX_UNSCORABLE = 0.1
-"""Share of a batch that may go unscored before the run stops."""
-
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""(prompts, completions) -> one number each; None or NaN marks a completion as unscorable."""
-
-
-class RewardError(RuntimeError):
-    """Too many completions of a batch could not be scored, or a reward function broke its contract."""
-
-
-def load_callable(spec: str) -> RewardFunction:
-    """The function named by `module:function` or `file.py:function`. Raises ValueError if it cannot be had."""
-    where, _, name = spec.rpartition(":")
-    try:
-        if where.endswith(".py"):
-            file = importlib.util.spec_from_file_location(Path(where).stem, where)
-            if file is None or file.loader is None:
-                raise ImportError(f"cannot read {where}")
-            module = importlib.util.module_from_spec(file)
-            file.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        function = getattr(module, name)
-    except (ImportError, AttributeError, OSError) as error:
-        raise ValueError(f"reward function {spec!r}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"reward function {spec!r}: got {type(function).__name__}, expected a function")
-    return function
+__all__ = ["KLController", "RewardError", "Rewards", "apply_missing_eos", "call_reward", "load_callable"]
 
 
 def call_reward(function: RewardFunction, name: str, prompts: list[str], completions: list[str]) -> Tensor:
-    """(B,) fp32 scores, NaN where a completion is unscorable. The function gets copies of the lists.
+    """(B,) fp32 scores of a function in this process, NaN where a completion is unscorable.
 
-    A function that raises leaves the whole batch unscored (logged with its traceback). Raises RewardError for a result of
-    the wrong length, TypeError for entries that are no numbers.
+    Where it raises for a batch, it is called for each completion. Raises ContractError for a result that is no list of numbers,
+    one for each completion.
     """
-    try:
-        result = function(copy.copy(prompts), copy.copy(completions))
-    except Exception:
-        logger.exception("reward function %s failed on a batch of %d", name, len(completions))
-        return torch.full((len(completions),), math.nan)
-    if isinstance(result, Tensor):
-        result = result.tolist()
-    if not hasattr(result, "__len__"):
-        raise RewardError(
-            f"reward function {name}: got a {type(result).__name__}, expected a list of {len(completions)}"
-        )
-    if len(result) != len(completions):
-        raise RewardError(f"reward function {name}: got {len(result)} scores for {len(completions)} completions")
-    return torch.tensor([_number(x, name, i) for i, x in enumerate(result)], dtype=torch.float32)
+    scorer = Scorer(InProcess({name: function}))
+    return _finite(torch.tensor(scorer.scores(name, prompts, completions, len(completions)), dtype=torch.float32))
 
 
-def _number(x: Any, name: str, i: int) -> float:
-    if x is None:
-        return math.nan
-    if isinstance(x, Tensor) and x.dim() == 0:
-        x = x.item()
-    if isinstance(x, numbers.Real):  # bool and numpy scalars included
-        value = float(x)
-        return value if math.isfinite(value) else math.nan
-    raise TypeError(f"reward function {name}: score {i} got {type(x).__name__}, expected a number")
+def _finite(scores: Tensor) -> Tensor:
+    """Infinities, which large numbers become in fp32, say as little as NaN."""
+    return scores.where(scores.isfinite(), math.nan)
 
 
 class Rewards:
-    """Scores of completions from the sources of a RewardSource, shifted, scaled and clipped as it says."""
+    """Scores of completions from the sources of a RewardSource, shifted, scaled and clipped as it says.
+
+    Use as a context manager, or call `close`: functions run in worker processes unless the settings say otherwise.
+
+    Raises ValueError for a source that cannot be had.
+    """
 
     def __init__(self, config: RewardSource) -> None:
         self.config = config
-        self.adapter: str | None = None
-        self.functions: dict[str, RewardFunction] = {}
-        for source in config.weights:
-            if is_callable_spec(source):
-                self.functions[source] = load_callable(source)
-            elif self.adapter is None:
-                self.adapter = source
-            else:
-                raise ValueError(f"reward: got two adapter folders, {self.adapter!r} and {source!r}, expected one")
+        functions = [source for source in config.weights if is_callable_spec(source)]
+        servers = [source for source in config.weights if is_url(source)]
+        folders = [source for source in config.weights if source not in functions and source not in servers]
+        if len(folders) > 1:
+            raise ValueError(f"reward: got two adapter folders, {folders[0]!r} and {folders[1]!r}, expected one")
+        self.adapter: str | None = folders[0] if folders else None
+        self._scorers: dict[str, Scorer] = {}
+        for url in servers:
+            server = Server(url, max(config.workers, 1), timeout=config.timeout, retries=config.retries)
+            self._scorers[url] = Scorer(server, size=config.call_size, whole_batch=config.whole_batch)
+        if functions:
+            backend = (
+                Pool(functions, config.workers, timeout=config.timeout)
+                if config.workers
+                else InProcess({spec: load_callable(spec) for spec in functions})
+            )
+            scorer = Scorer(backend, size=config.call_size, whole_batch=config.whole_batch)
+            self._scorers |= dict.fromkeys(functions, scorer)
         self.mean, self.m2, self.count = 0.0, 0.0, 0
+
+    def __enter__(self) -> Rewards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for scorer in self._scorers.values():
+            scorer.backend.close()
 
     def __call__(self, prompts: list[str], completions: list[str], role_scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """(normalised scores, raw scores), each (B,) fp32 with NaN where a completion is unscorable.
 
-        role_scores: (B,) from the learned reward role; None when the sources are callables alone.
+        role_scores: (B,) from the learned reward role; None when no source is an adapter.
 
-        Raises RewardError when more than MAX_UNSCORABLE of the batch is.
+        Raises RewardError when more than max_unscorable of the batch is, or a source breaks its contract.
         """
-        raw = torch.zeros(len(completions))
+        n, limit = len(completions), self.config.max_unscorable
+        raw = torch.zeros(n)
         for source, weight in self.config.weights.items():
             if source == self.adapter:
                 raw += weight * role_scores.cpu()  # type: ignore[union-attr]
             else:
-                raw += weight * call_reward(self.functions[source], source, prompts, completions)
+                raw += weight * torch.tensor(self._scorers[source].scores(source, prompts, completions, limit * n))
+        raw = _finite(raw)
         lost = int(raw.isnan().sum())
-        if lost > MAX_UNSCORABLE * len(raw):
-            raise RewardError(f"{lost} of {len(raw)} completions could not be scored (limit {MAX_UNSCORABLE:.0%})")
+        if lost > limit * n:
+            failed = ", ".join(f"{count:.0f} {name}" for name, count in self.failures().items())
+            raise RewardError(
+                f"{lost} of {n} completions have no score (reward.max_unscorable is {limit:.0%})"
+                + (f"; calls that failed: {failed}" if failed else "")
+            )
         if self.config.normalize == "running":
             self.observe(raw[~raw.isnan()])
         return self.normalized(raw), raw
+
+    def failures(self) -> dict[str, float]:
+        """Kind of failure (raised, timeouts, crashes, server_errors) -> calls that failed so since the last time."""
+        counts: dict[str, float] = {}
+        for scorer in {id(s): s for s in self._scorers.values()}.values():
+            for kind, count in scorer.failures.items():
+                counts[kind] = counts.get(kind, 0.0) + count
+            scorer.failures.clear()
+        return counts
 
     def observe(self, scores: Tensor) -> None:
         """Take (n,) scores into the moments (Chan et al. 1979, parallel variance)."""

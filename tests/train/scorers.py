@@ -30,3 +30,153 @@ def words(prompts: list[str], completions: list[str]) -> list[str]:
 def selfish(prompts: list[str], completions: list[str]) -> list[float]:
     prompts.clear()
     return [0.0 for _ in range(len(completions))][: completions.clear() or None]
+
+
+RESULTS = {
+    "number": lambda n: [0.5] * n,
+    "true": lambda n: [True] * n,
+    "none": lambda n: [None] * n,
+    "nan": lambda n: [float("nan")] * n,
+    "inf": lambda n: [float("inf")] * n,
+    "huge int": lambda n: [10**400] * n,
+    "tuple": lambda n: (0.5,) * n,
+    "numpy scalar": lambda n: [numpy().float32(0.5)] * n,
+    "numpy int": lambda n: [numpy().int64(1)] * n,
+    "numpy bool": lambda n: [numpy().bool_(True)] * n,
+    "numpy 0-d": lambda n: [numpy().array(0.5)] * n,
+    "numpy array": lambda n: numpy().full(n, 0.5),
+    "0-d tensor": lambda n: [torch().tensor(0.5)] * n,
+    "tensor": lambda n: torch().full((n,), 0.5, requires_grad=True),
+    "text": lambda n: ["0.5"] * n,
+    "lists": lambda n: [[0.5]] * n,
+    "complex": lambda n: [0.5j] * n,
+    "1": lambda n: [0.5],
+    "n - 1": lambda n: [0.5] * (n - 1),
+    "n + 1": lambda n: [0.5] * (n + 1),
+    "a number": lambda n: 0.5,
+    "nothing": lambda n: None,
+    "generator": lambda n: (0.5 for _ in range(n)),
+    "dict": lambda n: dict.fromkeys(range(n), 0.5),
+    "set": lambda n: {i / 2 for i in range(n)},
+    "str": lambda n: "x" * n,
+    "bytes": lambda n: b"x" * n,
+    "column": lambda n: numpy().full((n, 1), 0.5),
+}
+
+
+def numpy():
+    import numpy
+
+    return numpy
+
+
+def torch():
+    import torch
+
+    return torch
+
+
+def result(prompts: list[str], completions: list[str]):
+    """What RESULTS has under the text of the first completion."""
+    return RESULTS[completions[0]](len(completions))
+
+
+def on_cue(prompts: list[str], completions: list[str]) -> list[float]:
+    """Letters of each completion; but a completion may tell what goes wrong."""
+    for text in completions:
+        if text in CUES:
+            CUES[text]()
+    return [float(len(text)) for text in completions]
+
+
+def fail() -> None:
+    raise KeyError("no such letter")
+
+
+def hang() -> None:
+    import time
+
+    time.sleep(1000)
+
+
+def hang_in_c() -> None:
+    """Backtracking that holds the interpreter's lock for ages."""
+    import re
+
+    re.match(r"(a+)+b", "a" * 60)
+
+
+def segfault() -> None:
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+def leave() -> None:
+    import os
+
+    print("last words", flush=True)
+    os._exit(3)
+
+
+def quit_program() -> None:
+    import sys
+
+    sys.exit(0)
+
+
+def child_that_stays() -> None:
+    """A program of its own that outlives its time, as a sandbox for code may."""
+    import subprocess
+    import sys
+
+    program = "import sys, time; open(sys.argv[1], 'w').write(str(__import__('os').getpid())); time.sleep(1000)"
+    subprocess.run([sys.executable, "-c", program, STAYS])
+
+
+STAYS = __import__("os").environ.get("SCORERS_PID_FILE", "")
+CUES = {
+    "raise": fail,
+    "hang": hang,
+    "hang in C": hang_in_c,
+    "segfault": segfault,
+    "exit": leave,
+    "sys.exit": quit_program,
+    "child": child_that_stays,
+    "interrupt": lambda: __import__("os").kill(__import__("os").getpid(), 2),
+    "terminate": lambda: __import__("os").kill(__import__("os").getpid(), 15),
+}
+
+
+def noisy(prompts: list[str], completions: list[str]) -> list[float]:
+    import os
+
+    print("first words")
+    for _ in range(400):
+        print("x" * 10_000)
+    os.write(2, b"y" * 1_000_000)
+    return [1.0] * len(completions)
+
+
+def where(prompts: list[str], completions: list[str]) -> list[float]:
+    import os
+
+    return [float(os.getpid())] * len(completions)
+
+
+def many(prompts: list[str], completions: list[str]) -> list[float]:
+    """How many completions the call had, and a moment in which other workers can take theirs."""
+    import time
+
+    time.sleep(0.05)
+    return [float(len(completions))] * len(completions)
+
+
+def draws(prompts: list[str], completions: list[str]) -> list[float]:
+    import random
+
+    return [random.random() for _ in completions]
+
+
+def reads_input(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float(len(input()))] * len(completions)

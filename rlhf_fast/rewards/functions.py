@@ -1,0 +1,197 @@
+"""What a reward function is: how it is found, called and checked. Run as a script, this file is a worker process.
+
+It needs the standard library alone, so that a worker starts in tens of milliseconds. A worker talks JSON lines over two
+pipes of its own: what the function prints never mixes with its scores, and no pickle crosses the border.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import numbers
+import os
+import queue
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+"""(prompts, completions) -> one number each; None, NaN or infinity marks a completion as unscorable."""
+
+MAX_TRACEBACK = 8000
+"""Characters kept of a traceback: its end, which names the error."""
+
+
+class RewardError(RuntimeError):
+    """Too many completions of a batch could not be scored, or a reward function or server broke its contract."""
+
+
+class ContractError(RewardError, TypeError):
+    """What a reward function or server gave back is no list of numbers, one for each completion."""
+
+
+def load_callable(spec: str) -> RewardFunction:
+    """The function named by `module:function` or `file.py:function`. Raises ValueError if it cannot be had."""
+    where, _, name = spec.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            file = importlib.util.spec_from_file_location(Path(where).stem, where)
+            if file is None or file.loader is None:
+                raise ImportError(f"cannot read {where}")
+            module = importlib.util.module_from_spec(file)
+            file.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        function = getattr(module, name)
+    except (ImportError, AttributeError, OSError) as error:
+        raise ValueError(f"reward function {spec!r}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"reward function {spec!r}: got {type(function).__name__}, expected a function")
+    return function
+
+
+def call(function: RewardFunction, name: str, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """One finite number or NaN per completion. The function gets lists of its own.
+
+    Raises what the function raises, and ContractError for a result that is no list of numbers of that length.
+    """
+    return scores_of(function(list(prompts), list(completions)), name, len(completions))
+
+
+def scores_of(result: Any, name: str, expected: int) -> list[float]:
+    """The checked numbers of a result; see `call`."""
+    # Of a mapping or a set the order says nothing, and text and bytes would be read letter by letter.
+    if isinstance(result, str | bytes | bytearray | Mapping | Set):
+        raise ContractError(f"{name}: got a {type(result).__name__}, expected a list of {expected}")
+    if hasattr(result, "tolist"):  # tensors and arrays
+        result = result.tolist()
+    if not hasattr(result, "__len__"):
+        raise ContractError(f"{name}: got a {type(result).__name__}, expected a list of {expected}")
+    if len(result) != expected:
+        raise ContractError(f"{name}: got {len(result)} scores for {expected} completions")
+    return [_number(x, name, i) for i, x in enumerate(result)]
+
+
+def _number(x: Any, name: str, i: int) -> float:
+    if x is None:
+        return math.nan
+    if getattr(x, "ndim", None) == 0 and hasattr(x, "item"):  # scalars of tensors and arrays
+        x = x.item()
+    if not isinstance(x, numbers.Real):
+        raise ContractError(f"{name}: score {i} got {type(x).__name__}, expected a number")
+    try:
+        value = float(x)
+    except OverflowError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """(headline, traceback) of what a function raised; the headline is the same wherever the same line raises."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    text = "".join(traceback.format_exception(error))
+    return f"{type(error).__name__}{at}", text[-MAX_TRACEBACK:]
+
+
+class _Requests:
+    """Lines of the request pipe, read by a thread of their own, which ends the process when the trainer is gone."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(descriptor,), daemon=True).start()
+
+    def _read(self, descriptor: int) -> None:
+        with open(descriptor, "rb", buffering=1 << 16) as pipe:
+            for line in pipe:
+                self._lines.put(line)
+        self._lines.put(b"")
+        # Idle, the main thread leaves by itself and runs the exit handlers of the user's modules.
+        time.sleep(1.0)
+        os._exit(0)
+
+    def __iter__(self) -> _Requests:
+        return self
+
+    def __next__(self) -> Any:
+        line = self._lines.get()
+        if not line:
+            raise StopIteration
+        return json.loads(line)
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """The kernel ends this process after so much more computing: the last resort against a call that nothing can interrupt."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = int(time.process_time() + seconds * (os.cpu_count() or 1)) + 10
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+
+
+def _seed(line: Any) -> None:
+    """Draws of a function follow from the texts it gets, so that a resumed run repeats them in a new worker."""
+    number = int.from_bytes(hashlib.sha256(json.dumps(line).encode()).digest()[:4], "little")
+    random.seed(number)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(number)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(number)
+
+
+def _serve(requests: int, answers: int) -> None:
+    # The trainer decides when a worker ends: a signal to the whole job must not cost the completions of a batch. These are
+    # handlers rather than SIG_IGN, which programs that the function starts would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    lines = _Requests(requests)
+
+    def answer(message: Mapping[str, Any]) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        while data:
+            data = data[os.write(answers, data) :]
+
+    hello = next(lines, None)
+    if hello is None:
+        return
+    sys.path[:] = hello["path"]
+    functions = {}
+    try:
+        for spec in hello["specs"]:
+            functions[spec] = load_callable(spec)
+    except BaseException as error:
+        message = str(error) if isinstance(error, ValueError) else f"reward function {spec!r}: {describe(error)[1]}"
+        answer({"load": message})
+        return
+    answer({"load": None})
+    for request in lines:
+        _limit_processor_time(hello["timeout"])
+        _seed(request)
+        spec = request["spec"]
+        name = f"reward function {spec}"
+        try:
+            scores = call(functions[spec], name, request["prompts"], request["completions"])
+        except ContractError as error:
+            answer({"contract": str(error)})
+        except BaseException as error:
+            headline, text = describe(error)
+            answer({"raised": headline, "traceback": text})
+        else:
+            answer({"scores": [None if math.isnan(x) else x for x in scores]})
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]))
