@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or "--run.debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a folder's name must not fail a run on an output that cannot spell it
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(arguments)
     except SystemExit as stop:

@@ -165,6 +165,8 @@ class RunConfig:
     """Steps between lines of metrics."""
     threads: Count | None = None
     """CPU threads (PyTorch's choice when left out)."""
+    halve_on_oom: bool = True
+    """Out of memory in an update: go on with micro-batches half as large (the same gradient but for rounding), or stop."""
     debug: bool = False
     """Show tracebacks of errors."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlhf_fast.rewards.backends import Backend, Call, Failure, InProcess, Scorer
-from rlhf_fast.rewards.functions import ContractError, RewardError, RewardFunction, load_callable
+from rlhf_fast.rewards.functions import ContractError, RewardError, RewardFunction, fingerprint, load_callable
 from rlhf_fast.rewards.pool import Pool
 from rlhf_fast.rewards.server import Server
 
@@ -18,5 +18,6 @@ __all__ = [
     "RewardFunction",
     "Scorer",
     "Server",
+    "fingerprint",
     "load_callable",
 ]

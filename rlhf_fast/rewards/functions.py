@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -59,6 +60,24 @@ def load_callable(spec: str) -> RewardFunction:
     if not callable(function):
         raise ValueError(f"reward function {spec!r}: got {type(function).__name__}, expected a function")
     return function
+
+
+def fingerprint(spec: str) -> str:
+    """SHA-256 (hex) of the file a callable is in, found without running any of it; "" for what has no file."""
+    where = spec.rpartition(":")[0]
+    path: str | None = where
+    if not where.endswith(".py"):
+        folders, path = None, None
+        for depth in range(where.count(".") + 1):
+            name = ".".join(where.split(".")[: depth + 1])
+            found = importlib.machinery.PathFinder.find_spec(name, folders)
+            if found is None:
+                return ""
+            folders, path = found.submodule_search_locations, found.origin
+    try:
+        return hashlib.sha256(Path(path or "").read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def call(function: RewardFunction, name: str, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import rlhf_fast
 from rlhf_fast.config import DataConfig, ModelConfig, OptimConfig, RunConfig, config_hash, resolve_dtype, to_yaml
 from rlhf_fast.data import DataError, Encoded, encode_records, read_records
 from rlhf_fast.model import SharedModel
@@ -38,6 +40,9 @@ State = Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]]
 
 MAX_BAD_STEPS = 5
 """Updates in a row with a non-finite loss or gradient before the run stops."""
+BAD_UPDATES = "bad_updates.jsonl"
+"""File of the run's folder with a line for each of them: step, records, loss, gradient norm, parameters."""
+_NAMED = 8
 
 
 class TrainingError(RuntimeError):
@@ -115,14 +120,26 @@ def base_fingerprint(model: SharedModel) -> str:
     return digest.hexdigest()
 
 
+def code_fingerprint() -> str:
+    """SHA-256 over this package's Python files: tells versions apart, also in a checkout whose number stays the same."""
+    digest = hashlib.sha256()
+    root = Path(rlhf_fast.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 class Run:
     """One training run in one folder, from its lock to its last checkpoint.
 
     Use as a context manager around `for step in run.steps():`; inside, call `loss.backward()` as often as the step needs
-    and `run.update()` for each optimizer step, then `run.log(...)`.
+    and `run.update()` for each optimizer step, then `run.log(...)`. An error inside saves what was done before its step, unless the
+    step has changed the parameters already.
 
     rates: {role: peak learning rate} of the roles that train. identity: what must not change on resume (data fingerprint
-    and the like), beyond the settings. state: {name: (get, set)} of further JSON state that a resume restores.
+    and the like), beyond the settings. state: {name: (get, set)} of further JSON state that a resume restores; read before every
+    step. flags: what may change on resume, but not without a warning.
     """
 
     def __init__(
@@ -134,6 +151,7 @@ class Run:
         total_steps: int,
         identity: Mapping[str, str],
         state: State | None = None,
+        flags: Mapping[str, str] | None = None,
     ) -> None:
         self.title, self.config, self.model, self.total_steps = title, config, model, total_steps
         self.settings: RunConfig = config.run
@@ -156,31 +174,51 @@ class Run:
             **identity,
             "config": config_hash(config),
         }
+        self.flags = {"the code of rlhf_fast": code_fingerprint(), **(flags or {})}
         self.bad_steps = 0
+        self.records: Sequence[str] = ()
+        """Where the records of the current step stand ("file:line"), for messages."""
         self._signal: int | None = None
         self._saved_at = -1
+        self._step: int | None = None
+        self._before: dict[str, Any] = {}
+        self._updates = 0
 
     def __enter__(self) -> Run:
-        self._stack = ExitStack()
-        settings = self.settings
-        lock = claim_output(self.folder, resume=settings.resume, overwrite=settings.overwrite)
-        self._stack.enter_context(lock)
-        (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        self.store = CheckpointStore(self.folder / "checkpoints", keep=settings.keep)
-        self.start = self._restore() if settings.resume else 0
-        self.monitor = self._stack.enter_context(
-            Monitor(self.folder, self.total_steps, self.title, start_step=self.start)
-        )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                before = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread
-                break
-            self._stack.callback(signal.signal, number, before)
+        with ExitStack() as stack:  # gives the folder back if the run cannot begin
+            settings = self.settings
+            lock = claim_output(self.folder, resume=settings.resume, overwrite=settings.overwrite)
+            stack.enter_context(lock)
+            self.store = CheckpointStore(self.folder / "checkpoints", keep=settings.keep)
+            self.start = self._restore() if settings.resume else 0
+            (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            monitor = Monitor(self.folder, self.total_steps, self.title, start_step=self.start)
+            self.monitor = stack.enter_context(monitor)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                try:
+                    before = signal.signal(number, self._on_signal)
+                except ValueError:  # not the main thread
+                    break
+                stack.callback(signal.signal, number, before)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.__exit__(*error)  # type: ignore[arg-type]
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+                self._rescue(error)
+        finally:
+            self._stack.__exit__(kind, error, trace)  # type: ignore[arg-type]
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the state before the step that failed, as far as it is still there."""
+        if self._step is None or self._updates or self._step == self._saved_at:
+            return
+        logger.warning("%s: saving step %d before stopping", self.title, self._step)
+        try:
+            self._write(self._step, self._before)
+        except Exception as second:  # the error that stops the run must not get lost behind this one
+            logger.warning("%s: step %d could not be saved: %s", self.title, self._step, second)
 
     def steps(self) -> Iterator[int]:
         """Step numbers still to do; saves after each `save_every` steps, at the end, and on the first SIGTERM or SIGINT."""
@@ -189,7 +227,9 @@ class Run:
         for step in range(self.start, self.total_steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(self.optim, step / self.total_steps)
+            self._step, self._before, self._updates = step, self._further_state(), 0
             yield step
+            self._step = None
             done = step + 1
             due = self.settings.save_every and done % self.settings.save_every == 0
             if due or done == self.total_steps or self._signal is not None:
@@ -197,25 +237,40 @@ class Run:
             if self._signal is not None:
                 raise SystemExit(128 + self._signal)
 
-    def update(self) -> float:
+    def update(self, loss: float = 0.0) -> float:
         """Clip the gradients, take one optimizer step, clear them; returns the gradient norm before clipping.
 
-        A non-finite gradient leaves every parameter and moment as it was; MAX_BAD_STEPS in a row raise TrainingError.
+        A non-finite gradient or loss leaves every parameter and moment as it was and is told with the records of the step;
+        MAX_BAD_STEPS in a row raise TrainingError.
         """
         fault_point("train.step")
         parameters = list(self.parameters.values())
-        norm = nn.utils.clip_grad_norm_(parameters, self.optim.max_grad_norm)
-        finite = bool(norm.isfinite())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite = bool(norm.isfinite()) and math.isfinite(loss)
         if finite:
+            nn.utils.clip_grads_with_norm_(parameters, self.optim.max_grad_norm, norm)
             self.optimizer.step()
+            self._updates += 1
+        else:
+            self._tell_bad(loss, float(norm))
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= MAX_BAD_STEPS:
             raise TrainingError(
                 f"{self.title}: {self.bad_steps} updates in a row had a non-finite loss or gradient; lower the learning "
-                f"rate, or look at the last lines of {self.folder / 'metrics.jsonl'}"
+                f"rate, or look at the records in {self.folder / BAD_UPDATES}"
             )
         return float(norm)
+
+    def _tell_bad(self, loss: float, norm: float) -> None:
+        bad = [n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+        logger.warning(
+            "%s: update skipped in step %s: loss %g, gradient norm %g; records %s; non-finite gradients: %s",
+            *(self.title, "?" if self._step is None else self._step + 1, loss, norm, _some(self.records), _some(bad)),
+        )
+        row = {"step": self._step, "records": list(self.records), "loss": str(loss), "grad_norm": str(norm)}
+        with suppress(OSError), open(self.folder / BAD_UPDATES, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "parameters": bad}) + "\n")
 
     def log(self, step: int, metrics: Mapping[str, float], tokens: int, text: str = "") -> None:
         """Write metrics (by log_every) and move the progress bar; `tokens` were processed in this step."""
@@ -228,16 +283,20 @@ class Run:
 
     def save(self, step: int) -> None:
         """A checkpoint that continues bit for bit."""
-        if step == self._saved_at:
-            return
-        state = {name: get() for name, (get, _) in self.state.items()}
+        if step != self._saved_at:
+            self._write(step, self._further_state())
+
+    def _further_state(self) -> dict[str, Any]:
+        extra = {name: get() for name, (get, _) in self.state.items()}
+        return {"rng": rng_state(), "bad_steps": self.bad_steps, "extra": extra}
+
+    def _write(self, step: int, state: Mapping[str, Any]) -> None:
         tensors: dict[str, dict[str, Tensor]] = {
             "model": {name: p.detach() for name, p in self.parameters.items()},
             "optim": optimizer_tensors(self.optimizer, list(self.parameters)),
         }
-        state = {"identity": self.identity, "rng": rng_state(), "bad_steps": self.bad_steps, "extra": state}
-        self.store.save(step, tensors, state)
-        self._saved_at = step
+        if self.store.save(step, tensors, {"identity": self.identity, "flags": self.flags, **state}) is not None:
+            self._saved_at = step
 
     def _restore(self) -> int:
         found = self.store.load_latest(expect={"identity": self.identity})
@@ -248,6 +307,9 @@ class Run:
                 p.copy_(found.tensors["model"][name])
         load_optimizer_tensors(self.optimizer, list(self.parameters), found.tensors["optim"])
         set_rng_state(found.state["rng"])
+        for name, value in self.flags.items():
+            if found.state["flags"].get(name) != value:
+                logger.warning("%s: since this checkpoint was written %s has changed", found.path, name)
         self.bad_steps = found.state["bad_steps"]
         for name, (_, put) in self.state.items():
             put(found.state["extra"][name])
@@ -258,3 +320,8 @@ class Run:
         if self._signal is not None:
             os._exit(128 + number)  # the second one: now; the last checkpoint is complete on disk
         self._signal = number
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (", ".join(names[:_NAMED]) or "none") + rest

@@ -14,7 +14,8 @@ from rlhf_fast import reward_loss
 from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.model import SharedModel
-from rlhf_fast.train.loop import Run, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.micro_batches import MicroBatches
 
 Pair = tuple[list[int], list[int]]
 
@@ -49,27 +50,33 @@ def train_reward(config: RewardConfig) -> Path:
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
     held = int(len(pairs) * config.eval_fraction)
     held_out, kept = [pairs[i] for i in order[:held]], [pairs[i] for i in order[held:]]
+    sources = [encoded[i].record.source for i in order[held:]]
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, ("reward",), config.run.seed)
     total = math.ceil(len(kept) / config.batch_size) * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
     model.train()
-    with Run("reward", config, model, {"reward": config.optim.lr}, total, {"data": fingerprint}) as run:
+    micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
+    state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
+    with Run("reward", config, model, {"reward": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         for step in run.steps():
-            batch = [kept[i] for i in shuffle.batch(step, config.batch_size)]
-            sums: dict[str, float] = {}
-            for i in range(0, len(batch), config.micro_batch_size):
-                part = batch[i : i + config.micro_batch_size]
-                chosen, rejected = pair_scores(model, part)
+            rows = shuffle.batch(step, config.batch_size)
+            batch = [kept[i] for i in rows]
+            run.records = [sources[i] for i in rows]
+
+            def backward(part: slice, batch: list[Pair] = batch) -> dict[str, float]:
+                chosen, rejected = pair_scores(model, batch[part])
                 loss, stats = reward_loss(
                     chosen, rejected, center_coef=config.center_coef, label_smoothing=config.label_smoothing
                 )
-                share = len(part) / len(batch)  # the loss is a mean over its pairs
+                share = len(chosen) / len(batch)  # the loss is a mean over its pairs
                 (loss * share).backward()
-                for name, value in {**stats.floats(), "loss": float(loss.detach())}.items():
-                    sums[name] = sums.get(name, 0.0) + share * value
-            sums["grad_norm"] = run.update()
+                return {n: share * x for n, x in {**stats.floats(), "loss": float(loss.detach())}.items()}
+
+            parts = micro_batches.map(len(batch), backward)
+            sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+            sums["grad_norm"] = run.update(sums["loss"])
             last = step + 1 == total
             if held_out and last:
                 model.eval()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import KLConfig, RewardSource, RolloutConfig, is_callable_spec, is_url
-from rlhf_fast.rewards import InProcess, Pool, RewardError, RewardFunction, Scorer, Server, load_callable
+from rlhf_fast.rewards import InProcess, Pool, RewardError, RewardFunction, Scorer, Server, fingerprint, load_callable
 
 __all__ = ["KLController", "RewardError", "Rewards", "apply_missing_eos", "call_reward", "load_callable"]
 
@@ -94,6 +94,10 @@ class Rewards:
         if self.config.normalize == "running":
             self.observe(raw[~raw.isnan()])
         return self.normalized(raw), raw
+
+    def fingerprints(self) -> dict[str, str]:
+        """Callable -> SHA-256 (hex) of the file it is in, or nothing known of it."""
+        return {f"reward function {s}": fingerprint(s) for s in self.config.weights if is_callable_spec(s)}
 
     def failures(self) -> dict[str, float]:
         """Kind of failure (raised, timeouts, crashes, server_errors) -> calls that failed so since the last time."""

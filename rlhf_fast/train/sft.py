@@ -12,7 +12,8 @@ from torch import Tensor
 from rlhf_fast.batch import Batch, Shuffle, collate, pack
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.model import SharedModel
-from rlhf_fast.train.loop import Run, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.micro_batches import MicroBatches
 from rlhf_fast.train.scoring import head_logprobs, next_token_logprobs
 
 
@@ -49,17 +50,22 @@ def train_sft(config: SFTConfig) -> Path:
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(texts), config.run.seed)
     model.train()
-    with Run("sft", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}) as run:
+    micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
+    state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
+    with Run("sft", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         for step in run.steps():
             rows = [texts[i] for i in shuffle.batch(step, config.batch_size)]
             batch = collate([row.input_ids for row in rows], [row.learn for row in rows])
             targets = int(batch.target_mask[:, 1:].sum())
-            loss = 0.0
-            for i in range(0, len(batch), config.micro_batch_size):
-                part = sft_loss(model, batch[i : i + config.micro_batch_size], targets, config.packing)
-                part.backward()
-                loss += float(part.detach())
-            norm = run.update()
+            run.records = [row.record.source for row in rows]
+
+            def backward(part: slice, batch: Batch = batch, targets: int = targets) -> float:
+                loss = sft_loss(model, batch[part], targets, config.packing)
+                loss.backward()
+                return float(loss.detach())
+
+            loss = sum(micro_batches.map(len(batch), backward))
+            norm = run.update(loss)
             metrics = {
                 "loss": loss,
                 "perplexity": math.exp(min(loss, 50.0)),

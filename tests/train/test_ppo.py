@@ -62,7 +62,7 @@ class Updates:
         self.parameters = {f"{r}.{n}": p for r in ("policy", "value") for n, p in model.parameters_of(r).items()}
         self.lr, self.seen = lr, []
 
-    def update(self) -> float:
+    def update(self, loss: float) -> float:
         grads = {n: p.grad.clone() for n, p in self.parameters.items() if p.grad is not None}
         self.seen.append(grads)
         with torch.no_grad():

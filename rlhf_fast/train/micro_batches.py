@@ -1,0 +1,75 @@
+"""Parts of a batch that fit into memory, and what happens when one does not."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from rlhf_fast.train._exact import rng_state, set_rng_state
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class OutOfMemory(RuntimeError):
+    """A micro-batch does not fit, and no smaller one is allowed or possible."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: CUDA and other devices, Python's own memory, PyTorch's on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+class MicroBatches:
+    """Work on `size` rows of a batch at a time.
+
+    halve: a batch of which a part runs out of memory is done again from its start in parts half as large, which all later
+    ones keep to. clear: undoes what the parts of a batch add up to (gradients).
+    """
+
+    def __init__(self, size: int, *, halve: bool, clear: Callable[[], object]) -> None:
+        self.size, self.halve, self._clear = size, halve, clear
+
+    def map(self, rows: int, work: Callable[[slice], T]) -> list[T]:
+        """Results of `work` for consecutive slices that cover `rows` rows.
+
+        Random numbers are drawn as if the size that fits had been the size all along. Raises OutOfMemory.
+        """
+        before = rng_state()
+        while True:
+            try:
+                return [work(slice(i, min(i + self.size, rows))) for i in range(0, rows, self.size)]
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._clear()
+                largest = min(self.size, rows)
+                message = " ".join(str(error).split())[:200]
+                if not self.halve or largest == 1:
+                    way = "give a smaller micro_batch_size" if largest > 1 else "give shorter sequences"
+                    raise OutOfMemory(
+                        f"a micro-batch of {largest} does not fit into memory; {way} ({message})"
+                    ) from error
+            # Out of the handler, whose traceback keeps the tensors of the failed part alive.
+            self.size = (largest + 1) // 2
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            set_rng_state(before)
+            logger.warning(
+                "a micro-batch of %d does not fit into memory (%s); going on with %d", largest, message, self.size
+            )
+
+    def get(self) -> int:
+        """Size, for a checkpoint."""
+        return self.size
+
+    def put(self, size: int) -> None:
+        """Size from a checkpoint, so that a resumed run adds up gradients in the same order."""
+        self.size = size
