@@ -296,7 +296,9 @@ SLOW = (
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_case_34_a_second_signal_ends_the_run_now_and_leaves_a_whole_checkpoint(source, tmp_path, number, status):
+def test_case_34_39_a_second_run_is_refused_and_a_second_signal_ends_the_first_with_a_whole_checkpoint(
+    source, tmp_path, number, status
+):
     function = tmp_path / "slow.py"
     function.write_text(SLOW)
     config = ppo_config(source, tmp_path / "run", reward=RewardSource(f"{function}:f", timeout=900.0))
@@ -307,6 +309,8 @@ def test_case_34_a_second_signal_ends_the_run_now_and_leaves_a_whole_checkpoint(
     deadline = time.monotonic() + 30
     while not Path(f"{function}.called").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+    with pytest.raises(CheckpointError, match=rf"in use by another run \(process {pid}\)"):
+        sft.train_sft(sft_config(source, tmp_path / "run", resume=True))
     for _ in range(2):
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
         os.kill(pid, number)
