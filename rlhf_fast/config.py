@@ -256,8 +256,9 @@ class RewardSource:
     workers: CountOrZero = 1
     """Processes that run callables, or requests to a server at once. 0 runs callables in the training process: no timeout, and
     a crash of theirs ends the run."""
-    timeout: Positive = 60.0
-    """Seconds a call of a callable or a request may take; then its worker is killed and replaced."""
+    timeout: Positive = 120.0
+    """Seconds a call of a callable or a request may take; then its worker is killed and replaced. A call holds call_size
+    completions."""
     retries: CountOrZero = 3
     """Servers: further attempts, with growing pauses, after an error that may pass."""
     call_size: Count | None = None

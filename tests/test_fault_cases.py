@@ -150,6 +150,7 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
             "test_case_43_what_the_function_started_is_ended_too",
             "test_case_43_nothing_is_left_when_the_pool_goes",
             "test_case_43_the_trainer_ends_at_once_and_takes_its_workers_along",
+            "test_case_43_a_worker_that_nothing_can_interrupt_does_not_outlive_a_killed_trainer_for_long",
         ),
         "train/test_reward_server.py": (
             "test_what_may_pass_is_tried_again_after_growing_pauses",

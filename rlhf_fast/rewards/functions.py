@@ -153,7 +153,8 @@ class _Requests:
 def _limit_processor_time(seconds: float) -> None:
     """The kernel ends this process after so much more computing: the last resort against a call that nothing can interrupt."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = int(time.process_time() + seconds * (os.cpu_count() or 1)) + 10
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = int(time.process_time() + seconds * cores) + 2  # on all of them, which no call can exceed within its time
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 

@@ -125,7 +125,9 @@ def claim_output(folder: str | Path, *, resume: bool = False, overwrite: bool = 
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{folder}: got a file, expected a folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # "new/../used" is not there before its parent, and is "used" after it
+        path.parent.mkdir(
+            parents=True, exist_ok=True
+        )  # "new/../used" is not there before its parent, and is "used" after it
         content = os.listdir(path) if path.exists() else []
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}") from None

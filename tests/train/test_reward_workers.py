@@ -269,28 +269,46 @@ def test_case_43_nothing_is_left_when_the_pool_goes():
 HOLDER = """
 import sys
 from rlhf_fast.rewards import Call, Pool
-pool = Pool([sys.argv[1]], 2, timeout=100.0)
+pool = Pool([sys.argv[1]], 2, timeout=100.0 if sys.argv[2] != "hang in C" else 1.0)
 print(*(w.process.pid for w in pool._workers), flush=True)
-if sys.argv[2] == "busy":
-    pool.run([Call(sys.argv[1], [""], [text]) for text in ("hang", "x")])
+if sys.argv[2].startswith("hang"):
+    pool.run([Call(sys.argv[1], [""], [text]) for text in (sys.argv[2], "x")])
 if sys.argv[2] == "leave":
     sys.exit(7)
 sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(("state", "number"), [("leave", None), ("busy", signal.SIGINT), ("busy", signal.SIGKILL)])
-def test_case_43_the_trainer_ends_at_once_and_takes_its_workers_along(state, number):
+def hold(state: str, cores: set[int] | None = None) -> tuple[subprocess.Popen, list[int]]:
+    """A process with a pool of two, and its workers."""
     command = [sys.executable, "-c", HOLDER, spec("on_cue"), state]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pin = None if cores is None else lambda: os.sched_setaffinity(0, cores)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    holder = subprocess.Popen(command, **pipes, text=True, preexec_fn=pin)
     pids = [int(x) for x in holder.stdout.readline().split()]
     assert len(pids) == 2 and all(map(alive, pids))
+    return holder, pids
+
+
+@pytest.mark.parametrize(("state", "number"), [("leave", None), ("hang", signal.SIGINT), ("hang", signal.SIGKILL)])
+def test_case_43_the_trainer_ends_at_once_and_takes_its_workers_along(state, number):
+    holder, pids = hold(state)
     if number is not None:
         time.sleep(0.3)
         holder.send_signal(number)
     assert holder.wait(5.0) == (7 if number is None else -number)
     assert all(gone(pid) for pid in pids)
     holder.communicate()
+
+
+def test_case_43_a_worker_that_nothing_can_interrupt_does_not_outlive_a_killed_trainer_for_long():
+    holder, pids = hold("hang in C", cores={min(os.sched_getaffinity(0))})
+    time.sleep(0.3)
+    holder.kill()
+    holder.communicate()
+    time.sleep(1.5)  # the thread that watches the trainer would have ended it, if the call let it run
+    assert any(map(alive, pids))
+    assert all(gone(pid, 60.0) for pid in pids)  # 1 s of its time and 2 more, on one core, however loaded that is
 
 
 def test_a_forked_child_does_not_end_the_workers_of_its_parent(pool):
