@@ -68,7 +68,12 @@ class Pool:
             raise
 
     def run(self, calls: Sequence[Call]) -> list[Answer]:
-        """See Backend. A call over the timeout, or whose worker died, is a Failure, and its worker is replaced."""
+        """See Backend. A call over the timeout, or whose worker died, is a Failure, and its worker is replaced.
+
+        One thread at a time. Raises ValueError when the pool is closed, RewardError when a new worker cannot load its functions.
+        """
+        if not self._workers:
+            raise ValueError("Pool.run: the pool is closed")
         answers: dict[int, Answer] = {}
         waiting = deque(enumerate(calls))
         try:
@@ -145,6 +150,10 @@ class _Worker:
                 start_new_session=True,
                 env=environment,
             )
+        except BaseException:
+            os.close(self._requests)
+            os.close(self._answers)
+            raise
         finally:
             os.close(requests)
             os.close(answers)
@@ -215,7 +224,8 @@ class _Worker:
     def gone(self) -> bool:
         """Whether it can answer no more."""
         if self._answers in self._open and self._ended():
-            self._receive()  # what it wrote last
+            while chunk := self._read(self._answers):  # what it wrote last
+                self._inbox += chunk
             return b"\n" not in self._inbox
         return self._answers not in self._open
 

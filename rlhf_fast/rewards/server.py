@@ -44,12 +44,17 @@ class Server:
     repeats = False
 
     def __init__(self, url: str, requests: int, *, timeout: float, retries: int) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or parts.fragment:
+        try:
+            parts = urlsplit(url)
+            fine = (
+                parts.scheme in ("http", "https") and parts.username is None and not parts.fragment and parts.port != 0
+            )
+        except ValueError:  # a port or an IPv6 address that is none
+            fine = False
+        if not fine or not parts.hostname:
             raise ValueError(f"Server: argument 'url' got {url!r}, expected http[s]://host[:port]/path without a user")
         self.url, self.width, self.timeout, self.retries = url, requests, timeout, retries
-        self._secure, self._host = parts.scheme == "https", parts.hostname
-        self._port = parts.port  # raises ValueError for a port out of range
+        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def run(self, calls: Sequence[Call]) -> list[Answer]:

@@ -235,6 +235,7 @@ def test_draws_follow_from_the_texts(pool):
 def test_any_text_goes_through_as_it_is(pool):
     texts = ["\ud800", "\x00\n\r", "\N{GRINNING FACE}" * 100_000, "\u2028"]
     assert one(pool, "on_cue", texts) == [float(len(t)) for t in texts]
+    assert one(pool, "draws", ["x"] * 50_000)[:2] == one(pool, "draws", ["x"] * 50_000)[:2]  # a megabyte of scores
 
 
 def test_a_function_that_cannot_be_had_is_an_error_at_the_start(tmp_path):
@@ -263,6 +264,11 @@ def test_case_43_nothing_is_left_when_the_pool_goes():
     del pool
     gc.collect()
     assert all(gone(pid, 0.0) for pid in pids)
+    closed = Pool([spec("many")], 1, timeout=5.0)
+    closed.close()
+    closed.close()
+    with pytest.raises(ValueError, match="the pool is closed"):
+        closed.run([Call(spec("many"), [""], ["x"])])
     assert len(os.listdir("/proc/self/fd")) == descriptors - 6  # three pipes of each worker
 
 
