@@ -22,7 +22,8 @@ class Trainer(Sampler):
     """The steps of a recipe of `policy_loss` on a SharedModel with the role policy and, where a KL is asked for, reference."""
 
     def __init__(self, config: GroupConfig, model: SharedModel, tokenizer: Any, rewards: Rewards) -> None:
-        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, config.group.micro_batch_size)
+        size, halve = config.group.micro_batch_size, config.run.halve_on_oom
+        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, size, halve)
         self.config = config
         self.recipe = RECIPES[config.group.recipe]
         self.samples_per_prompt = config.group_size
@@ -65,9 +66,12 @@ class Trainer(Sampler):
                     selected[minibatch] = chosen
                 counts = Denominators.of(e.mask[minibatch], horizon=self.settings.max_new_tokens)
                 found = Means(("tokens", "loss", "policy_loss", *(("kl",) if e.ref_logprobs is not None else ())))
-                for rows in minibatch.split(group.micro_batch_size):
-                    found.add(self._backward(e, each, selected, rows, counts))
-                found.values["grad_norm"] = run.update()
+                backward = lambda part, rows=minibatch, selected=selected, counts=counts: self._backward(
+                    e, each, selected, rows[part], counts
+                )
+                for part in self.micro_batches.map(len(minibatch), backward):
+                    found.add(part)
+                found.values["grad_norm"] = run.update(found.values["loss"])
                 means.add(found.values)
         signal = each.view(-1, self.samples_per_prompt, *each.shape[1:]).flatten(1).ne(0).any(1)
         metrics = {f"group/{name}": value for name, value in means.values.items() if name != "tokens"} | {
@@ -75,7 +79,7 @@ class Trainer(Sampler):
             **self.metrics(e),
         }
         if "kl" in metrics:
-            self.controller.update(metrics["kl"], len(e.mask))
+            self.controller.update(metrics["kl"], int(e.mask.any(1).sum()))
         return metrics
 
     def _backward(

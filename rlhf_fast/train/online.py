@@ -17,6 +17,7 @@ from rlhf_fast.config import KLConfig, RolloutConfig
 from rlhf_fast.model import SharedModel
 from rlhf_fast.rollout import Rollout, generate
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.micro_batches import MicroBatches
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
 from rlhf_fast.train.scoring import head_logprobs
 
@@ -49,11 +50,16 @@ class Experience:
             return torch.zeros_like(self.scores)
         return ((self.logprobs - self.ref_logprobs) * self.mask).sum(1)
 
+    def mean_kl(self) -> float:
+        """Over the completions that count; 0 if none does."""
+        counted = self.mask.any(1)
+        return float(self.kl_per_sequence()[counted].mean()) if counted.any() else 0.0
+
 
 class Sampler(ABC):
     """Samples completions from the policy of a SharedModel, scores them with all of its roles in one pass, and learns from them.
 
-    micro_batch_size: completions per scoring pass.
+    micro_batch_size: completions per pass; halve: smaller ones may be tried when memory runs out in an update.
     """
 
     samples_per_prompt = 1
@@ -67,9 +73,11 @@ class Sampler(ABC):
         tokenizer: Any,
         rewards: Rewards,
         micro_batch_size: int,
+        halve: bool,
     ) -> None:
         self.settings, self.model, self.tokenizer, self.rewards = settings, model, tokenizer, rewards
         self.controller, self.micro_batch_size = KLController(kl), micro_batch_size
+        self.micro_batches = MicroBatches(micro_batch_size, halve=halve, clear=model.zero_grad)
 
     @abstractmethod
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
@@ -142,9 +150,7 @@ class Sampler(ABC):
 
     def metrics(self, e: Experience) -> dict[str, float]:
         """What a batch of completions says of the policy."""
-        kl = (
-            {} if e.ref_logprobs is None else {"kl": float(e.kl_per_sequence().mean()), "kl_coef": self.controller.coef}
-        )
+        kl = {} if e.ref_logprobs is None else {"kl": e.mean_kl(), "kl_coef": self.controller.coef}
         return {
             **kl,
             "score": float(e.raw_scores[~e.raw_scores.isnan()].mean()),
@@ -152,12 +158,13 @@ class Sampler(ABC):
             "length": float(e.rollout.response_mask.sum(1).float().mean()),
             "finished": float(e.rollout.finished.float().mean()),
             "unscorable": float(e.raw_scores.isnan().sum()),
+            **{f"reward/{kind}": count for kind, count in self.rewards.failures().items()},
         }
 
     def summary(self, e: Experience) -> tuple[int, str]:
         """(tokens, text) for the progress bar."""
         score = float(e.raw_scores[~e.raw_scores.isnan()].mean())
-        kl = "" if e.ref_logprobs is None else f" kl {float(e.kl_per_sequence().mean()):.2f}"
+        kl = "" if e.ref_logprobs is None else f" kl {e.mean_kl():.2f}"
         return int(e.rollout.attention_mask.sum()), f"score {score:+.3f}{kl}"
 
     def sample_rows(self, e: Experience, rows: int = 4) -> list[dict[str, Any]]:
@@ -239,12 +246,18 @@ def train_online(
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + step)
         return [prompts[i] for i in shuffle.batch(step, size)], generator
 
-    state: State = {"kl_coef": (trainer.controller.get, trainer.controller.put), "rewards": (rewards.get, rewards.put)}
-    with Run(title, config, model, rates, config.steps, {"data": fingerprint}, state) as run:
+    state: State = {
+        "kl_coef": (trainer.controller.get, trainer.controller.put),
+        "rewards": (rewards.get, rewards.put),
+        "micro_batch_size": (trainer.micro_batches.get, trainer.micro_batches.put),
+    }
+    identity, flags = {"data": fingerprint}, rewards.fingerprints()
+    with rewards, Run(title, config, model, rates, config.steps, identity, state, flags) as run:
         if config.reward.normalize == "reference" and run.start == 0:
             # Before step 1 the policy is the reference; a step number of its own keeps its draws apart from training.
             rewards.observe(trainer.score(trainer.rollout(*draw(config.steps))).raw_scores)
         for step in run.steps():
+            run.records = [encoded[i].record.source for i in shuffle.batch(step, size)]
             batch, generator = draw(step)
             experience = trainer.score(trainer.rollout(batch, generator))
             metrics = trainer.update(run, experience, generator)

@@ -29,7 +29,8 @@ class Trainer(Sampler):
     """The steps of PPO on a SharedModel with the roles policy, reference, value and, if scores are learned, reward."""
 
     def __init__(self, config: PPOConfig, model: SharedModel, tokenizer: Any, rewards: Rewards) -> None:
-        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, config.ppo.micro_batch_size)
+        size, halve = config.ppo.micro_batch_size, config.run.halve_on_oom
+        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, size, halve)
         self.config = config
 
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
@@ -61,9 +62,12 @@ class Trainer(Sampler):
             for minibatch in order.split(ppo.minibatch_size):
                 counts = int(e.mask[minibatch].sum()), int(valued[minibatch].sum())
                 found = Means(OF_MICRO_BATCHES)
-                for rows in minibatch.split(ppo.micro_batch_size):
-                    found.add(self._backward(e, targets, valued, rows, counts))
-                found.values["grad_norm"] = run.update()
+                backward = lambda part, rows=minibatch, counts=counts: self._backward(
+                    e, targets, valued, rows[part], counts
+                )
+                for part in self.micro_batches.map(len(minibatch), backward):
+                    found.add(part)
+                found.values["grad_norm"] = run.update(found.values["loss"])
                 updates += 1
                 first = first or dict(found.values)
                 means.add(found.values)
@@ -79,7 +83,7 @@ class Trainer(Sampler):
             "reward": float((targets.rewards.sum(1)).mean()),
             **self.metrics(e),
         }
-        self.controller.update(metrics["kl"], len(e.mask))
+        self.controller.update(metrics["kl"], int(e.mask.any(1).sum()))
         return metrics
 
     def _backward(

@@ -17,6 +17,7 @@ from rlhf_fast.data import EncodedPair
 from rlhf_fast.model import SharedModel
 from rlhf_fast.preference_kinds import KINDS
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.micro_batches import MicroBatches
 from rlhf_fast.train.scoring import next_token_logprobs
 
 Answer = tuple[list[int], int]
@@ -83,8 +84,8 @@ class Trainer:
 
     def __call__(
         self, pairs: Sequence[EncodedPair], total: int, kl_logratios: Tensor | None
-    ) -> tuple[Tensor, dict[str, float]]:
-        """(loss, sums over the pairs) of one micro-batch of `total` pairs: losses of the micro-batches add up to that of all."""
+    ) -> tuple[Tensor, dict[str, float], Tensor]:
+        """(loss, shares of the statistics, implicit rewards (2 n,)) of n of `total` pairs: micro-batches add up to the batch."""
         found = answer_logprobs(self.model, _answers(pairs), self.roles, self.loss.tail_weight)
         policy, n = found["policy"], len(pairs)
         reference = found.get("reference")
@@ -102,8 +103,7 @@ class Trainer:
             normalizer=total,
             **arguments,
         )
-        self.delta, self.seen = running_delta(self.delta, self.seen, torch.cat([chosen, rejected]).double())
-        sums = {
+        shares = {
             "loss": float(loss.detach()),
             "accuracy": float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()) / total,
             "reward_chosen": float(chosen.sum()) / total,
@@ -111,7 +111,11 @@ class Trainer:
             "logprob_chosen": float(policy.logprobs[:n].detach().sum()) / total,
             "logprob_rejected": float(policy.logprobs[n:].detach().sum()) / total,
         }
-        return loss, sums
+        return loss, shares, torch.cat([chosen, rejected])
+
+    def seen_rewards(self, rewards: Tensor) -> None:
+        """Take the implicit rewards of a batch into bco's delta."""
+        self.delta, self.seen = running_delta(self.delta, self.seen, rewards.double())
 
     @torch.no_grad()
     def accuracy(self, pairs: Sequence[EncodedPair], micro_batch_size: int) -> float:
@@ -150,22 +154,32 @@ def train_preference(config: PreferenceConfig) -> Path:
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
     model.train()
-    state: State = {"delta": (trainer.get, trainer.put)}
+    micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
+    state: State = {
+        "delta": (trainer.get, trainer.put),
+        "micro_batch_size": (micro_batches.get, micro_batches.put),
+    }
     with Run("dpo", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         for step in run.steps():
             batch = [kept[i] for i in shuffle.batch(step, config.batch_size)]
-            kl_logratios = trainer.mismatched(batch, config.micro_batch_size)
-            sums: dict[str, float] = {}
-            for i in range(0, len(batch), config.micro_batch_size):
-                loss, part = trainer(batch[i : i + config.micro_batch_size], len(batch), kl_logratios)
+            run.records = [pair.record.source for pair in batch]
+            kl_logratios = trainer.mismatched(batch, micro_batches.size)
+
+            def backward(
+                part: slice, batch: list[EncodedPair] = batch, kl: Tensor | None = kl_logratios
+            ) -> tuple[dict[str, float], Tensor]:
+                loss, shares, rewards = trainer(batch[part], len(batch), kl)
                 loss.backward()
-                for name, value in part.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                return shares, rewards
+
+            parts = micro_batches.map(len(batch), backward)
+            trainer.seen_rewards(torch.cat([rewards for _, rewards in parts]))
+            sums = {name: sum(shares[name] for shares, _ in parts) for name in parts[0][0]}
             sums["margin"] = sums["reward_chosen"] - sums["reward_rejected"]
-            sums["grad_norm"] = run.update()
+            sums["grad_norm"] = run.update(sums["loss"])
             if held_out and step + 1 == total:
                 model.eval()
-                sums["eval_accuracy"] = trainer.accuracy(held_out, config.micro_batch_size)
+                sums["eval_accuracy"] = trainer.accuracy(held_out, micro_batches.size)
                 model.train()
             tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
             run.log(step, sums, tokens, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")

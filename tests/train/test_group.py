@@ -62,7 +62,7 @@ class Updates:
     def __init__(self, model: SharedModel) -> None:
         self.parameters, self.seen = model.parameters_of("policy"), []
 
-    def update(self) -> float:
+    def update(self, loss: float) -> float:
         self.seen.append({n: p.grad.clone() for n, p in self.parameters.items()})
         for p in self.parameters.values():
             p.grad = None

@@ -92,7 +92,7 @@ def test_log_probs_are_those_of_the_answers_alone():
 
 def test_the_gradient_of_dpo_is_that_of_plain_pytorch():
     model, pairs = model_of(PreferenceLossConfig()), encoded()
-    loss, sums = Trainer(PreferenceLossConfig(), model)(pairs, len(pairs), None)
+    loss, sums, _ = Trainer(PreferenceLossConfig(), model)(pairs, len(pairs), None)
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.parameters_of("policy").items()}
     model.zero_grad(set_to_none=True)
@@ -126,8 +126,7 @@ def test_every_kind_trains_and_its_micro_batches_add_up(kind):
         trainer = Trainer(config, model)
         kl, done, total = trainer.mismatched(pairs, 3), 0, 0.0
         for size in sizes:
-            loss, _ = Trainer.__call__(trainer, pairs[done : done + size], len(pairs), kl)
-            trainer.put([0.0, 0.0])  # delta moves between the micro-batches of bco
+            loss, _, _ = trainer(pairs[done : done + size], len(pairs), kl)
             loss.backward()
             total, done = total + float(loss.detach()), done + size
         found = {n: p.grad.clone() for n, p in model.parameters_of("policy").items()}
