@@ -155,7 +155,8 @@ class Backbone:
 
     def _decode_packed(self, input_ids: Tensor, packing: Packing) -> Tensor:
         told = packing.arguments(input_ids.shape[0], self.base.config._attn_implementation)
-        out = self.decoder(input_ids=input_ids, attention_mask=None, use_cache=False, return_dict=True, **told)
+        with packing.current():
+            out = self.decoder(input_ids=input_ids, attention_mask=None, use_cache=False, return_dict=True, **told)
         return out.last_hidden_state
 
     @contextmanager

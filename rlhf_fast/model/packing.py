@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 FLASH = "flash_attention_2"
 """transformers' name for flash-attn's kernels (Dao 2023, arXiv:2307.08691)."""
+SPLIT = "rlhf_fast_split"
+"""PyTorch's attention, one sequence after the other: what flash-attn is where it does not run. The cost of a row of tokens is that
+of its sequences, not the square of its length."""
 FLASH_HEAD = 256
 """Largest head dimension of those kernels."""
 
@@ -28,6 +35,15 @@ class Packing:
     """(1, N) int64: place of each token in its own sequence."""
     longest: int
     """Tokens of the longest sequence."""
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Inside the context SPLIT attends within these sequences."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
 
     @property
     def last(self) -> Tensor:
@@ -48,6 +64,34 @@ class Packing:
             told |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
             told |= {"max_length_q": self.longest, "max_length_k": self.longest}
         return told
+
+
+_current: ContextVar[Packing] = ContextVar("packing")
+
+
+def _split_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of packed rows (B, heads, N, D), as transformers' interface has it: (B, N, heads, D)."""
+    bounds = _current.get().cu_seqlens
+    lengths = bounds.diff().tolist()
+    parts = []
+    each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    for (q, k, v), (start, stop) in zip(each, pairwise(bounds.tolist()), strict=True):
+        mask = None if attention_mask is None else attention_mask[:, :, start:stop, start:stop]
+        parts.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+    return torch.cat(parts, dim=1), None
+
+
+def _split_mask(local_size: int | None = None, **options: Any) -> Tensor | None:
+    """None where every sequence fits into the window: then causality is all there is to say."""
+    if local_size is None or _current.get().longest <= local_size:
+        return None
+    return sdpa_mask(local_size=local_size, **{**options, "allow_is_causal_skip": False})
+
+
+AttentionInterface.register(SPLIT, _split_attention)
+AttentionMaskInterface.register(SPLIT, _split_mask)
 
 
 def flash_missing(base: PreTrainedModel) -> str | None:
@@ -75,13 +119,21 @@ def implementation_of(base: PreTrainedModel) -> tuple[str, str | None]:
     own = base.config._attn_implementation
     reason = flash_missing(base)
     if reason is None and own != FLASH:
-        try:
-            with attending(base, FLASH):
-                if base.config._attn_implementation != FLASH:
-                    reason = f"{type(base).__name__} fixes its attention when it is built"
-        except (ImportError, ValueError) as error:
-            reason = f"transformers: {' '.join(str(error).split())}"
-    return (own, reason) if reason is not None else (FLASH, None)
+        reason = _refused(base, FLASH)
+    if reason is None:
+        return FLASH, None
+    return (SPLIT if own == "sdpa" and _refused(base, SPLIT) is None else own), reason
+
+
+def _refused(base: PreTrainedModel, implementation: str) -> str | None:
+    """Why the model does not attend by it, or None."""
+    try:
+        with attending(base, implementation):
+            if base.config._attn_implementation == implementation:
+                return None
+            return f"{type(base).__name__} fixes its attention when it is built"
+    except (ImportError, ValueError) as error:
+        return f"transformers: {' '.join(str(error).split())}"
 
 
 @contextmanager

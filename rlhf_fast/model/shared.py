@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -174,7 +174,8 @@ class SharedModel(nn.Module):
         id 0. trunk: (B, T, H) from `trunk()` on the same batch; skips the shared layers.
         cu_seqlens: (S + 1,) boundaries of S sequences packed into input_ids (N,), none empty; outputs are then (N, ...), a
         trunk is (N, H). The same results as padded: flash-attn's kernels on CUDA (`packed_attention` tells), elsewhere
-        attention under a mask of (N, N) blocks, whose cost grows with the square of all tokens.
+        PyTorch's attention on one sequence after the other, or, for architectures with one of their own, under a mask of (N, N)
+        blocks, whose cost grows with the square of all tokens.
         Raises ValueError for ids outside the vocabulary, a row without a real token, wrong shapes, or an architecture whose
         packed sequences would see each other.
         """
@@ -346,20 +347,25 @@ class SharedModel(nn.Module):
         n = len(roles)
         with self._plan.use(roles):
             stacked = None if trunk is None else trunk.repeat(n, 1, 1)
-            wrap = self._recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else None
+            wrap = self._recomputed(mask) if self.gradient_checkpointing and torch.is_grad_enabled() else None
             rows = mask if isinstance(mask, Packing) else mask.repeat(n, 1)
             hidden = self.backbone.hidden(input_ids.repeat(n, 1), rows, stacked, wrap)
         return dict(zip(roles, hidden.chunk(n), strict=True))
 
-    def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A layer's forward that keeps its input alone and runs again in the backward, as the same roles and by the same attention."""
+    def _recomputed(self, mask: Tensor | Packing) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Makes of a layer's forward one that keeps its input alone, and runs again in the backward as the same roles and by the same
+        attention."""
         roles, attention = self._plan.roles, self.base.config._attn_implementation
+        inside = mask.current if isinstance(mask, Packing) else nullcontext
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self._plan.use(roles), attending(self.base, attention):
-                return forward(*args, **kwargs)
+        def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self._plan.use(roles), attending(self.base, attention), inside():
+                    return forward(*args, **kwargs)
 
-        return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)
+            return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+        return wrap
 
     def _checked_batch(
         self, op: str, input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None

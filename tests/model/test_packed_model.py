@@ -60,7 +60,8 @@ def compare(model: SharedModel, tolerance: float = CLOSE) -> None:
 def test_packed_equals_padded_for_every_role(family, layers):
     model = shared(family, shared_layers=layers)
     compare(model)
-    assert model.packed_attention == (model.base.config._attn_implementation, model.packed_attention[1])
+    own = model.base.config._attn_implementation
+    assert model.packed_attention[0] == (packing.SPLIT if own == "sdpa" else own)
     assert "the model is on device cpu" in model.packed_attention[1]
 
 
@@ -135,8 +136,10 @@ def test_the_proof_finds_attention_across_a_border(monkeypatch):
         return told | {"position_ids": torch.arange(self.positions.shape[1]).expand(copies, -1)}
 
     monkeypatch.setattr(packing.Packing, "arguments", one_sequence)
-    with pytest.raises(ValueError, match="would see each other with sdpa attention"):
-        shared()(flat, cu_seqlens=bounds)
+    model = shared()
+    model.base.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="would see each other with eager attention"):
+        model(flat, cu_seqlens=bounds)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,32 @@ def test_wrong_packed_arguments_are_named(changes, message):
     arguments = {"input_ids": flat, "cu_seqlens": bounds, **changes}
     with pytest.raises(ValueError, match=message):
         shared(shared_layers=1)(**arguments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [2, 4, 100])
+def test_a_sliding_window_holds_within_each_sequence(window):
+    ids, mask, flat, bounds = batch()
+    model = shared("mistral")
+    model.base.config.sliding_window = window
+    assert model.packed_attention[0] == packing.SPLIT
+    close(model(flat, cu_seqlens=bounds).policy.hidden, model(ids, mask).policy.hidden[mask])
+
+
+@torch.no_grad()
+def test_attention_costs_its_sequences_and_not_their_square(monkeypatch):
+    sizes = []
+    plain = packing.sdpa_attention_forward
+
+    def counted(module, query, key, *rest, **options):
+        sizes.append((query.shape[2], key.shape[2]))
+        return plain(module, query, key, *rest, **options)
+
+    monkeypatch.setattr(packing, "sdpa_attention_forward", counted)
+    _, _, flat, bounds = batch()
+    model = shared()
+    model(flat, cu_seqlens=bounds)
+    assert set(sizes) == {(n, n) for n in (*LENGTHS, 2, 3)}, "and those of the proof"
 
 
 class Varlen:
@@ -293,7 +322,10 @@ def test_a_model_without_flash_attention_says_why(flash, monkeypatch):
     model = shared()
     compare(model)
     assert not flash.calls
-    assert model.packed_attention == ("sdpa", "transformers: LlamaForCausalLM does not support Flash Attention 2 yet")
+    assert model.packed_attention == (
+        packing.SPLIT,
+        "transformers: LlamaForCausalLM does not support Flash Attention 2 yet",
+    )
 
 
 class Elsewhere:
