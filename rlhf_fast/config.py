@@ -379,6 +379,9 @@ class PPOConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     ppo: PPOUpdateConfig = field(default_factory=PPOUpdateConfig)
+    packing: bool | None = None
+    """Completions of a micro-batch end to end, without padding; left out: where that is exact and no slower, which it is on a CPU and
+    with flash-attn."""
     steps: Count = 100
     """Rollout batches."""
 
@@ -461,6 +464,9 @@ class GroupConfig:
     """Completions of each prompt; rollout.batch_size is a multiple of it."""
     kl: GroupKLConfig = field(default_factory=GroupKLConfig)
     group: GroupUpdateConfig = field(default_factory=GroupUpdateConfig)
+    packing: bool | None = None
+    """Completions of a micro-batch end to end, without padding; left out: where that is exact and no slower, which it is on a CPU and
+    with flash-attn."""
     steps: Count = 100
     """Rollout batches."""
 

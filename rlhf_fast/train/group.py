@@ -23,7 +23,7 @@ class Trainer(Sampler):
 
     def __init__(self, config: GroupConfig, model: SharedModel, tokenizer: Any, rewards: Rewards) -> None:
         size, halve = config.group.micro_batch_size, config.run.halve_on_oom
-        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, size, halve)
+        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, size, halve, config.packing)
         self.config = config
         self.recipe = RECIPES[config.group.recipe]
         self.samples_per_prompt = config.group_size
@@ -87,13 +87,13 @@ class Trainer(Sampler):
     ) -> dict[str, float]:
         """Gradient of one micro-batch; those of a minibatch add up to its one-shot gradient."""
         group, rollout = self.config.group, e.rollout
-        trunk = None if e.trunk is None else e.trunk[rows]
-        out = self.model(rollout.input_ids[rows], rollout.attention_mask[rows], roles=("policy",), trunk=trunk)
-        stats = self.response_stats(rollout, rows, out.policy.hidden)
+        part = self.rows(rollout, rows)
+        trunk = None if e.trunk is None else [e.trunk[i] for i in rows.tolist()]
+        stats = self.response_stats(part, part.forward(self.model, ("policy",), trunk).policy.hidden)
         in_loss = self.recipe.kl_placement != "reward" and e.ref_logprobs is not None
         loss, found = policy_loss(
             group.recipe,
-            stats.logprobs,
+            part.spread(stats.logprobs),
             e.logprobs[rows],
             each[rows],
             e.mask[rows],
@@ -103,7 +103,7 @@ class Trainer(Sampler):
             clip=group.clip,
             dual_clip=group.dual_clip,
             ratio_cap=group.ratio_cap,
-            entropy=stats.entropy if group.entropy_coef else None,
+            entropy=part.spread(stats.entropy) if group.entropy_coef else None,
             entropy_coef=group.entropy_coef,
             rollout_logprobs=e.logprobs[rows] if self.recipe.correction else None,
             selected=None if selected is None else selected[rows],

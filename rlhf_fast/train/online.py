@@ -19,6 +19,7 @@ from rlhf_fast.rollout import Rollout, generate
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
+from rlhf_fast.train.rows import Rows, packs_well
 from rlhf_fast.train.scoring import head_logprobs
 
 
@@ -27,8 +28,8 @@ class Experience:
     """One rollout batch, scored: what the update reads. (B, R) unless said otherwise."""
 
     rollout: Rollout
-    trunk: Tensor | None
-    """(B, P + R, H) output of the shared layers, reused in every epoch."""
+    trunk: list[Tensor] | None
+    """Outputs of the shared layers per row, reused in every epoch."""
     mask: Tensor
     """Response tokens that count: sampled, and of a completion that was scored."""
     logprobs: Tensor
@@ -37,7 +38,7 @@ class Experience:
     values: Tensor | None
     """None without the value role."""
     next_values: Tensor | None
-    """(B,) value of the state after the last slot."""
+    """(B,) value of the state after the last token."""
     scores: Tensor
     """(B,) what PPO maximises, before the KL penalty; 0 where unscorable."""
     raw_scores: Tensor
@@ -59,7 +60,8 @@ class Experience:
 class Sampler(ABC):
     """Samples completions from the policy of a SharedModel, scores them with all of its roles in one pass, and learns from them.
 
-    micro_batch_size: completions per pass; halve: smaller ones may be tried when memory runs out in an update.
+    micro_batch_size: completions per pass; halve: smaller ones may be tried when memory runs out in an update. packed: whether
+    passes have no padding; None = where that is exact and no slower.
     """
 
     samples_per_prompt = 1
@@ -74,9 +76,11 @@ class Sampler(ABC):
         rewards: Rewards,
         micro_batch_size: int,
         halve: bool,
+        packed: bool | None,
     ) -> None:
         self.settings, self.model, self.tokenizer, self.rewards = settings, model, tokenizer, rewards
         self.controller, self.micro_batch_size = KLController(kl), micro_batch_size
+        self.packed = packs_well(model) if packed is None else packed
         self.micro_batches = MicroBatches(micro_batch_size, halve=halve, clear=model.zero_grad)
 
     @abstractmethod
@@ -105,20 +109,20 @@ class Sampler(ABC):
         roles = [role for role in ("policy", "reference", "value", "reward") if role in self.model.roles]
         parts: dict[str, list[Tensor]] = {}
         size = self.micro_batch_size
+        trunks: list[Tensor] = []
         for i in range(0, len(rollout.input_ids), size):
-            rows = slice(i, i + size)
-            ids, mask = rollout.input_ids[rows], rollout.attention_mask[rows]
-            trunk = self.model.trunk(ids, mask) if self.model.shared_layers else None
-            out = self.model(ids, mask, roles=roles, trunk=trunk)
-            policy = self.response_stats(rollout, rows, out.policy.hidden)
-            found = {"logprobs": policy.logprobs, "entropy": policy.entropy}
+            rows = self.rows(rollout, slice(i, i + size))
+            trunk = rows.trunk_of(self.model)
+            trunks += trunk or []
+            out = rows.forward(self.model, roles, trunk)
+            policy = self.response_stats(rows, out.policy.hidden)
+            found = {"logprobs": rows.spread(policy.logprobs), "entropy": rows.spread(policy.entropy)}
             if "reference" in out:
-                found["ref_logprobs"] = self.response_stats(rollout, rows, out.reference.hidden).logprobs
+                found["ref_logprobs"] = rows.spread(self.response_stats(rows, out.reference.hidden).logprobs)
             if "value" in out:
-                values = out.value.values
-                found |= {"values": values[:, rollout.prompt_length - 1 : -1], "next_values": values[:, -1]}
-            if trunk is not None:
-                found["trunk"] = trunk
+                values = rows.values(out.value.values)
+                after = values.gather(1, rows.mask.sum(1, keepdim=True)).squeeze(1)
+                found |= {"values": values[:, :-1], "next_values": after}
             if "reward" in out:
                 found["role_scores"] = out.reward.scores
             for name, value in found.items():
@@ -131,7 +135,7 @@ class Sampler(ABC):
         scored = ~scores.isnan()
         return Experience(
             rollout=rollout,
-            trunk=joined.get("trunk"),
+            trunk=trunks or None,
             mask=rollout.response_mask & scored[:, None],
             scores=scores.nan_to_num(0.0),
             raw_scores=raw,
@@ -142,11 +146,14 @@ class Sampler(ABC):
             next_values=joined.get("next_values"),
         )
 
-    def response_stats(self, rollout: Rollout, rows: slice | Tensor, hidden: Tensor) -> TokenStats:
-        """Log-probs and entropy of the sampled tokens of some rows under the head on their hidden states (b, P + R, H)."""
-        start = rollout.prompt_length - 1  # the state before the first response token predicts it
-        responses, mask = rollout.responses[rows], rollout.response_mask[rows]
-        return head_logprobs(self.model, hidden[:, start:-1], responses, mask, self.settings.temperature)
+    def rows(self, rollout: Rollout, rows: slice | Tensor) -> Rows:
+        """Some rows as the model takes them."""
+        return Rows(rollout, rows, self.packed)
+
+    def response_stats(self, rows: Rows, hidden: Tensor) -> TokenStats:
+        """Log-probs and entropy of the response tokens under the head on the hidden states of a pass, as `Rows.tokens` has them."""
+        states, mask = rows.logprob_states(hidden), rows.tokens(rows.mask)
+        return head_logprobs(self.model, states, rows.tokens(rows.responses), mask, self.settings.temperature)
 
     def metrics(self, e: Experience) -> dict[str, float]:
         """What a batch of completions says of the policy."""

@@ -30,7 +30,9 @@ class Trainer(Sampler):
 
     def __init__(self, config: PPOConfig, model: SharedModel, tokenizer: Any, rewards: Rewards) -> None:
         size, halve = config.ppo.micro_batch_size, config.run.halve_on_oom
-        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, size, halve)
+        # A scan without a mask reads the values of the pads, which a packed pass has not.
+        packed = False if DIALECTS[config.ppo.dialect].gap == "read" else config.packing
+        super().__init__(config.rollout, config.kl, model, tokenizer, rewards, size, halve, packed)
         self.config = config
 
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
@@ -96,17 +98,16 @@ class Trainer(Sampler):
         """
         ppo, rollout, (tokens, slots) = self.config.ppo, e.rollout, counts
         assert e.values is not None
-        ids, attention = rollout.input_ids[rows], rollout.attention_mask[rows]
-        trunk = None if e.trunk is None else e.trunk[rows]
-        mask, old_logprobs = e.mask[rows], e.logprobs[rows]
-        hidden = self.model(ids, attention, roles=("policy",), trunk=trunk).policy.hidden
+        part = self.rows(rollout, rows)
+        trunk = None if e.trunk is None else [e.trunk[i] for i in rows.tolist()]
+        hidden = part.forward(self.model, ("policy",), trunk).policy.hidden
         policy = head_ppo_loss(
             self.model,
-            hidden[:, rollout.prompt_length - 1 : -1],
-            rollout.responses[rows],
-            old_logprobs,
-            targets.advantages[rows],
-            mask,
+            part.logprob_states(hidden),
+            part.tokens(part.responses),
+            part.tokens(e.logprobs[rows]),
+            part.tokens(targets.advantages[rows]),
+            part.tokens(e.mask[rows]),
             temperature=self.config.rollout.temperature,
             clip=ppo.clip,
             dual_clip=ppo.dual_clip,
@@ -116,13 +117,14 @@ class Trainer(Sampler):
         )
         policy.loss.backward()
         del hidden
-        values = self.model(ids, attention, roles=("value",), trunk=trunk).value.values
+        values = part.values(part.forward(self.model, ("value",), trunk).value.values)
+        old_logprobs = e.logprobs[rows]
         value = ppo_loss(
             old_logprobs,
             old_logprobs,
             torch.zeros_like(old_logprobs),
             valued[rows],
-            values=values[:, rollout.prompt_length - 1 : -1],
+            values=values[:, :-1],
             old_values=e.values[rows],
             returns=targets.returns[rows],
             value_clip=ppo.value_clip,

@@ -75,7 +75,7 @@ class Updates:
 
 def make(folder: Path, *, warm: bool = False, **changes: object) -> tuple[Trainer, SharedModel]:
     config = ppo_config(folder, **changes)
-    model = SharedModel(tiny_llama(), lora=config.model.lora, shared_layers=1)
+    model = SharedModel(tiny_llama(), lora=config.model.lora, shared_layers=config.model.shared_layers)
     if warm:  # adapters that do something, as after some training
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
@@ -212,7 +212,9 @@ def test_the_value_after_the_last_slot_is_that_of_the_state_after_the_last_token
     e = experience(trainer)
     with torch.no_grad():
         values = model(e.rollout.input_ids, e.rollout.attention_mask, roles=("value",)).value.values
-    assert e.next_values.shape == (16,) and torch.allclose(e.next_values, values[:, -1], atol=1e-5)
+    last = e.rollout.prompt_length + e.rollout.response_mask.sum(1) - 1
+    assert e.next_values.shape == (16,)
+    torch.testing.assert_close(e.next_values, values[torch.arange(16), last], atol=1e-5, rtol=1e-5)
 
 
 def test_an_unknown_dialect_is_named_before_anything_runs():
@@ -363,3 +365,35 @@ def test_running_moments_do_not_depend_on_how_the_scores_arrive():
 def test_pad_refuses_an_empty_prompt():
     with pytest.raises(ValueError, match="empty sequences at \\[1\\]"):
         pad([[1], []], left=True)
+
+
+@pytest.mark.parametrize("dialect", ["rlhf_fast", "trl", "verl", "areal"])
+@pytest.mark.parametrize("layers", [0, 1])
+def test_packed_equals_padded_in_scores_losses_and_gradients(folder, dialect, layers):
+    update = PPOUpdateConfig(epochs=1, minibatch_size=16, micro_batch_size=5, entropy_coef=0.01, dialect=dialect)
+    model_settings = ModelConfig(str(folder / "model"), dtype="float32", shared_layers=layers, lora=LoraConfig(r=4))
+    found = {}
+    for packing in (False, True):
+        trainer, model = make(folder, warm=True, ppo=update, packing=packing, model=model_settings)
+        assert trainer.packed is packing and model.shared_layers == layers
+        e = experience(trainer)
+        updates = Updates(model)
+        metrics = trainer.update(updates, e, torch.Generator().manual_seed(1))
+        found[packing] = e, metrics, updates.seen[0]
+    (e, metrics, gradients), (packed_e, packed_metrics, packed_gradients) = found.values()
+    assert torch.equal(e.rollout.input_ids, packed_e.rollout.input_ids)
+    assert (~e.rollout.response_mask).any(), "the batch has completions of several lengths"
+    for name in ("logprobs", "ref_logprobs", "entropy", "next_values"):
+        torch.testing.assert_close(getattr(packed_e, name), getattr(e, name), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed_e.values[e.mask], e.values[e.mask], atol=1e-5, rtol=1e-5)
+    for name, value in metrics.items():
+        assert packed_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for name, g in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], g, atol=1e-5, rtol=1e-3)
+
+
+def test_a_dialect_that_reads_the_pads_is_not_packed(folder):
+    name = next(n for n, rules in DIALECTS.items() if rules.gap == "read")
+    trainer, _ = make(folder, ppo=PPOUpdateConfig(minibatch_size=8, micro_batch_size=4, dialect=name))
+    assert trainer.packed is False
+    assert make(folder)[0].packed is True
