@@ -191,9 +191,9 @@ class SFTConfig:
     """Sequences per forward pass; gradients add up to the one-shot gradient."""
     response_only: bool = True
     """Chats: learn the assistant's turns only. Plain texts always count whole."""
-    packing: bool = False
-    """The sequences of a micro-batch in one row, without padding: for flash-attn on CUDA. Elsewhere attention costs the square of
-    all tokens of the row, and padding is cheaper."""
+    packing: bool | None = None
+    """The sequences of a micro-batch end to end, without padding; left out: where that is exact and no slower, which it is on a CPU
+    and with flash-attn."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps."""
 
@@ -219,6 +219,8 @@ class RewardConfig:
     """Weight of the squared sum of both scores, which keeps scores centred on 0."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of wrong labels."""
+    packing: bool | None = None
+    """The answers of a micro-batch end to end, without padding; left out: where that is exact and no slower."""
     eval_fraction: ProperFraction = 0.1
     """Share of the pairs held out for accuracy."""
     max_steps: Count | None = None
@@ -560,6 +562,8 @@ class PreferenceConfig:
     """Pairs per optimizer step."""
     micro_batch_size: Count = 8
     """Pairs per forward pass; gradients add up to the one-shot gradient."""
+    packing: bool | None = None
+    """The answers of a micro-batch end to end, without padding; left out: where that is exact and no slower."""
     eval_fraction: ProperFraction = 0.1
     """Share of the pairs held out for accuracy."""
     max_steps: Count | None = None

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import SequenceLogprobs, preference_loss, running_delta, sequence_logprobs
-from rlhf_fast.batch import Shuffle, collate
+from rlhf_fast.batch import Shuffle, collate, pack, unpack
 from rlhf_fast.config import PreferenceConfig, PreferenceLossConfig
 from rlhf_fast.data import EncodedPair
 from rlhf_fast.model import SharedModel
 from rlhf_fast.preference_kinds import KINDS
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
-from rlhf_fast.train.scoring import next_token_logprobs
+from rlhf_fast.train.rows import packs_well
+from rlhf_fast.train.scoring import head_logprobs, next_token_logprobs
 
 Answer = tuple[list[int], int]
 """Tokens of a prompt with an answer, and where the answer begins."""
 
 
 def answer_logprobs(
-    model: SharedModel, answers: Sequence[Answer], roles: Sequence[str], tail_weight: float = 1.0
+    model: SharedModel, answers: Sequence[Answer], roles: Sequence[str], tail_weight: float = 1.0, packing: bool = False
 ) -> dict[str, SequenceLogprobs]:
     """Log-probs of answers under each role, from one call of the model.
 
@@ -33,15 +34,26 @@ def answer_logprobs(
     """
     learn = [[t >= start for t in range(len(ids))] for ids, start in answers]
     batch = collate([ids for ids, _ in answers], learn)
-    out = model(batch.input_ids, batch.attention_mask, roles=roles)
     targets = batch.target_mask[:, 1:]
     common = None
     if tail_weight != 1:
         common = targets.sum(1).view(2, -1).amin(0).repeat(2)
+    if packing:
+        ids, bounds = pack(batch.input_ids, batch.attention_mask)
+        learned = batch.target_mask[batch.attention_mask]
+        out = model(ids, roles=roles, cu_seqlens=bounds)
+    else:
+        out = model(batch.input_ids, batch.attention_mask, roles=roles)
     found = {}
     for role in roles:
-        stats = next_token_logprobs(model, out[role].hidden, batch.input_ids, batch.target_mask)
-        found[role] = sequence_logprobs(stats.logprobs, targets, common_lengths=common, tail_weight=tail_weight)
+        hidden = out[role].hidden
+        if packing:
+            # The first token of a sequence is no target, so no state predicts a token of the next one.
+            logprobs = head_logprobs(model, hidden[:-1], ids[1:], learned[1:]).logprobs
+            padded = unpack(torch.cat([logprobs.new_zeros(1), logprobs]), batch.attention_mask)[:, 1:]
+        else:
+            padded = next_token_logprobs(model, hidden, batch.input_ids, batch.target_mask).logprobs
+        found[role] = sequence_logprobs(padded, targets, common_lengths=common, tail_weight=tail_weight)
     return found
 
 
@@ -52,8 +64,8 @@ def _answers(pairs: Sequence[EncodedPair]) -> list[Answer]:
 class Trainer:
     """The loss on pairs, with what some kinds keep between steps."""
 
-    def __init__(self, loss: PreferenceLossConfig, model: SharedModel) -> None:
-        self.loss, self.model = loss, model
+    def __init__(self, loss: PreferenceLossConfig, model: SharedModel, packing: bool = False) -> None:
+        self.loss, self.model, self.packing = loss, model, packing
         self.roles = ("policy", "reference") if loss.needs_reference else ("policy",)
         self.lengths = any(KINDS[name].per_token or KINDS[name].lengths for name in loss.kinds)
         self.delta, self.seen = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -78,7 +90,7 @@ class Trainer:
         ]
         found = []
         for i in range(0, len(strange), micro_batch_size):
-            each = answer_logprobs(self.model, strange[i : i + micro_batch_size], self.roles)
+            each = answer_logprobs(self.model, strange[i : i + micro_batch_size], self.roles, packing=self.packing)
             found.append(each["policy"].logprobs - each["reference"].logprobs)
         return torch.cat(found)
 
@@ -86,7 +98,7 @@ class Trainer:
         self, pairs: Sequence[EncodedPair], total: int, kl_logratios: Tensor | None
     ) -> tuple[Tensor, dict[str, float], Tensor]:
         """(loss, shares of the statistics, implicit rewards (2 n,)) of n of `total` pairs: micro-batches add up to the batch."""
-        found = answer_logprobs(self.model, _answers(pairs), self.roles, self.loss.tail_weight)
+        found = answer_logprobs(self.model, _answers(pairs), self.roles, self.loss.tail_weight, self.packing)
         policy, n = found["policy"], len(pairs)
         reference = found.get("reference")
         arguments = self.loss.arguments()
@@ -123,7 +135,7 @@ class Trainer:
         right = 0.0
         for i in range(0, len(pairs), micro_batch_size):
             part = pairs[i : i + micro_batch_size]
-            found = answer_logprobs(self.model, _answers(part), self.roles)
+            found = answer_logprobs(self.model, _answers(part), self.roles, packing=self.packing)
             rewards = found["policy"].logprobs
             if "reference" in found:
                 rewards = rewards - found["reference"].logprobs
@@ -149,7 +161,7 @@ def train_preference(config: PreferenceConfig) -> Path:
     torch.manual_seed(config.run.seed)
     roles = ("policy", "reference") if config.loss.needs_reference else ("policy",)
     model = load_model(config.model, roles, config.run.seed)
-    trainer = Trainer(config.loss, model)
+    trainer = Trainer(config.loss, model, packs_well(model) if config.packing is None else config.packing)
     total = math.ceil(len(kept) / config.batch_size) * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)

@@ -11,28 +11,33 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_loss
-from rlhf_fast.batch import Shuffle, pad
+from rlhf_fast.batch import Shuffle, pack, pad
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.rows import packs_well
 
 Pair = tuple[list[int], list[int]]
 
 
-def pair_scores(model: SharedModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Scores (n,) of the chosen and of the rejected sequences, from one forward of 2 n rows."""
+def pair_scores(model: SharedModel, pairs: Sequence[Pair], packing: bool = False) -> tuple[Tensor, Tensor]:
+    """Scores (n,) of the chosen and of the rejected sequences, from one forward of 2 n rows, or of all of them end to end."""
     ids, mask = pad([c for c, _ in pairs] + [r for _, r in pairs])
-    scores = model(ids, mask, roles=("reward",)).reward.scores
+    if packing:
+        flat, bounds = pack(ids, mask)
+        scores = model(flat, roles=("reward",), cu_seqlens=bounds).reward.scores
+    else:
+        scores = model(ids, mask, roles=("reward",)).reward.scores
     return scores[: len(pairs)], scores[len(pairs) :]
 
 
 @torch.no_grad()
-def pair_accuracy(model: SharedModel, pairs: Sequence[Pair], micro_batch_size: int) -> float:
+def pair_accuracy(model: SharedModel, pairs: Sequence[Pair], micro_batch_size: int, packing: bool = False) -> float:
     """Share of pairs whose chosen sequence scores higher; ties count one half."""
     right = 0.0
     for i in range(0, len(pairs), micro_batch_size):
-        chosen, rejected = pair_scores(model, pairs[i : i + micro_batch_size])
+        chosen, rejected = pair_scores(model, pairs[i : i + micro_batch_size], packing)
         right += float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum())
     return right / len(pairs)
 
@@ -56,6 +61,7 @@ def train_reward(config: RewardConfig) -> Path:
     total = math.ceil(len(kept) / config.batch_size) * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
+    packing = packs_well(model) if config.packing is None else config.packing
     model.train()
     micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
@@ -66,7 +72,7 @@ def train_reward(config: RewardConfig) -> Path:
             run.records = [sources[i] for i in rows]
 
             def backward(part: slice, batch: list[Pair] = batch) -> dict[str, float]:
-                chosen, rejected = pair_scores(model, batch[part])
+                chosen, rejected = pair_scores(model, batch[part], packing)
                 loss, stats = reward_loss(
                     chosen, rejected, center_coef=config.center_coef, label_smoothing=config.label_smoothing
                 )
@@ -80,7 +86,7 @@ def train_reward(config: RewardConfig) -> Path:
             last = step + 1 == total
             if held_out and last:
                 model.eval()
-                sums["eval_accuracy"] = pair_accuracy(model, held_out, config.micro_batch_size)
+                sums["eval_accuracy"] = pair_accuracy(model, held_out, config.micro_batch_size, packing)
                 model.train()
             tokens = sum(len(c) + len(r) for c, r in batch)
             run.log(step, sums, tokens, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")

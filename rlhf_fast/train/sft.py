@@ -14,6 +14,7 @@ from rlhf_fast.config import SFTConfig
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.rows import packs_well
 from rlhf_fast.train.scoring import head_logprobs, next_token_logprobs
 
 
@@ -49,6 +50,7 @@ def train_sft(config: SFTConfig) -> Path:
     total = per_epoch * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(texts), config.run.seed)
+    packing = packs_well(model) if config.packing is None else config.packing
     model.train()
     micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
@@ -60,7 +62,7 @@ def train_sft(config: SFTConfig) -> Path:
             run.records = [row.record.source for row in rows]
 
             def backward(part: slice, batch: Batch = batch, targets: int = targets) -> float:
-                loss = sft_loss(model, batch[part], targets, config.packing)
+                loss = sft_loss(model, batch[part], targets, packing)
                 loss.backward()
                 return float(loss.detach())
 

@@ -79,10 +79,11 @@ def plain_logprob(model: SharedModel, role: str, ids: list[int], start: int) -> 
     return logits.gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(-1)[start - 1 :].sum()
 
 
-def test_log_probs_are_those_of_the_answers_alone():
+@pytest.mark.parametrize("packing", [False, True])
+def test_log_probs_are_those_of_the_answers_alone(packing):
     model, pairs = model_of(PreferenceLossConfig()), encoded()
     answers = [(p.rejected_ids, p.prompt_length) for p in pairs]
-    found = answer_logprobs(model, answers, ("policy", "reference"))
+    found = answer_logprobs(model, answers, ("policy", "reference"), packing=packing)
     for role in ("policy", "reference"):
         expected = torch.stack([plain_logprob(model, role, *answer) for answer in answers])
         torch.testing.assert_close(found[role].logprobs, expected, atol=1e-4, rtol=1e-5)
@@ -90,9 +91,10 @@ def test_log_probs_are_those_of_the_answers_alone():
     assert found["policy"].logprobs.requires_grad and not found["reference"].logprobs.requires_grad
 
 
-def test_the_gradient_of_dpo_is_that_of_plain_pytorch():
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_gradient_of_dpo_is_that_of_plain_pytorch(packing):
     model, pairs = model_of(PreferenceLossConfig()), encoded()
-    loss, sums, _ = Trainer(PreferenceLossConfig(), model)(pairs, len(pairs), None)
+    loss, sums, _ = Trainer(PreferenceLossConfig(), model, packing)(pairs, len(pairs), None)
     loss.backward()
     found = {n: p.grad.clone() for n, p in model.parameters_of("policy").items()}
     model.zero_grad(set_to_none=True)

@@ -96,9 +96,11 @@ def test_packed_sft_has_the_loss_and_the_gradients_of_the_padded_batch(folder, c
         loss.backward()
         found.append((loss.detach(), [p.grad for p in model.parameters_of("policy").values()]))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    # The sums of attention run in another order: 1e-5 of the whole gradient's length.
+    length = torch.cat([g.flatten() for g in found[0][1]]).norm()
     for got, expected in zip(found[1][1], found[0][1], strict=True):
         assert expected.abs().max() > 0
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+        assert (got - expected).norm() <= 1e-5 * length
 
 
 def test_packed_sft_learns_as_the_padded_run_does(folder):
