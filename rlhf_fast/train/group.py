@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,11 @@ class Trainer(Sampler):
         return {**found.floats(), "loss": float(loss.detach())}
 
 
-def train_group(config: GroupConfig) -> Path:
+def train_group(config: GroupConfig, *, observe: Callable[[list[str]], Mapping[str, float]] | None = None) -> Path:
     """Run it; returns the folder of the trained policy adapter (PEFT format, relative to the base with its folds).
 
+    observe: metrics of each batch of completions, to be logged.
     Raises ConfigError, DataError, RewardError, TrainingError.
     """
     roles = ("policy", "reference") if config.kl.used else ("policy",)
-    return train_online("grpo", config, Trainer, roles, {"policy": config.optim.lr})
+    return train_online("grpo", config, Trainer, roles, {"policy": config.optim.lr}, observe=observe)
