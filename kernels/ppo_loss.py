@@ -269,7 +269,7 @@ def forward(
     ref_logprobs: Tensor | None, values: Tensor | None, old_values: Tensor | None, returns: Tensor | None,
     importance_weights: Tensor | None, normalizer: Tensor | None, cu_seqlens: Tensor | None, low: float, high: float,
     dual: float, clamp: float, bonus: float, kl_coef: float, kl_kind: str, kl_in: float, kl_out: float, value_clip: float,
-    value_coef: float, reduction: str, divisor: float, gradients: bool,
+    value_coef: float, reduction: str, divisor: float, level: str, surrogate: str, gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(loss, stats, gradients stacked); every array is read and written once, the mask twice where tokens or rows are counted."""
     n = logprobs.numel()

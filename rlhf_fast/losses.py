@@ -24,7 +24,8 @@ from rlhf_fast.ops.ppo_loss import clip_range, loss_output, scalar, token_advant
 from rlhf_fast.preference import preference_loss
 from rlhf_fast.reference._reduce import REDUCTIONS, token_weights
 from rlhf_fast.reference.kl_estimate import estimate, k3_of
-from rlhf_fast.surrogates import LEVELS, RATIO_CLAMP, SURROGATES, Batch, Terms
+from rlhf_fast.reference.ppo_loss import LEVELS as KERNEL_LEVELS
+from rlhf_fast.surrogates import LEVELS, RATIO_CLAMP, SURROGATES, Batch, Terms, Twin
 
 __all__ = ["RECIPES", "LossOutput", "PreferenceOutput", "Recipe", "policy_loss", "preference_loss", "table"]
 
@@ -81,9 +82,19 @@ class Recipe:
         return (*LEVELS[self.level].reads, *SURROGATES[self.surrogate].reads)
 
     @property
+    def terms(self) -> Terms:
+        """Its numbers."""
+        options = {**SURROGATES[self.surrogate].options, **self.options}
+        return Terms(self.clip, self.dual_clip, self.ratio_cap, options)
+
+    def twin(self, terms: Terms) -> Twin | None:
+        """How the kernel of `ppo_loss` computes it with these numbers, or None."""
+        return SURROGATES[self.surrogate].twin(terms) if self.level in KERNEL_LEVELS else None
+
+    @property
     def fused(self) -> bool:
         """Whether the kernel of `ppo_loss` covers it."""
-        return (self.level, self.surrogate, self.ratio_cap) == ("token", "clip", None)
+        return self.twin(self.terms) is not None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -250,18 +261,18 @@ def policy_loss(
     if correction is not None:
         importance = _corrected(op, at, logprobs, old, rollout_logprobs, importance, correction, low, high)
     divide = _normalizer(op, recipe, at, reduction, normalizer, denominators)
-    covered = rules.fused and terms.ratio_cap is None and placement == "loss" and kl_clamp is None
-    if fused and not covered:
+    twin = rules.twin(terms) if placement == "loss" and kl_clamp is None else None
+    if fused and twin is None:
         raise _check.error(
             ValueError, op, "fused", True, f"None or False: no kernel covers {recipe} with these options"
         )
-    if covered and fused is not False:
+    if twin is not None and fused is not False:
         sums = reduction if reduction in REDUCTIONS else "token-sum"
         inputs = loss_arguments(
-            op, "logprobs", logprobs, old, advantages, mask, terms.clip, terms.dual_clip, entropy, entropy_coef,
+            op, "logprobs", logprobs, old, advantages, mask, twin.clip, twin.dual_clip, entropy, entropy_coef,
             ref_logprobs, kl_coef, kind, None, None, None, None, 0.0, importance, sums, divide, "rlhf_fast", cu_seqlens,
         )  # fmt: skip
-        return loss_output(inputs)
+        return loss_output(inputs, rules.level, twin.surrogate)
 
     b, entropy, ref, importance = _batch(op, at, logprobs, old, advantages, selected, entropy, ref_logprobs, importance)
     weights = token_weights(at.mask, b.logprobs.dtype, reduction, *_divisor(op, divide, b.logprobs), at.cu_seqlens)
@@ -286,16 +297,17 @@ def _terms(op, recipe, rules, clip, dual_clip, ratio_cap, options) -> Terms:  # 
     for name, value in (("clip", clip), ("dual_clip", dual_clip), ("ratio_cap", ratio_cap)):
         if value is not None and name not in rules.reads:
             raise _check.error(ValueError, op, name, value, f"None: {recipe} does not read it")
-    found = {**SURROGATES[rules.surrogate].options, **rules.options}
+    own = rules.terms
+    found = dict(own.options)
     for name, value in (options or {}).items():
         if name not in found:
             expected = f"only {', '.join(map(repr, found))}" if found else f"none: {recipe} has no options"
             raise _check.error(ValueError, op, "options", repr(name), expected)
         found[name] = _check.number(op, f"options[{name!r}]", value, 0.0, open_low=True)
     return Terms(
-        rules.clip if clip is None else clip_range(op, clip),
-        rules.dual_clip if dual_clip is None else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True),
-        rules.ratio_cap if ratio_cap is None else _check.number(op, "ratio_cap", ratio_cap, 0.0, open_low=True),
+        own.clip if clip is None else clip_range(op, clip),
+        own.dual_clip if dual_clip is None else _check.number(op, "dual_clip", dual_clip, 1.0, open_low=True),
+        own.ratio_cap if ratio_cap is None else _check.number(op, "ratio_cap", ratio_cap, 0.0, open_low=True),
         found,
     )
 

@@ -53,6 +53,18 @@ class Level(NamedTuple):
     """Fields of Terms that have an effect."""
 
 
+class Twin(NamedTuple):
+    """A surrogate with its numbers, as the kernel of `ppo_loss` takes it."""
+
+    surrogate: str
+    clip: tuple[float, float] = (0.2, 0.2)
+    dual_clip: float | None = None
+
+
+def _no_twin(t: Terms) -> Twin | None:
+    return None
+
+
 class Surrogate(NamedTuple):
     """(loss per token, whether a bound took its gradient), from the ratio."""
 
@@ -63,6 +75,8 @@ class Surrogate(NamedTuple):
     """Fields of Batch that must not be None."""
     options: Mapping[str, float] = {}
     """Options with their defaults, each > 0."""
+    twin: Callable[[Terms], Twin | None] = _no_twin
+    """What the kernel of `ppo_loss` calls it with these numbers, or None."""
 
 
 def _token(b: Batch, t: Terms) -> Tensor:
@@ -117,6 +131,15 @@ def _clip(b: Batch, ratio: Tensor, t: Terms) -> tuple[Tensor, Tensor]:
     return loss, clipped > plain
 
 
+def _clip_twin(t: Terms) -> Twin | None:
+    """A cap of the ratio beyond the clip is a dual clip: where A >= 0 the clip is lower, where A < 0 both end at -cap A."""
+    if t.ratio_cap is None:
+        return Twin("clip", t.clip, t.dual_clip)
+    if t.ratio_cap <= 1 + t.clip[1]:
+        return None
+    return Twin("clip", t.clip, t.ratio_cap if t.dual_clip is None else min(t.dual_clip, t.ratio_cap))
+
+
 def _cispo(b: Batch, ratio: Tensor, t: Terms) -> tuple[Tensor, Tensor]:
     """CISPO (2506.13585): the clipped ratio is a weight without gradient; clipped to [1 - low, 1 + high], as in verl."""
     ratio = ratio.detach()
@@ -129,6 +152,12 @@ def _cispo_cap(b: Batch, ratio: Tensor, t: Terms) -> tuple[Tensor, Tensor]:
     ratio = ratio.detach()
     weight = ratio.clamp(max=t.ratio_cap)
     return -weight * b.advantages * b.logprobs, weight != ratio
+
+
+def _cispo_cap_twin(t: Terms) -> Twin | None:
+    """No ratio is below 1 - 1."""
+    assert t.ratio_cap is not None
+    return Twin("cispo", (1.0, t.ratio_cap - 1)) if t.ratio_cap > 1 else None
 
 
 def _by_sign(name: str, positive: Tensor, t: Terms, like: Tensor) -> Tensor:
@@ -173,15 +202,15 @@ def _kl_cov(b: Batch, ratio: Tensor, t: Terms) -> tuple[Tensor, Tensor]:
 
 
 SURROGATES: dict[str, Surrogate] = {
-    "clip": Surrogate(_clip, ("clip", "dual_clip", "ratio_cap")),
-    "cispo": Surrogate(_cispo, ("clip",)),
-    "cispo-cap": Surrogate(_cispo_cap, ("ratio_cap",)),
+    "clip": Surrogate(_clip, ("clip", "dual_clip", "ratio_cap"), twin=_clip_twin),
+    "cispo": Surrogate(_cispo, ("clip",), twin=lambda t: Twin("cispo", t.clip)),
+    "cispo-cap": Surrogate(_cispo_cap, ("ratio_cap",), twin=_cispo_cap_twin),
     "sapo": Surrogate(_sapo, options={"tau_positive": 1.0, "tau_negative": 1.05}),
     "vespo": Surrogate(
         _vespo, options={"k_positive": 2.0, "lambda_positive": 3.0, "k_negative": 3.0, "lambda_negative": 2.0}
     ),
     "unclipped": Surrogate(_unclipped),
-    "score": Surrogate(_score),
+    "score": Surrogate(_score, twin=lambda t: Twin("score")),
     "clip-cov": Surrogate(_clip_cov, ("clip", "dual_clip", "ratio_cap"), ("selected",)),
     "kl-cov": Surrogate(_kl_cov, needs=("selected",), options={"penalty": 1.0}),
 }

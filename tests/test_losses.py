@@ -40,22 +40,86 @@ def single(ratios, advantage, recipe, **options):
 FUSED = [name for name, recipe in RECIPES.items() if recipe.fused]
 
 
+def test_the_hot_recipes_have_a_kernel():
+    assert {"ppo", "grpo", "dapo", "cispo", "cispo_cap", "gspo", "gspo_token", "luspo", "rloo"} <= set(FUSED)
+
+
+def layouts(recipe, dtype):
+    """A batch with every term and NaN behind the mask, as it is, packed, and as a part of a step with other counts."""
+    g = torch.Generator().manual_seed(5)
+    kwargs = batch(dtype=dtype)
+    lengths = torch.tensor([41, 0, 17, 1, 41, 30])
+    inside = torch.arange(41) < lengths[:, None]
+    kwargs["mask"] &= inside
+    kwargs["entropy"] = torch.rand(6, 41, generator=g).to(dtype)
+    if RECIPES[recipe].correction is not None:
+        kwargs["rollout_logprobs"] = kwargs["old_logprobs"] - 0.1 * torch.randn(6, 41, generator=g).to(dtype)
+    kwargs = {k: v if k == "mask" else v.where(kwargs["mask"], float("nan")) for k, v in kwargs.items()}
+    counts = Denominators.of(torch.ones(9, 50, dtype=torch.bool))
+    shared = {} if RECIPES[recipe].local else {"denominators": counts}
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    yield kwargs, {}
+    yield kwargs, shared
+    yield {k: v[inside] for k, v in kwargs.items()}, {"cu_seqlens": cu_seqlens, **shared}
+
+
+def compare(recipe, kwargs, **options):
+    """The kernel against the formula in fp64: loss, gradient and statistics; (kernel's, formula's)."""
+    fused, plain = run(recipe, kwargs, **options, fused=True), run(recipe, kwargs, **options, fused=False)
+    truth = run(recipe, double(kwargs), **options, fused=False)
+    one_sign = {**double(kwargs), "advantages": -double(kwargs)["advantages"].abs()}
+    sizes = run(recipe, one_sign, **options, fused=False)  # of the terms, which cancel
+    size = 1 + sizes[2]["policy_loss"].abs().item()
+    assert_parity(fused[0], truth[0], plain[0], "loss", size)
+    assert_parity(fused[1], truth[1], plain[1], "gradient", sizes[1].abs().max().item())
+    for name in plain[2]:
+        scale = (size if name == "policy_loss" else 1.0) + truth[2][name].item()
+        assert_parity(fused[2][name], truth[2][name], plain[2][name], name, scale)
+    return fused, plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("recipe", FUSED)
-def test_the_kernel_and_the_formula_of_a_recipe_agree(recipe):
-    rules = RECIPES[recipe]
-    for dtype in (torch.float64, torch.float32):
-        kwargs = batch(dtype=dtype)
-        extra = {"entropy": torch.rand(6, 41).to(dtype), "entropy_coef": 0.01, "kl_coef": 0.1, "kl_kind": "k3"}
-        if rules.correction is not None:
-            extra["rollout_logprobs"] = kwargs["old_logprobs"] - 0.1 * torch.randn(6, 41).to(dtype)
-        fused, plain = run(recipe, kwargs, **extra, fused=True), run(recipe, kwargs, **extra, fused=False)
-        default = run(recipe, kwargs, **extra)
+def test_the_kernel_and_the_formula_of_a_recipe_agree(recipe, dtype):
+    for kwargs, options in layouts(recipe, dtype):
+        options |= {"entropy_coef": 0.01, "kl_coef": 0.1, "kl_kind": "k3"}
+        fused, _ = compare(recipe, kwargs, **options)
+        assert not fused[1][~kwargs["mask"]].any()
+        default = run(recipe, kwargs, **options)
         assert torch.equal(default[0], fused[0]) and torch.equal(default[1], fused[1])
-        truth = run(recipe, double(kwargs), **double(extra), fused=False)
-        assert_parity(1 + fused[0], 1 + truth[0], 1 + plain[0])  # at the size of a term: the terms cancel
-        assert_parity(fused[1], truth[1], plain[1])
-        for name in plain[2]:
-            assert_parity(1 + fused[2][name], 1 + truth[2][name], 1 + plain[2][name], name)
+
+
+@pytest.mark.parametrize("recipe", [name for name in FUSED if RECIPES[name].level != "token"])
+def test_the_kernel_knows_the_bounds_of_the_ratio_of_a_row(recipe):
+    kwargs = batch(dtype=torch.float64)
+    kwargs["logprobs"] = kwargs["old_logprobs"] + torch.tensor([0.0, 12.0, 30.0, -30.0, 0.4, 0.001])[:, None]
+    kwargs["logprobs"][4, ::3] -= 25  # some tokens beyond the bound of a token
+    kwargs["advantages"] = kwargs["advantages"][:, :1].sign() * torch.tensor([1.0, -0.5]).repeat(21)[:41]
+    _, (_, grad, _) = compare(recipe, kwargs)
+    assert not grad[2].any() and not grad[4, ::3].any() and grad[0].any()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("grpo", {"ratio_cap": 1.25}),
+        ("two_sided_clip", {"ratio_cap": 1.31, "clip": (0.1, 0.3)}),
+        ("two_sided_clip", {"ratio_cap": 1.4, "dual_clip": 1.3}),
+        ("two_sided_clip", {"ratio_cap": 1.4, "dual_clip": 1.6}),
+        ("cispo", {"clip": (0.1, 0.05)}),
+        ("cispo_cap", {"ratio_cap": 1.05}),
+    ],
+)
+def test_the_kernel_knows_the_bounds_of_a_call(recipe, options):
+    compare(recipe, batch(dtype=torch.float64), **options)
+
+
+@pytest.mark.parametrize(("recipe", "cap"), [("two_sided_clip", 1.1), ("cispo_cap", 0.9)])
+def test_caps_that_no_kernel_covers_are_left_to_the_formula(recipe, cap):
+    kwargs = batch(dtype=torch.float64)
+    assert torch.equal(run(recipe, kwargs, ratio_cap=cap)[1], run(recipe, kwargs, ratio_cap=cap, fused=False)[1])
+    with pytest.raises(ValueError, match=f"no kernel covers {recipe}"):
+        run(recipe, kwargs, ratio_cap=cap, fused=True)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,5 +1,5 @@
-// The maths of one token, with its derivative: KL estimators, the clipped policy term, the clipped value term. Plain
-// arithmetic on scalars for host and device; masked tokens never get here.
+// The maths of one token, with its derivative: KL estimators, the policy term, the clipped value term; and the ratio of
+// a whole row. Plain arithmetic on scalars for host and device; masked tokens never get here.
 #pragma once
 
 #include "common/elementary.h"
@@ -8,6 +8,8 @@ namespace rlhf_fast {
 namespace {
 
 enum KlKind { kK1, kK2, kK3, kAbs };
+enum Level { kToken, kSequence, kSequenceToken, kProduct };  // order of reference LEVELS
+enum Surrogate { kClip, kCispo, kScore };                    // order of reference SURROGATES
 
 template <class T>
 struct ValueSlope {
@@ -54,9 +56,30 @@ struct RatioToken {
 };
 
 template <class T>
+RLHF_FAST_INLINE_HD T log_ratio_of(T logp, T old, const PolicyRules<T>& rules) {
+  return clamp_of(logp - old, -rules.ratio_clamp, rules.ratio_clamp);
+}
+
+template <class T>
 RLHF_FAST_INLINE_HD RatioToken<T> ratio_token(T logp, T old, const PolicyRules<T>& rules) {
-  const T difference = logp - old, log_ratio = clamp_of(difference, -rules.ratio_clamp, rules.ratio_clamp);
+  const T difference = logp - old, log_ratio = log_ratio_of(logp, old, rules);
   return {log_ratio, exp_of(log_ratio), difference > log_ratio || difference < log_ratio ? T(1) : T(0)};
+}
+
+// The ratio that all tokens of a row see.
+struct RowRatio {
+  double ratio;
+  double moves;  // its logarithm, per unit of one token's log-ratio; 0 beyond a bound
+  double slope;  // d loss / d log-probability of each token of the row, where the ratio carries the gradient
+};
+
+// From the sum of the row's log-ratios: their mean's, bounded from above (GSPO, arXiv 2507.18071), or that of the whole
+// answer, bounded on both sides; the bounds are those of rlhf_fast/surrogates.py.
+RLHF_FAST_INLINE_HD RowRatio row_ratio(int level, double sum, double length) {
+  const bool product = level == kProduct;
+  const double x = product ? sum : sum / length;
+  const double bounded = clamp_of(x, product ? -20.0 : -static_cast<double>(INFINITY), product ? 20.0 : 10.0);
+  return {exp_of(bounded), bounded != x ? 0 : (product ? 1 : 1 / length), 0};
 }
 
 template <class T>
@@ -74,6 +97,22 @@ RLHF_FAST_INLINE_HD PolicyToken<T> policy_token(T ratio, T clamped, T advantage,
   const T loss = larger > cap ? cap : larger;
   const T clipped = larger > plain ? T(1) : T(0), capped = loss < larger ? T(1) : T(0);
   return {loss, clipped + capped + clamped > 0 ? T(0) : plain, clipped, capped};
+}
+
+// -w A log p: the ratio in its bounds is a weight w without gradient (CISPO, arXiv 2506.13585).
+template <class T>
+RLHF_FAST_INLINE_HD PolicyToken<T> weighted_token(T logp, T ratio, T advantage, const PolicyRules<T>& rules) {
+  const T weight = clamp_of(ratio, rules.low, rules.high), slope = -weight * advantage;
+  return {slope * logp, slope, weight != ratio ? T(1) : T(0), T(0)};
+}
+
+// stopped: 1 where the ratio does not follow the log-prob.
+template <int kSurrogate, class T>
+RLHF_FAST_INLINE_HD PolicyToken<T> surrogate_token(T logp, T ratio, T stopped, T advantage,
+                                                   const PolicyRules<T>& rules) {
+  if constexpr (kSurrogate == kClip) return policy_token(ratio, stopped, advantage, rules);
+  if constexpr (kSurrogate == kCispo) return weighted_token(logp, ratio, advantage, rules);
+  return {-advantage * logp, -advantage, T(0), T(0)};
 }
 
 template <class T>

@@ -164,8 +164,10 @@ struct PpoLossArgs {
   void* grad_logprobs;             // or null: no gradients
   void* grad_entropy;              // or null
   void* grad_values;               // or null
-  int64_t* lengths;                // (rows,) working memory, for seq-mean-token-mean
+  int64_t* lengths;                // (rows,) working memory, for seq-mean-token-mean and with row_ratios
+  void* row_ratios;                // (rows, 3) double, working memory; null for kToken
   int64_t rows, length, n;
+  int level, surrogate;  // Level and Surrogate of common/token_losses.h
   double clip_low, clip_high, dual_clip, ratio_clamp;
   double entropy_coef, kl_coef;
   int kl_kind;

@@ -1,10 +1,15 @@
-// The PPO loss, its gradients and its statistics in one pass over the tokens.
+// The PPO loss and its kin, their gradients and their statistics in one pass over the tokens.
 //
 // Tokens go through in blocks that live on the stack: a block is loaded with masked tokens replaced by 0, every term
 // fills arrays in a loop that vectorises, and the arrays are summed in double (chunks.h gives the order). Gradients are
 // final: the denominators depend on the mask alone and are counted first.
+//
+// Where a row shares one ratio, a chunk holds whole rows. Their ratios, and what these give to the gradient of every
+// token, are found before the pass, from blocks that begin with the row: its bits do not depend on where it lies.
 #include <math.h>
 #include <string.h>
+
+#include <type_traits>
 
 #include "chunks.h"
 #include "common/ppo_stats.h"
@@ -29,7 +34,10 @@ struct Problem {
   const T *logprobs, *old, *advantages, *entropy, *ref, *values, *old_values, *returns, *importance;
   T *grad_logprobs, *grad_entropy, *grad_values;
   PolicyRules<T> rules;
-  bool past;  // too large for the caches
+  RowRatio* ratios;  // (rows,), or null: every token has its own
+  bool carried;      // the gradient goes through the ratio of the row
+  bool averaged;     // over the tokens of a row first
+  bool past;         // too large for the caches
   T value_bound;
   double share;         // 1 / denominator
   T value_0, return_0;  // of the first real token: variances are sums of squares around it
@@ -50,6 +58,9 @@ struct Problem {
         grad_values(static_cast<T*>(a.grad_values)),
         rules{static_cast<T>(1 - a.clip_low), static_cast<T>(1 + a.clip_high), static_cast<T>(a.dual_clip),
               static_cast<T>(a.ratio_clamp)},
+        ratios(static_cast<RowRatio*>(a.row_ratios)),
+        carried(a.surrogate == kClip && (a.level == kSequence || a.level == kProduct)),
+        averaged(a.reduction == kSeqMeanTokenMean),
         past(a.n * static_cast<int64_t>(sizeof(T) * (values ? 8 : 4)) > kStreamBytes),
         value_bound(old_values ? static_cast<T>(a.value_clip) : static_cast<T>(INFINITY)) {}
 };
@@ -65,6 +76,30 @@ inline int64_t row_at(const PpoLossArgs& a, int64_t t) {
   return low;
 }
 
+// The first row that begins at token t or later.
+inline int64_t first_row(const PpoLossArgs& a, int64_t t) {
+  if (!a.cu_seqlens) return (t + a.length - 1) / a.length;
+  int64_t low = 0, high = a.rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    a.cu_seqlens[middle] < t ? low = middle + 1 : high = middle;
+  }
+  return low;
+}
+
+// body(surrogate) as a compile-time constant.
+template <class Body>
+inline void with_surrogate(int surrogate, Body body) {
+  switch (surrogate) {
+    case kClip:
+      return body(std::integral_constant<int, kClip>{});
+    case kCispo:
+      return body(std::integral_constant<int, kCispo>{});
+    default:
+      return body(std::integral_constant<int, kScore>{});
+  }
+}
+
 // The sums over a chunk, block by block; gradients on the way.
 template <class T>
 class Chunk {
@@ -75,12 +110,10 @@ class Chunk {
   }
 
   void run(int64_t begin, int64_t end) {
-    const bool by_row = p_.a.reduction == kSeqMeanTokenMean;
+    const bool by_row = p_.averaged || p_.ratios;
     int64_t row = by_row ? row_at(p_.a, begin) : 0;
-    for (at_ = begin; at_ < end; at_ += kBlock) {
-      size_ = static_cast<int>(end - at_ < kBlock ? end - at_ : kBlock);
-      load_mask(on_, p_.a.mask, at_, size_);
-      if (by_row) row = weigh(row);
+    blocks(begin, end, [&] {
+      if (by_row) row = enter(row);
       if (p_.past && at_ + 3 * kBlock <= p_.a.n)
         fetch<T>({p_.logprobs, p_.old, p_.advantages, p_.values, p_.old_values, p_.returns}, at_ + 2 * kBlock, kBlock);
       policy();
@@ -88,7 +121,13 @@ class Chunk {
       if (p_.grad_logprobs) store(p_.grad_logprobs);
       if (p_.entropy) bonus();
       if (p_.values) value();
-    }
+    });
+  }
+
+  // The same for the rows [from, to).
+  void run_rows(int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) p_.ratios[row] = ratio_of(row);
+    if (from < to) run(row_of(p_.a, from).begin, row_of(p_.a, to - 1).end);
   }
 
   Partial<T> sums() const {
@@ -101,19 +140,66 @@ class Chunk {
   }
 
  private:
+  // body() on every block of tokens [begin, end).
+  template <class Body>
+  void blocks(int64_t begin, int64_t end, Body body) {
+    for (at_ = begin; at_ < end; at_ += kBlock) {
+      size_ = static_cast<int>(end - at_ < kBlock ? end - at_ : kBlock);
+      load_mask(on_, p_.a.mask, at_, size_);
+      body();
+    }
+  }
+
+  RowRatio ratio_of(int64_t row) {
+    const Row span = row_of(p_.a, row);
+    const PolicyRules<T> rules = p_.rules;
+    Eight sum = Eight::splat(0);
+    blocks(span.begin, span.end, [&] {
+      const T* __restrict logprobs = block_of(p_.logprobs, 0), * __restrict old = block_of(p_.old, 1);
+      for (int i = 0; i < kBlock; ++i)
+        log_ratio_[i] = log_ratio_of(kept(logprobs[i], on_[i]), kept(old[i], on_[i]), rules);
+      for (int i = 0; i < kBlock; i += kEight) sum = sum + Eight::load(log_ratio_ + i);
+    });
+    RowRatio found = row_ratio(p_.a.level, total(sum), static_cast<double>(length_of(row)));
+    if (!p_.carried) return found;
+    const T ratio = static_cast<T>(found.ratio);
+    sum = Eight::splat(0);
+    blocks(span.begin, span.end, [&] {
+      const T* __restrict advantages = block_of(p_.advantages, 2);
+      for (int i = 0; i < kBlock; ++i) slope_[i] = policy_token(ratio, T(0), kept(advantages[i], on_[i]), rules).slope;
+      if (p_.importance) {
+        const T* __restrict importance = block_of(p_.importance, 3);
+        for (int i = 0; i < kBlock; ++i) slope_[i] *= kept(importance[i], on_[i]);
+      }
+      for (int i = 0; i < kBlock; i += kEight) sum = sum + Eight::load(slope_ + i);
+    });
+    found.slope = weight_of(row) * found.moves * total(sum);
+    return found;
+  }
+
+  int64_t length_of(int64_t row) const { return p_.a.lengths[row] > 0 ? p_.a.lengths[row] : 1; }
+  double weight_of(int64_t row) const {
+    return p_.averaged ? p_.share / static_cast<double>(length_of(row)) : p_.share;
+  }
   void weigh_all(int from, int to, double weight) {
     for (int i = from; i < to; ++i) weight_[i] = weight;
     for (int i = from; i < to; ++i) share_[i] = static_cast<T>(weight);
   }
-  // Weights of the block, which belongs to `row` and the rows after it; returns the row of the next token.
-  int64_t weigh(int64_t row) {
+  // What `row` and the rows after it, to which the block belongs, tell their tokens; returns the row of the next one.
+  int64_t enter(int64_t row) {
     for (int i = 0;; ++row) {
-      const int64_t left = row_of(p_.a, row).end - at_, length = p_.a.lengths[row];
+      const int64_t left = row_of(p_.a, row).end - at_;
       const int stop = left < size_ ? static_cast<int>(left) : size_;
-      weigh_all(i, stop, p_.share / static_cast<double>(length > 0 ? length : 1));
+      if (p_.averaged) weigh_all(i, stop, weight_of(row));
+      if (p_.ratios) share_ratio(i, stop, p_.ratios[row]);
       i = stop;
       if (i == size_) return row;
     }
+  }
+  void share_ratio(int from, int to, const RowRatio& row) {
+    for (int i = from; i < to; ++i) row_ratio_[i] = static_cast<T>(row.ratio);
+    for (int i = from; i < to; ++i) row_slope_[i] = static_cast<T>(row.slope);
+    for (int i = from; i < to; ++i) row_stopped_[i] = row.moves == 0 ? T(1) : T(0);
   }
 
   // The block of an array, or a copy of it where the block is cut short. Masked tokens hold anything.
@@ -151,16 +237,27 @@ class Chunk {
       k3_[i] = k3_of(t.log_ratio);
       clamped_[i] = t.clamped;
     }
-    for (int i = 0; i < kBlock; ++i) {
-      const PolicyToken<T> t = policy_token(ratio_[i], clamped_[i], kept(advantages[i], on_[i]), rules);
-      loss_[i] = t.loss;
-      slope_[i] = t.slope;
-      event_[i] = static_cast<Int<T>>(t.clipped + t.capped * 1024 + clamped_[i] * 1048576);
-      // Without a branch, which the compiler would not turn into vectors.
-      const Int<T> bits = bits_as<Int<T>>(ratio_[i]), least = bits | (~on_[i] & kMost), most = bits & on_[i];
-      low = least < low ? least : low;
-      high = most > high ? most : high;
+    const T* __restrict stopped = clamped_;
+    if (p_.ratios) {
+      for (int i = 0; i < kBlock; ++i) {
+        ratio_[i] = chosen(row_ratio_[i], T(1), on_[i]);
+        stopped_[i] = row_stopped_[i] > clamped_[i] ? row_stopped_[i] : clamped_[i];
+      }
+      stopped = stopped_;
     }
+    with_surrogate(p_.a.surrogate, [&](auto surrogate) {
+      for (int i = 0; i < kBlock; ++i) {
+        const PolicyToken<T> t = surrogate_token<surrogate>(kept(logprobs[i], on_[i]), ratio_[i], stopped[i],
+                                                            kept(advantages[i], on_[i]), rules);
+        loss_[i] = t.loss;
+        slope_[i] = t.slope;
+        event_[i] = static_cast<Int<T>>(t.clipped + t.capped * 1024 + clamped_[i] * 1048576);
+        // Without a branch, which the compiler would not turn into vectors.
+        const Int<T> bits = bits_as<Int<T>>(ratio_[i]), least = bits | (~on_[i] & kMost), most = bits & on_[i];
+        low = least < low ? least : low;
+        high = most > high ? most : high;
+      }
+    });
     low_ = low;
     high_ = high;
     for (int i = 0; i < kBlock; ++i) events += event_[i];
@@ -189,7 +286,10 @@ class Chunk {
     sum_[kK3Sum] = k3;
     sum_[kRatio] = ratio;
     sum_[kRatioSquare] = ratio_square;
-    for (int i = 0; i < kBlock; ++i) grad_[i] = share_[i] * slope_[i];
+    if (p_.carried)
+      for (int i = 0; i < kBlock; ++i) grad_[i] = kept(clamped_[i] > 0 ? T(0) : row_slope_[i], on_[i]);
+    else
+      for (int i = 0; i < kBlock; ++i) grad_[i] = share_[i] * slope_[i];
   }
 
   void kl() {
@@ -264,7 +364,7 @@ class Chunk {
   double weight_[kBlock];          // in the loss; in double, so that the mean of a constant is that constant
   T share_[kBlock];                // the same in T
   T loss_[kBlock], slope_[kBlock], grad_[kBlock], log_ratio_[kBlock], ratio_[kBlock], k3_[kBlock], clamped_[kBlock],
-      value_[kBlock], return_[kBlock];
+      value_[kBlock], return_[kBlock], row_ratio_[kBlock], row_slope_[kBlock], row_stopped_[kBlock], stopped_[kBlock];
   Int<T> event_[kBlock];
   T copies_[4][kBlock];
   Eight sum_[kAllSums];
@@ -275,16 +375,15 @@ class Chunk {
 // Counts what the denominators need: real tokens of every row, and of all; returns the default denominator.
 inline double count(const PpoLossArgs& a, int64_t* tokens) {
   *tokens = count_real(a.mask, a.n);
-  if (a.reduction == kTokenMean) return static_cast<double>(*tokens);
-  if (a.reduction == kTokenSum) return 1;
   int64_t sequences = 0;
-  for (int64_t i = 0; i < a.rows; ++i) {
+  for (int64_t i = 0; i < a.rows && (a.lengths || is_by_rows(a.reduction)); ++i) {
     const Row row = row_of(a, i);
     const int64_t length = count_real(a.mask + row.begin, row.end - row.begin);
     if (a.lengths) a.lengths[i] = length;
     sequences += length > 0;
   }
-  return static_cast<double>(sequences);
+  if (is_by_rows(a.reduction)) return static_cast<double>(sequences);
+  return a.reduction == kTokenMean ? static_cast<double>(*tokens) : 1;
 }
 
 template <class T>
@@ -320,7 +419,10 @@ void run(const PpoLossArgs& a) {
   Partial<T> partial[kMaxChunks];
   chunks.each(a.threads, [&](int64_t c, int64_t begin, int64_t end) {
     Chunk<T> chunk(p);
-    chunk.run(begin, end);
+    if (p.ratios)
+      chunk.run_rows(first_row(a, begin), end < a.n ? first_row(a, end) : a.rows);
+    else
+      chunk.run(begin, end);
     if (p.past) fence();
     partial[c] = chunk.sums();
   });

@@ -18,7 +18,7 @@ NUMBERS = 23
 def forward(
     logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns, importance_weights,
     normalizer, cu_seqlens, low, high, dual, clamp, bonus, kl_coef, kl_kind, kl_in, kl_out, value_clip, value_coef,
-    reduction, divisor, gradients,
+    reduction, divisor, level, surrogate, gradients,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """(loss (), stats (16,), gradients of logprobs, entropy and values stacked, or None)."""
     loss, stats = logprobs.new_empty(()), logprobs.new_empty(len(STATS))

@@ -23,7 +23,7 @@ from rlhf_fast.ops._lm_head import (
 )
 from rlhf_fast.ops._lm_head import arguments as head_arguments
 from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
-from rlhf_fast.ops.ppo_loss import _ppo_loss, loss_output
+from rlhf_fast.ops.ppo_loss import PPO, _ppo_loss, loss_output
 from rlhf_fast.ops.ppo_loss import arguments as loss_arguments
 from rlhf_fast.ops.ppo_loss import forward as loss_forward
 from rlhf_fast.ops.token_logprobs import backward_into
@@ -175,7 +175,7 @@ def _forward_by(kernels: Rows, loss_of, picks: bool, *args):  # type: ignore[no-
             real = torch.ones_like(c.token_ids, dtype=torch.bool) if c.mask is None else c.mask
             _, _, slopes = loss_of(
                 some, old_rows, advantage, real, some_entropy if bonus else None, ref_rows, None, None, None, factor,
-                None, None, *terms, "token-sum", 0.0, True,
+                None, None, *terms, "token-sum", 0.0, *PPO, True,
             )  # fmt: skip
             slopes *= weights[c.rows]
             state = found[-1]
@@ -189,7 +189,7 @@ def _forward_by(kernels: Rows, loss_of, picks: bool, *args):  # type: ignore[no-
                 )
                 gradients.add(c, into)
     loss, stats, of_tokens = loss_of(
-        logprobs, old, advantages, mask, entropy, ref, *rest, *terms, reduction, divisor, wanted[3]
+        logprobs, old, advantages, mask, entropy, ref, *rest, *terms, reduction, divisor, *PPO, wanted[3]
     )  # fmt: skip
     d_hidden, d_weight, d_bias = gradients.found()
     d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)

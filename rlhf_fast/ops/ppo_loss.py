@@ -15,7 +15,7 @@ from rlhf_fast.dialects import dialect as dialect_of
 from rlhf_fast.ops.kl_estimate import ALL_KINDS, KINDS
 from rlhf_fast.reference._gradients import with_gradients
 from rlhf_fast.reference._reduce import REDUCTIONS
-from rlhf_fast.reference.ppo_loss import STATS
+from rlhf_fast.reference.ppo_loss import LEVELS, STATS, SURROGATES
 from rlhf_fast.reference.ppo_loss import ppo_loss as reference
 
 OP = "ppo_loss"
@@ -88,10 +88,14 @@ def ppo_loss(
     return loss_output(inputs)
 
 
-def loss_output(inputs) -> LossOutput:  # type: ignore[no-untyped-def]
-    """The loss of checked `arguments`."""
+PPO = ("token", "clip")
+"""(level, surrogate) of the loss that gave the op its name."""
+
+
+def loss_output(inputs, level: str = PPO[0], surrogate: str = PPO[1]) -> LossOutput:  # type: ignore[no-untyped-def]
+    """The loss of checked `arguments`, with a level and a surrogate that the kernels know."""
     gradients = torch.is_grad_enabled() and _wants(inputs[0], inputs[4], inputs[6])
-    loss, stats, *_ = _ppo_loss(*inputs, gradients)
+    loss, stats, *_ = _ppo_loss(*inputs, level, surrogate, gradients)
     return LossOutput(loss, Stats(stats, STATS))
 
 
@@ -100,7 +104,7 @@ def arguments(
     kl_kind, values, old_values, returns, value_clip, value_coef, importance_weights, reduction, normalizer, dialect,
     cu_seqlens,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Checked arguments of `ppo_loss` as its schema has them, without the last; `name` is what `op` calls the log-probs."""
+    """Checked arguments of `ppo_loss` as its schema has them, without the last three; `name` is what `op` calls the log-probs."""
     rules = dialect_of(op, dialect)
     if type(logprobs) is not Tensor or logprobs.dtype not in _check.FLOATS:
         _check.floating(op, name, logprobs)
@@ -224,7 +228,7 @@ def _rows(logprobs: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
 def forward(
     logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns, importance_weights,
     normalizer, cu_seqlens, low, high, dual, clamp, bonus, kl_coef, kl_kind, kl_in, kl_out, value_clip, value_coef,
-    reduction, divisor, gradients,
+    reduction, divisor, level, surrogate, gradients,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     dtype = logprobs.dtype
     scalar_like, stats_like = _TEMPLATES[dtype]
@@ -236,11 +240,13 @@ def forward(
         each = iter(grads.unbind())
         d_logprobs, d_entropy, d_values = (next(each) if wanted else None for wanted in given)
     rows, length = _rows(logprobs, cu_seqlens)
-    lengths = torch.empty(rows, dtype=torch.int64) if reduction == "seq-mean-token-mean" else None
+    ratios = torch.empty(rows, 3, dtype=torch.float64) if level != "token" else None
+    by_length = reduction == "seq-mean-token-mean" or ratios is not None
+    lengths = torch.empty(rows, dtype=torch.int64) if by_length else None
     kernel(OP)(
         logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns, importance_weights,
-        normalizer, cu_seqlens, loss, stats, d_logprobs, d_entropy, d_values, lengths, rows, length, logprobs.numel(),
-        low, high, dual, clamp, bonus, kl_coef, ALL_KINDS.index(kl_kind) % len(KINDS), kl_kind[-1] == "+", kl_in, kl_out,
+        normalizer, cu_seqlens, loss, stats, d_logprobs, d_entropy, d_values, lengths, ratios, rows, length,
+        logprobs.numel(), LEVELS.index(level), SURROGATES.index(surrogate), low, high, dual, clamp, bonus, kl_coef, ALL_KINDS.index(kl_kind) % len(KINDS), kl_kind[-1] == "+", kl_in, kl_out,
         value_clip, value_coef, REDUCTIONS.index(reduction), divisor, dtype is torch.float64, torch.get_num_threads(),
     )  # fmt: skip
     return loss, stats, grads
@@ -257,6 +263,14 @@ def _given(inputs):  # type: ignore[no-untyped-def]
     return [i for i in _GRADIENTS if inputs[i] is not None]
 
 
+def _declined(*args):  # type: ignore[no-untyped-def]
+    """`declines` of the GPU kernels."""
+    *_, level, surrogate, _ = args
+    if (level, surrogate) != PPO:
+        return f"{surrogate} at the level of the {level} is left to the reference"
+    return no_doubles(*args)
+
+
 def _fake(*args):  # type: ignore[no-untyped-def]
     logprobs, gradients = args[0], args[-1]
     grads = logprobs.new_empty((len(_given(args)), *logprobs.shape) if gradients else 0)
@@ -269,10 +283,10 @@ _ppo_loss = Op(
     "Tensor? values, Tensor? old_values, Tensor? returns, Tensor? importance_weights, Tensor? normalizer, "
     "Tensor? cu_seqlens, float clip_low, float clip_high, float dual_clip, float ratio_clamp, float entropy_coef, "
     "float kl_coef, str kl_kind, float kl_clamp_in, float kl_clamp_out, float value_clip, float value_coef, "
-    "str reduction, float divisor, bool gradients) -> (Tensor, Tensor, Tensor)",
+    "str reduction, float divisor, str level, str surrogate, bool gradients) -> (Tensor, Tensor, Tensor)",
     reference=with_gradients(reference, _GRADIENTS),
     fake=_fake,
-    backends=[cuda("ppo_loss", "forward", no_doubles), triton("ppo_loss", "forward", no_doubles), cpp(forward)],
+    backends=[cuda("ppo_loss", "forward", _declined), triton("ppo_loss", "forward", _declined), cpp(forward)],
     differentiable=_GRADIENTS,
     gradients_in_forward=True,
 )

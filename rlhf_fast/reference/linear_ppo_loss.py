@@ -39,7 +39,7 @@ def linear_ppo_loss(
     logprobs, entropy = logprobs.to(old_logprobs.dtype), entropy.to(old_logprobs.dtype)
     return of_tokens.ppo_loss(
         logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns, importance_weights,
-        normalizer, cu_seqlens, *numbers,  # type: ignore[arg-type]
+        normalizer, cu_seqlens, *numbers, "token", "clip",  # type: ignore[arg-type]
     )  # fmt: skip
 
 

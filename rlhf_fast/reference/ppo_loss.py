@@ -1,12 +1,20 @@
-"""PPO: clipped policy loss, clipped value loss, entropy bonus, KL term, and every statistic."""
+"""PPO and its kin: policy loss, clipped value loss, entropy bonus, KL term, and every statistic."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from rlhf_fast._sequences import Layout
 from rlhf_fast.reference._reduce import token_weights
 from rlhf_fast.reference.kl_estimate import estimate, k3_of
+from rlhf_fast.surrogates import LEVELS as RATIOS
+from rlhf_fast.surrogates import SURROGATES as TERMS
+from rlhf_fast.surrogates import Batch, Terms
+
+LEVELS = ("token", "sequence", "sequence-token", "product")
+SURROGATES = ("clip", "cispo", "score")
+"""Those of rlhf_fast.surrogates that the kernels know."""
 
 STATS = (
     "policy_loss",
@@ -28,7 +36,7 @@ STATS = (
 )
 """policy_loss and value_loss are reduced like the loss; ratio_clamped and tokens are counts; the rest are means (extremes)
 over the real tokens of the call, 0 when there is none. approx_kl is mean(d^2) / 2 and approx_kl_k3 mean(ratio - 1 - d) with
-d = logprobs - old_logprobs after the clamp."""
+d = logprobs - old_logprobs after the clamp; the ratio is that of the level."""
 
 
 def ppo_loss(
@@ -57,9 +65,12 @@ def ppo_loss(
     value_coef: float,
     reduction: str,
     divisor: float,
+    level: str,
+    surrogate: str,
 ) -> tuple[Tensor, Tensor]:
     """Schulman et al. 2017 (arXiv 1707.06347) eq. 7 and 9; dual clip: Ye et al. 2020 (arXiv 1912.09729) eq. 5.
 
+    level and surrogate: rows of rlhf_fast.surrogates, where the formulas of the others are; dual_clip belongs to "clip".
     Everything but logprobs, entropy and values is a constant. Infinity switches dual_clip, ratio_clamp, the KL clamps and
     value_clip off. Masked tokens are replaced by 0 before any arithmetic, so a NaN there cannot spread.
     """
@@ -70,13 +81,14 @@ def ppo_loss(
 
     difference = new - old
     d = difference.clamp(-ratio_clamp, ratio_clamp)
-    ratio = d.exp()
-    plain = -A * ratio
-    clipped = -A * ratio.clamp(1 - clip_low, 1 + clip_high)
-    token_loss = torch.maximum(plain, clipped)
-    cap = -dual_clip * A
-    capped = (A < 0) & (token_loss > cap)
-    token_loss = torch.where(capped, cap.where(capped, 0.0), token_loss)
+    batch, terms = Batch(new, d, A, Layout(mask, cu_seqlens), None), Terms((clip_low, clip_high))
+    ratio = RATIOS[level].ratio(batch, terms)
+    token_loss, clipped = TERMS[surrogate].loss(batch, ratio, terms)
+    capped = None
+    if surrogate == "clip":
+        cap = -dual_clip * A
+        capped = (A < 0) & (token_loss > cap)
+        token_loss = torch.where(capped, cap.where(capped, 0.0), token_loss)
     if importance_weights is not None:
         token_loss = token_loss * fixed(importance_weights)
     policy = (weights * token_loss).sum()
@@ -113,7 +125,7 @@ def ppo_loss(
         "value_loss": value,
         "entropy": mean(bonus),
         "kl": mean(kl),
-        "clip_fraction": mean(clipped > plain),
+        "clip_fraction": mean(clipped),
         "dual_clip_fraction": mean(capped),
         "value_clip_fraction": mean(value_clipped),
         "approx_kl": mean(d.square()) / 2,

@@ -453,7 +453,7 @@ def _op_args(kwargs, gradients):
             "returns", "importance_weights",
         )
     ]  # fmt: skip
-    numbers = (0.2, 0.2, 3.0, 20.0, 0.01, 0.1, "k3", 20.0, 10.0, 0.2, 0.1, "seq-mean-token-mean", 0.0)
+    numbers = (0.2, 0.2, 3.0, 20.0, 0.01, 0.1, "k3", 20.0, 10.0, 0.2, 0.1, "seq-mean-token-mean", 0.0, "token", "clip")
     return (*tensors, None, None, *numbers, gradients)
 
 
