@@ -21,6 +21,7 @@ from rlhf_fast.integrations import patch, unpatch
 from rlhf_fast.losses import policy_loss, preference_loss
 from rlhf_fast.ops import (
     advantages,
+    dpo_loss,
     gae,
     group_advantages,
     kl_estimate,
@@ -51,6 +52,7 @@ __all__ = [
     "advantages",
     "backends",
     "covariance_mask",
+    "dpo_loss",
     "gae",
     "gather_rows",
     "gdpo_advantages",

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rlhf_fast import _check
 from rlhf_fast._types import PreferenceOutput
+from rlhf_fast.ops.dpo_loss import Answers, Curve, answers, check_pairs, pair_loss
 from rlhf_fast.ops.ppo_loss import scalar
-from rlhf_fast.preference_kinds import DIVERGENCES, KINDS, Pairs
+from rlhf_fast.preference_kinds import CURVES, DIVERGENCES, KINDS, Pairs
+from rlhf_fast.sequences import sequence_logprobs
 
 _RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0.0, math.nextafter(0.5, 0.0)),
@@ -56,22 +58,33 @@ def preference_loss(
     undesirable_weight: float = 1.0,
     mask: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    chosen_mask: Tensor | None = None,
+    rejected_mask: Tensor | None = None,
+    chosen_cu_seqlens: Tensor | None = None,
+    rejected_cu_seqlens: Tensor | None = None,
+    fused: bool | None = None,
 ) -> PreferenceOutput:
     """Mean loss over pairs of (chosen, rejected) answers; D = (chosen - ref_chosen) - (rejected - ref_rejected).
+
+    Takes the log-probs of whole answers, or of their tokens with masks, as `token_logprobs` and `linear_token_logprobs` give
+    them: those are summed over each answer, and its tokens counted. The kinds that depend on D alone then run in one pass, by the
+    kernel of `dpo_loss`.
 
     The formula and the paper of each kind are in KINDS. Length-desensitised DPO (Liu et al. 2024, arXiv 2409.06411) is dpo on
     log-probs of `sequence_logprobs` with a tail weight; TR-DPO (Gorbatovski et al. 2024, 2404.09656) is any kind with
     `update_reference` between steps.
 
     Args:
-        chosen_logprobs, rejected_logprobs: (B,) log-probs of the whole answers (sums over tokens), in nats.
-        ref_chosen_logprobs, ref_rejected_logprobs: (B,) the same under the reference, constants. Required by the kinds that
+        chosen_logprobs, rejected_logprobs: (B,) log-probs of the whole answers (sums over tokens), in nats; or of their tokens,
+            (B, T) and (B, T'), or (N,) and (N',) with the cu_seqlens of that side.
+        ref_chosen_logprobs, ref_rejected_logprobs: like them, under the reference, constants. Required by the kinds that
             compare with it, refused by the others.
         kind: one of KINDS, or {kind: weight} for a weighted sum (MPO, Wang et al. 2024, arXiv 2411.10442: {"dpo": 0.8,
             "bco": 0.2, "sft": 1.0}) with one set of options.
         beta: > 0.
         label_smoothing: e in [0, 0.5), probability that the label is flipped; exo needs e > 0.
-        chosen_lengths, rejected_lengths: (B,) tokens per answer, for the kinds that read them. The log-probs stay sums.
+        chosen_lengths, rejected_lengths: (B,) tokens per answer, for the kinds that read them. The log-probs stay sums. None with
+            log-probs of tokens.
         kl_logratios: (M,) log-ratios policy / reference of answers to other prompts, constants; for kto: z0 is their mean,
             at least 0. Micro-batches of one batch share all of them.
         weights: (B,) constant factors of the pairs' losses.
@@ -83,6 +96,11 @@ def preference_loss(
         mask: (B,) False = pair to leave out (never read, no gradient).
         normalizer: > 0, replaces the number of pairs: with that of the whole batch, micro-batches add up to its loss and
             gradient, but for the kinds that look across the batch (aot, aot_unpaired).
+        chosen_mask, rejected_mask: like the log-probs of tokens, True = token of the answer; None = all. Masked tokens are never
+            read; gradient 0.
+        chosen_cu_seqlens, rejected_cu_seqlens: (B+1,) boundaries of packed answers.
+        fused: None = log-probs of tokens in one pass where the kernel of `dpo_loss` covers the kind, else by the formula; False =
+            by the formula, which can be differentiated twice; True = in one pass or an error.
 
     Returns:
         PreferenceOutput(loss, chosen_rewards, rejected_rewards): a scalar, 0 without pairs, and (B,) beta x what the (first)
@@ -110,14 +128,32 @@ def preference_loss(
         undesirable_weight=undesirable_weight,
     )
     _check.floating(OP, "chosen_logprobs", chosen_logprobs)
-    if chosen_logprobs.dim() != 1:
-        raise _check.error(ValueError, OP, "chosen_logprobs", f"shape {tuple(chosen_logprobs.shape)}", "(B,)")
+    if chosen_logprobs.dim() == 2 or chosen_cu_seqlens is not None:
+        sides = (
+            answers(OP, "chosen", chosen_logprobs, ref_chosen_logprobs, chosen_mask, chosen_cu_seqlens),
+            answers(OP, "rejected", rejected_logprobs, ref_rejected_logprobs, rejected_mask, rejected_cu_seqlens),
+        )
+        check_pairs(OP, *sides)
+        _refuse("None with log-probs of tokens", chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+        curve = _curve(mixture, divergence, beta, options)
+        _covered(fused, curve, mixture)
+        if curve is not None and fused is not False:
+            _references(mixture, chosen_logprobs, ref_chosen_logprobs, rejected_logprobs, ref_rejected_logprobs)
+            _kl(mixture, kl_logratios, chosen_logprobs)
+            return pair_loss(OP, *sides, mask, weights, normalizer, beta, curve, rules[0].per_token)
+        (chosen_logprobs, ref_chosen_logprobs, chosen_lengths), rest = map(_whole, sides)
+        rejected_logprobs, ref_rejected_logprobs, rejected_lengths = rest
+        if not any(r.per_token or r.lengths for r in rules):
+            chosen_lengths = rejected_lengths = None
+    elif chosen_logprobs.dim() == 1:
+        masks = {"chosen_mask": chosen_mask, "rejected_mask": rejected_mask}
+        _refuse("None with log-probs of whole answers", **masks, rejected_cu_seqlens=rejected_cu_seqlens)
+        _covered(fused, None, mixture)
+    else:
+        shape = f"shape {tuple(chosen_logprobs.shape)}"
+        raise _check.error(ValueError, OP, "chosen_logprobs", shape, "(B,), or (B, T) of tokens")
     _check.like(OP, "rejected_logprobs", rejected_logprobs, chosen_logprobs, "chosen_logprobs")
-    for name, x in (("ref_chosen_logprobs", ref_chosen_logprobs), ("ref_rejected_logprobs", ref_rejected_logprobs)):
-        if any(r.reference for r in rules):
-            _check.like(OP, name, x, chosen_logprobs, "chosen_logprobs")
-        elif x is not None:
-            raise _check.error(ValueError, OP, name, "a tensor", f"None: {_names(mixture)} takes no reference")
+    _references(mixture, chosen_logprobs, ref_chosen_logprobs, chosen_logprobs, ref_rejected_logprobs)
     mask = _check.mask_like(OP, mask, chosen_logprobs, "chosen_logprobs")
     if mask is None:
         mask = torch.ones_like(chosen_logprobs, dtype=torch.bool)
@@ -160,6 +196,50 @@ def preference_loss(
     if weights is not None:
         total = total * weights
     return PreferenceOutput(mean_over(OP, total, mask, normalizer), *rewards)
+
+
+def _references(
+    mixture: Mapping[str, float],
+    chosen: Tensor,
+    ref_chosen: Tensor | None,
+    rejected: Tensor,
+    ref_rejected: Tensor | None,
+) -> None:
+    for side, x, like in (("chosen", ref_chosen, chosen), ("rejected", ref_rejected, rejected)):
+        name = f"ref_{side}_logprobs"
+        if any(KINDS[kind].reference for kind in mixture):
+            _check.like(OP, name, x, like, "chosen_logprobs" if like is chosen else "rejected_logprobs")
+        elif x is not None:
+            raise _check.error(ValueError, OP, name, "a tensor", f"None: {_names(mixture)} takes no reference")
+
+
+def _refuse(expected: str, **given: Tensor | None) -> None:
+    for name, x in given.items():
+        if x is not None:
+            raise _check.error(ValueError, OP, name, "a tensor", expected)
+
+
+def _covered(fused: bool | None, curve: Curve | None, mixture: Mapping[str, float]) -> None:
+    if fused and curve is None:
+        raise _check.error(
+            ValueError, OP, "fused", True, f"None or False: no kernel covers {_names(mixture)} with these arguments"
+        )
+
+
+def _curve(mixture: Mapping[str, float], divergence: str, beta: float, options: Mapping[str, Any]) -> Curve | None:
+    """What the kernel of `dpo_loss` computes, or None where it does not cover the call."""
+    (name, share), *others = mixture.items()
+    if others or share != 1 or divergence != "reverse_kl" or not KINDS[name].fused:
+        return None
+    return CURVES[KINDS[name].loss](beta, options["label_smoothing"], options["gamma"])
+
+
+def _whole(x: Answers) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(log-probs, reference, lengths) of whole answers from those of their tokens."""
+    found, ref = sequence_logprobs(x.logprobs, x.mask, cu_seqlens=x.cu_seqlens), None
+    if x.ref_logprobs is not None:
+        ref = sequence_logprobs(x.ref_logprobs.detach(), x.mask, cu_seqlens=x.cu_seqlens).logprobs
+    return found.logprobs, ref, found.lengths
 
 
 def mean_over(op: str, losses: Tensor, mask: Tensor, normalizer: Tensor | float | None) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf_fast.ops.dpo_loss import Curve
+
 EXPONENT = 80.0
 """Largest argument of an exp whose value grows with a log-ratio; e^80 leaves fp32 room for a product (TRL's bound)."""
 
@@ -209,6 +211,16 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 """f'(u) of a log-ratio x = log u, up to a constant (Wang et al. 2023, arXiv 2309.16240): D is a difference of them."""
 
 
+CURVES: dict[Callable[[Pairs], Tensor], Callable[[float, float, float], Curve]] = {
+    _dpo: lambda beta, e, gamma: Curve(beta, win=1 - e, lose=e),
+    _robust: lambda beta, e, gamma: Curve(beta, win=(1 - e) / (1 - 2 * e), lose=-e / (1 - 2 * e)),
+    _ipo: lambda beta, e, gamma: Curve(1.0, 1 / (2 * beta), "square"),
+    _hinge: lambda beta, e, gamma: Curve(beta, name="hinge"),
+    _simpo: lambda beta, e, gamma: Curve(beta, gamma, win=1 - e, lose=e),
+}
+"""Losses that depend on D alone, as the kernel of `dpo_loss` takes them, from beta, label_smoothing and gamma."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """One loss, and how it reads its pairs."""
@@ -229,6 +241,11 @@ class Kind:
     """A function of D that `divergence` may reshape."""
     across: bool = False
     """Looks across the pairs of the call: micro-batches do not add up to the batch."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernel of `dpo_loss` computes it from the log-probs of tokens."""
+        return self.loss in CURVES
 
 
 _E = ("label_smoothing",)

@@ -416,7 +416,10 @@ NO_REF = {"ref_chosen_logprobs": None, "ref_rejected_logprobs": None}
         ({"normalizer": 0.0}, "'normalizer' got 0.0"),
         ({"normalizer": torch.ones(1)}, "'normalizer' got shape"),
         ({"rejected_logprobs": torch.zeros(2)}, r"'rejected_logprobs' got shape \(2,\), expected \(1,\)"),
-        ({"chosen_logprobs": torch.zeros(1, 1)}, r"'chosen_logprobs' got shape \(1, 1\)"),
+        (
+            {"chosen_logprobs": torch.zeros(1, 1, 1)},
+            r"'chosen_logprobs' got shape \(1, 1, 1\), expected \(B,\), or \(B, T\)",
+        ),
         ({"mask": torch.ones(1)}, "'mask' got torch.float32"),
     ],
 )

@@ -179,6 +179,40 @@ struct PpoLossArgs {
   int threads;
 };
 
+// Working memory of dpo_loss, for an answer.
+struct DpoLossRow {
+  double compared;  // the sum of its log-ratios (log-probs without a reference), or their mean
+  double part;      // of that, of each token: 1, or 1 / length
+};
+
+struct DpoLossArgs {
+  const void* chosen;                  // (pairs, chosen_length) or (chosen_cu_seqlens[pairs],), wide, as all below
+  const void* rejected;                // the same with its own length
+  const void* ref_chosen;              // as chosen, or null
+  const void* ref_rejected;            // as rejected, or null
+  const uint8_t* chosen_mask;          // as chosen, or null: all real
+  const uint8_t* rejected_mask;        // as rejected, or null
+  const uint8_t* mask;                 // (pairs,) or null: all real
+  const void* weights;                 // (pairs,) or null
+  const void* normalizer;              // (1,) or null
+  const int64_t* chosen_cu_seqlens;    // (pairs + 1,) or null: padded
+  const int64_t* rejected_cu_seqlens;  // the same
+  void* loss;                          // (1,)
+  void* rewards;                       // (2, pairs)
+  void* grad_chosen;                   // as chosen, or null
+  void* grad_rejected;                 // as rejected, or null
+  DpoLossRow* rows;                    // (2, pairs)
+  int64_t pairs, chosen_length, rejected_length;
+  int64_t n;                   // tokens of both
+  double beta, scale, offset;  // rewards: beta x what is compared; the loss is a curve of scale x gap - offset
+  int curve;                   // Curve of dpo_loss.cpp
+  double win, lose;
+  bool average;
+  double divisor;  // denominator, when positive
+  bool f64;
+  int threads;
+};
+
 constexpr int64_t kMatmulFloats = 1 << 19;  // of MatmulArgs::workspace
 
 // C = A B + bias, or C += A B. Of the two strides of A and of B one is 1.
@@ -265,6 +299,7 @@ struct TokenLogprobsBackwardArgs {
 // KERNEL(name, argument struct)
 #define RLHF_FAST_KERNELS(KERNEL)                            \
   KERNEL(advantages, AdvantagesArgs)                         \
+  KERNEL(dpo_loss, DpoLossArgs)                              \
   KERNEL(gae, GaeArgs)                                       \
   KERNEL(gae_backward, GaeBackwardArgs)                      \
   KERNEL(group_advantages, GroupAdvantagesArgs)              \

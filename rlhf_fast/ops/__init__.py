@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_fast.ops.advantages import advantages
+from rlhf_fast.ops.dpo_loss import dpo_loss
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
@@ -16,6 +17,7 @@ from rlhf_fast.ops.whiten import whiten
 
 __all__ = [
     "advantages",
+    "dpo_loss",
     "gae",
     "group_advantages",
     "kl_estimate",

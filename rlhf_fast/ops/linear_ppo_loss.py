@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rlhf_fast import _check, _parallel
 from rlhf_fast._native import contiguous
-from rlhf_fast._op import Backend, Op, cpp, cuda, last_use, no_doubles, triton
+from rlhf_fast._op import Backend, Op, cpp, cuda, no_doubles, triton
 from rlhf_fast._types import LossOutput, Stats
+from rlhf_fast.ops._kept_gradients import reference_cell, scaling
 from rlhf_fast.ops._lm_head import (
     Chunk,
     Gradients,
@@ -28,7 +27,6 @@ from rlhf_fast.ops.ppo_loss import arguments as loss_arguments
 from rlhf_fast.ops.ppo_loss import forward as loss_forward
 from rlhf_fast.ops.token_logprobs import backward_into
 from rlhf_fast.ops.token_logprobs import forward as tokens_forward
-from rlhf_fast.reference._gradients import differentiated
 from rlhf_fast.reference._reduce import token_weights
 from rlhf_fast.reference.linear_ppo_loss import linear_ppo_loss as reference
 from rlhf_fast.reference.ppo_loss import STATS
@@ -220,20 +218,6 @@ def _live(c: Chunk, state: Tensor, slopes: Tensor) -> tuple[Chunk, Tensor, Tenso
     return c, state[order], slopes[:, order]
 
 
-def _reference_cell(*args):  # type: ignore[no-untyped-def]
-    *inputs, _, wanted = args
-    places = [i for i, want in zip(_DIFFERENTIABLE, wanted, strict=True) if want]
-    if not places or torch.is_grad_enabled():  # autograd goes through the reference itself
-        return (*reference(*inputs), *(inputs[0].new_empty(0) for _ in _DIFFERENTIABLE))
-    loss, stats, found = differentiated(reference, inputs, places)
-    each = iter(found)
-    return (
-        loss,
-        stats,
-        *(next(each).to(dtype) if want else None for want, dtype in zip(wanted, _dtypes(inputs), strict=True)),
-    )
-
-
 def _dtypes(inputs) -> list[torch.dtype]:  # type: ignore[no-untyped-def]
     """Of the gradients: they are kept wide, since one that is not yet scaled may be too small for fp16."""
     return [compute_dtype(inputs[0], inputs[1])] * 3 + [inputs[6].dtype]
@@ -246,26 +230,6 @@ def _fake(*args):  # type: ignore[no-untyped-def]
     return old.new_empty(()), old.new_empty(len(STATS)), *grads
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, *others = output
-    grads = [g for g, want in zip(output[2:], inputs[-1], strict=True) if want]
-    ctx.mark_non_differentiable(*(t for t in others if t is not None))
-    ctx.save_for_backward(*grads)
-    ctx.targets = [(i, inputs[i].dtype) for i, want in zip(_DIFFERENTIABLE, inputs[-1], strict=True) if want]
-    ctx.inputs = len(inputs)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    result: list[Any] = [None] * ctx.inputs
-    if grad is None:
-        return tuple(result)
-    last = last_use(ctx, grad)
-    for (i, dtype), kept in zip(ctx.targets, ctx.saved_tensors, strict=True):
-        result[i] = (kept.mul_(grad) if last else kept * grad).to(dtype)
-    return tuple(result)
-
-
 _linear_ppo_loss = Op(
     _OP,
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor mask, Tensor? temperature, Tensor old_logprobs, "
@@ -274,15 +238,13 @@ _linear_ppo_loss = Op(
     "float clip_low, float clip_high, float dual_clip, float ratio_clamp, float entropy_coef, float kl_coef, str kl_kind, "
     "float kl_clamp_in, float kl_clamp_out, float value_clip, float value_coef, str reduction, float divisor, "
     "int chunk_bytes, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference_cell,
+    reference=reference_cell(reference, _DIFFERENTIABLE, 2, _dtypes),
     fake=_fake,
     backends=[
         Backend("cuda", "cuda", _forward_cuda, cuda("token_logprobs").missing, no_doubles),
         Backend("triton", "cuda", _forward_triton, triton("token_logprobs").missing, no_doubles),
         cpp(_forward),
     ],
-    setup_context=_setup,
-    backward=_backward,
-    differentiable=_DIFFERENTIABLE,
     strided=True,
+    **scaling(_DIFFERENTIABLE),
 )
