@@ -48,6 +48,7 @@ def calls() -> dict[str, Callable[[bool], Callable[[], object]]]:
         ),
         "group_advantages": lambda g: bind(rlhf_fast.group_advantages, x(g, 8), groups),
         "ppo_loss": lambda g: bind(rlhf_fast.ppo_loss, x(g), old, adv, mask),
+        "dpo_loss": lambda g: bind(rlhf_fast.dpo_loss, x(g), old, adv, old, chosen_mask=mask, rejected_mask=mask),
         "reward_loss": lambda g: bind(rlhf_fast.reward_loss, x(g, 8), torch.randn(8)),
     }
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.ops import advantages, group_advantages, kl_estimate, ppo_loss, reward_loss, whiten
+from rlhf_fast.ops import advantages, dpo_loss, group_advantages, kl_estimate, ppo_loss, reward_loss, whiten
 from rlhf_fast.reference import advantages as sample_advantages
+from rlhf_fast.reference import dpo_loss as sample_dpo
 from rlhf_fast.reference import group_advantages as sample_group
 from rlhf_fast.reference import kl_estimate as sample_kl
 from rlhf_fast.reference import ppo_loss as sample_ppo
@@ -30,6 +31,7 @@ CALLS = {
     "reward_loss": (
         lambda **k: [reward_loss(**k).loss], lambda shape, **o: sample_reward.sample(shape[0] * shape[1], **o), "chosen_scores",
     ),
+    "dpo_loss": (lambda **k: list(dpo_loss(**k)), sample_dpo.sample, "chosen_logprobs"),
     "ppo_loss": (
         lambda **k: [ppo_loss(kl_coef=0.1, entropy_coef=0.01, **k).loss], sample_ppo.sample, "logprobs",
     ),
@@ -149,7 +151,7 @@ def test_changing_a_saved_input_before_the_backward_is_an_error(name):
         out.backward()
 
 
-@pytest.mark.parametrize("name", ["reward_loss", "ppo_loss"])
+@pytest.mark.parametrize("name", ["reward_loss", "ppo_loss", "dpo_loss"])
 def test_changing_an_input_of_a_loss_before_the_backward_leaves_its_gradient_alone(name):
     call, sample, leaf = CALLS[name]
     grads = []

@@ -168,7 +168,27 @@ def reward_loss(d: Draw) -> dict[str, Any]:
     }
 
 
+def dpo_loss(d: Draw) -> dict[str, Any]:
+    chosen, rejected, refs = d.tokens(), d.tokens(), d.pick(True, False)
+    return {
+        "chosen_logprobs": chosen,
+        "rejected_logprobs": rejected,
+        "ref_chosen_logprobs": (chosen + 0.3 * d.tokens()).to(d.dtype) if refs else None,
+        "ref_rejected_logprobs": (rejected + 0.3 * d.tokens()).to(d.dtype) if refs else None,
+        "chosen_mask": d.pick(None, d.mask()),
+        "rejected_mask": d.pick(None, d.mask()),
+        "beta": d.pick(0.1, 1.0),
+        "label_smoothing": d.pick(0.0, 0.1),
+        "average": d.pick(True, False),
+        "weights": d.pick(None, d.normal(d.rows)),
+        "normalizer": d.pick(None, 3.0),
+    }
+
+
 CONSTANT = {
+    "ref_chosen_logprobs",
+    "ref_rejected_logprobs",
+    "weights",
     "old_logprobs",
     "advantages",
     "returns",
@@ -219,6 +239,7 @@ def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tenso
         ppo_loss,
         linear_ppo_loss,
         reward_loss,
+        dpo_loss,
     ],
     ids=lambda f: f.__name__,
 )

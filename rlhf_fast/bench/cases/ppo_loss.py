@@ -1,4 +1,5 @@
-"""ppo_loss with gradients and all statistics, against eager, compiled and the trainers' own losses."""
+"""ppo_loss with gradients and all statistics, against eager, compiled and the trainers' own losses; other hot recipes against
+their formula."""
 
 from __future__ import annotations
 
@@ -99,8 +100,35 @@ def of_openrlhf(module: Any) -> Call:
     return with_gradients(loss)
 
 
+HOT = ("cispo", "gspo")
+"""Recipes whose surrogate or whose level of the ratio is another one, timed beside ppo."""
+
+
+def of_recipe(recipe: str, fused: bool) -> Call:
+    def run(x: dict[str, Any]) -> Results:
+        logprobs = leaf(x["logprobs"])
+        loss = rlhf_fast.policy_loss(recipe, logprobs, x["old_logprobs"], x["advantages"], x["mask"], fused=fused).loss
+        loss.backward()
+        return loss.detach(), logprobs.grad
+
+    return run
+
+
+def near(rows: int, length: int) -> dict[str, Any]:
+    """An update's batch: small log-ratios, an advantage for each answer, most of them good, or the loss would be what is left of terms that cancel."""
+    x = make(rows, length)
+    g = torch.Generator().manual_seed(1)
+    x["logprobs"] = x["old_logprobs"] + 0.01 * torch.randn(rows, length, generator=g)
+    return {**x, "advantages": 1 + torch.randn(rows, generator=g)}
+
+
+def truth_of(call: Call, x: dict[str, Any]) -> Results:
+    """The same in fp64."""
+    return call({k: v.double() if v.is_floating_point() else v for k, v in x.items()})
+
+
 def truth(x: dict[str, Any]) -> Results:
-    return with_gradients(with_statistics)({k: v.double() if v.is_floating_point() else v for k, v in x.items()})
+    return truth_of(with_gradients(with_statistics), x)
 
 
 def cases() -> Iterator[Case]:
@@ -127,4 +155,16 @@ def cases() -> Iterator[Case]:
             limit,
             bars,
             memory=False,
+        )
+    for recipe in HOT:
+        yield Case(
+            "ppo_loss",
+            f"{recipe} [64, 1024] fp32, forward + backward",
+            partial(near, 64, 1024),
+            {OURS: of_recipe(recipe, True), "eager": of_recipe(recipe, False)},
+            partial(truth_of, of_recipe(recipe, False)),
+            lambda m: m.seconds(read=13 * 65536, written=4 * 65536),
+            {"eager": 8.0},
+            memory=False,
+            seconds=6,
         )
