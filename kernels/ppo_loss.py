@@ -12,7 +12,14 @@ from rlhf_fast.kernels.common.launch import on_device
 from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.moments import MAX_PARTS, merged, moments_of, pooled
 from rlhf_fast.kernels.common.scan import left, mask_from, row_of
-from rlhf_fast.kernels.common.token_losses import k3_of, kl_token, policy_token, ratio_token, value_token
+from rlhf_fast.kernels.common.token_losses import (
+    k3_of,
+    kl_token,
+    policy_token,
+    ratio_token,
+    value_token,
+    weighted_token,
+)
 from rlhf_fast.kernels.kl_estimate import kind_of
 from torch import Tensor
 
@@ -123,10 +130,11 @@ def _loss(
     normalizer, cu_seqlens, loss, stats, grad_logprobs, grad_entropy, grad_values, parts, counters,
     tokens, rows, length, rows_per_part, n_parts, low, high, dual_clip, ratio_clamp, entropy_coef, kl_coef, kl_in, kl_out,
     value_clip, value_coef, divisor,
-    COUNTED: tl.constexpr, TOKEN_MEANS: tl.constexpr, KIND: tl.constexpr, THROUGH: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
+    COUNTED: tl.constexpr, TOKEN_MEANS: tl.constexpr, WEIGHTS: tl.constexpr, KIND: tl.constexpr, THROUGH: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """COUNTED: what replaces `divisor` as the denominator, unless a normalizer does. TOKEN_MEANS: rows are averaged first."""
+    """COUNTED: what replaces `divisor` as the denominator, unless a normalizer does. TOKEN_MEANS: rows are averaged first. WEIGHTS:
+    the ratio is a weight."""
     part = take_ticket(counters)
     if COUNTED != NOTHING:
         if part < n_parts:
@@ -167,7 +175,11 @@ def _loss(
             old = tl.load(old_logprobs + first + lane, real, other=0.0)
             advantage = tl.load(advantages + first + lane, real, other=0.0)
             log_ratio, ratio, clamped = ratio_token(logp, old, ratio_clamp)
-            term, slope, clipped, capped = policy_token(ratio, clamped, advantage, low, high, dual_clip)
+            if WEIGHTS:
+                term, slope, clipped = weighted_token(logp, ratio, advantage, low, high)
+                capped = clipped & False
+            else:
+                term, slope, clipped, capped = policy_token(ratio, clamped, advantage, low, high, dual_clip)
             if importance_weights is not None:
                 importance = tl.load(importance_weights + first + lane, real, other=0.0)
                 term *= importance
@@ -301,6 +313,6 @@ def forward(
             normalizer, cu_seqlens if by_rows else None, loss, stats, grad_logprobs, grad_entropy, grad_values, parts,
             counters_for(logprobs), n, rows, length, rows_per_part, count, 1 - low, 1 + high, dual, clamp, bonus, kl_coef,
             kl_in, kl_out, value_clip, value_coef, divisor, counted.value, reduction == "seq-mean-token-mean",
-            kind_of(kl_kind), kl_kind.endswith("+"), BLOCK, triton.next_power_of_2(count), **spread(WARPS),
+            surrogate == "cispo", kind_of(kl_kind), kl_kind.endswith("+"), BLOCK, triton.next_power_of_2(count), **spread(WARPS),
         )  # fmt: skip
     return loss, stats, grads

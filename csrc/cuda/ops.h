@@ -13,7 +13,7 @@
 
 namespace rlhf_fast::cuda {
 
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 constexpr int kThreads = 256;  // of every block
 
 // The vocabulary is summed in slices, a few of which make a row long enough for several blocks. Their number depends on
@@ -187,6 +187,7 @@ struct PpoLossArgs {
   Counter* counters;                // (4,) of zeros, before and after
   double* scratch;                  // (kMaxParts, 23)
   int64_t rows, length, n;
+  bool weights;  // the ratio is a weight without gradient, for which there is no dual clip
   double clip_low, clip_high, dual_clip, ratio_clamp;
   double entropy_coef, kl_coef;
   int kl_kind;

@@ -115,7 +115,8 @@ struct PpoPass {
       grad[k] = 0;
       if (!real[k]) continue;
       const RatioToken<float> ratio = ratio_token(logprobs[k], old[k], rules);
-      const PolicyToken<float> t = policy_token(ratio.ratio, ratio.clamped, advantages[k], rules);
+      const PolicyToken<float> t = a.weights ? weighted_token(logprobs[k], ratio.ratio, advantages[k], rules)
+                                             : policy_token(ratio.ratio, ratio.clamped, advantages[k], rules);
       const float factor = a.importance_weights ? importance[k] : 1;
       const double d = static_cast<double>(ratio.log_ratio), r = static_cast<double>(ratio.ratio) - 1;
       sum[kPolicy] += weight[k] * static_cast<double>(t.loss * factor);

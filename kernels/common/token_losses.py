@@ -132,6 +132,14 @@ def policy_token(ratio, clamped, advantage, low, high, dual_clip):
 
 
 @triton.jit
+def weighted_token(logp, ratio, advantage, low, high):
+    """(loss, d loss / d logp, clipped) of -w A logp: the ratio in its bounds is a weight without gradient (CISPO, arXiv 2506.13585)."""
+    weight = clamp_of(ratio, low, high)
+    slope = -weight * advantage
+    return slope * logp, slope, weight != ratio
+
+
+@triton.jit
 def value_token(value, old, target, bound):
     """(loss, d loss / d value, clipped) of max((V - R)^2, (clip(V, old +- bound) - R)^2) / 2."""
     error = value - target

@@ -15,7 +15,7 @@ import torch
 
 from rlhf_fast import _env, _extension
 
-ABI = 2
+ABI = 3
 """Version of the argument structs in csrc/cuda/ops.h; a module carries the one it was built with."""
 
 MAJORS = (12, 13)

@@ -38,7 +38,7 @@ def forward(
     run(
         "ppo_loss", logprobs, logprobs, old_logprobs, advantages, mask, entropy, ref_logprobs, values, old_values, returns,
         importance_weights, normalizer, cu_seqlens, loss, stats, d_logprobs, d_entropy, d_values, lengths,
-        counters_for(logprobs), scratch, rows, length, logprobs.numel(), low, high, dual, clamp, bonus, kl_coef,
+        counters_for(logprobs), scratch, rows, length, logprobs.numel(), surrogate == "cispo", low, high, dual, clamp, bonus, kl_coef,
         ALL_KINDS.index(kl_kind) % len(KINDS), kl_kind[-1] == "+", kl_in, kl_out, value_clip, value_coef, REDUCTIONS.index(reduction), divisor,
     )  # fmt: skip
     return loss, stats, grads

@@ -266,7 +266,7 @@ def _given(inputs):  # type: ignore[no-untyped-def]
 def _declined(*args):  # type: ignore[no-untyped-def]
     """`declines` of the GPU kernels."""
     *_, level, surrogate, _ = args
-    if (level, surrogate) != PPO:
+    if level != "token" or surrogate not in ("clip", "cispo"):
         return f"{surrogate} at the level of the {level} is left to the reference"
     return no_doubles(*args)
 

@@ -320,6 +320,7 @@ void ppo_loss_cases() {
                          rows,
                          length,
                          n,
+                         reduction == 1,
                          0.2,
                          0.2,
                          3,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from gpu.shim.cells import cuda_cells
@@ -151,6 +153,16 @@ def test_ppo_loss(cuda, reduction):
     n = flat["mask"].numel()
     flat["cu_seqlens"] = torch.tensor([0, 3, 3, 700, n - 1, n])
     check(rlhf_fast.ppo_loss, flat, leaves, shifted, normalizer=torch.tensor(3.5), **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_cispo(cuda, reduction):
+    kwargs = {k: v for k, v in ppo_loss.sample((3, 1025)).items() if "values" not in k and k != "returns"}
+    kwargs["old_logprobs"][0, ::5] -= 30.0  # beyond the clamp of the log-ratio, which stops no gradient
+    cispo = partial(rlhf_fast.policy_loss, "cispo", clip=(0.2, 0.1), entropy_coef=0.01, kl_coef=0.1)
+    before = cuda.configure()
+    check(cispo, kwargs, ("logprobs", "entropy"), ("loss", "policy_loss", "kl"), reduction=reduction)
+    assert cuda.configure() == before + 1
 
 
 @pytest.mark.parametrize("kl_kind", ALL_KINDS)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Case:
     leaves: tuple[str, ...] = ()
     """Inputs that get a gradient."""
     options: dict[str, Any] = field(default_factory=dict)
+    function: Callable[..., Any] | None = None
+    """What is called, where it is not the public function of the op."""
 
     @property
     def audited(self) -> bool:
@@ -56,7 +59,7 @@ class Case:
     def results(self, inputs: Tensors) -> Tensors:
         """Every output, and as "d <leaf>" the gradients of a sum of the outputs under fixed random weights."""
         held = {k: v.detach().requires_grad_() if k in self.leaves else v for k, v in inputs.items()}
-        found = _named(getattr(rlhf_fast, self.op)(**held, **self.options))
+        found = _named((self.function or getattr(rlhf_fast, self.op))(**held, **self.options))
         g = torch.Generator().manual_seed(7)
         total = torch.zeros((), dtype=torch.float64)
         for x in found.values():
@@ -92,7 +95,7 @@ class Case:
         options = double(self.options)
         with rlhf_fast.use_backend("reference"):
             plain = self.results(inputs)
-            truth = Case(self.op, self.name, self.inputs, self.leaves, options).results(double(inputs))
+            truth = replace(self, options=options).results(double(inputs))
         return truth, plain
 
     def check(self, got: Tensors, expected: tuple[Tensors, Tensors]) -> None:
@@ -286,6 +289,8 @@ def _per_token() -> Iterator[Case]:
         yield Case("ppo_loss", reduction, lambda: ppo_loss.sample((7, 41)), leaves, {**options, "reduction": reduction})
     core = _without(lambda: ppo_loss.sample((4, 300)), *("entropy", "ref_logprobs", "values", "old_values", "returns"))
     yield Case("ppo_loss", "policy", core, leaves[:1])
+    cispo = partial(rlhf_fast.policy_loss, "cispo", clip=(0.2, 0.1))
+    yield Case("ppo_loss", "cispo", core, leaves[:1], function=cispo)
     packed = _packed(lambda: ppo_loss.sample((5, 60)), [60, 0, 17, 1, 60])
     yield Case("ppo_loss", "packed", packed, leaves, {**options, "reduction": "seq-mean-token-mean"})
     yield Case("ppo_loss", "verl", lambda: ppo_loss.sample((4, 300)), leaves, {**options, "dialect": "verl"})
