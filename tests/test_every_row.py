@@ -108,9 +108,15 @@ FUNCTIONS = {
     ),
     "ppo_loss": (
         "ops/test_ppo_loss::test_item_27_worked_values_of_the_ratio_clip_and_where_its_gradient_is_zero",
-        "ops/test_ppo_loss::test_gradcheck",
+        "ops/test_ppo_loss_modes::test_gradcheck",
         "ops/test_ppo_loss::test_masked_tokens_are_never_read",
         "ops/test_ppo_loss::test_item_26_micro_batches_that_share_a_normalizer_add_up_to_the_one_shot_gradient",
+    ),
+    "dpo_loss": (
+        "ops/test_dpo_loss::test_worked_values",
+        "ops/test_dpo_loss::test_gradcheck",
+        "ops/test_dpo_loss::test_masked_tokens_and_pairs_are_never_read",
+        "ops/test_dpo_loss::test_micro_batches_that_share_a_normalizer_add_up",
     ),
     "linear_ppo_loss": (
         "ops/test_linear_ppo_loss::test_loss_and_statistics_have_the_bits_of_the_two_ops",  # which have worked values
