@@ -12,7 +12,16 @@ from torch import Tensor
 
 import rlhf_fast
 from rlhf_fast.bench import peers
-from rlhf_fast.bench.cases import advantages, gae, group_advantages, kl_estimate, ppo_loss, reward_loss, whiten
+from rlhf_fast.bench.cases import (
+    advantages,
+    dpo_loss,
+    gae,
+    group_advantages,
+    kl_estimate,
+    ppo_loss,
+    reward_loss,
+    whiten,
+)
 from rlhf_fast.bench.cases import linear_ppo_loss as head_loss
 from rlhf_fast.bench.cases import linear_token_logprobs as heads
 from rlhf_fast.bench.cases import token_logprobs as tokens
@@ -237,6 +246,19 @@ def _small(device: torch.device, sizes: Sizes) -> Iterator[Case]:
         {OURS: whiten.ours, "eager": whiten.eager, "verl": peer(peers.verl_functional, whiten.of_verl)},
         lambda x: whiten.eager({"x": x["x"].double(), "mask": x["mask"]}),
         lambda m: m.seconds(read=5 * n, written=4 * n),
+        memory=False,
+    )
+    yield Case(
+        "dpo_loss",
+        f"[{rows}, {length}] chosen and rejected, fp32, forward + backward",
+        made_on(device, partial(dpo_loss.make, rows, length)),
+        {
+            OURS: dpo_loss.with_gradients(dpo_loss.ours),
+            "eager, loss alone": dpo_loss.with_gradients(dpo_loss.fed(dpo_loss.bare)),
+            "torch.compile, loss alone": dpo_loss.with_gradients(dpo_loss.fed(compiled(dpo_loss.bare))),
+        },
+        dpo_loss.truth,
+        lambda m: m.seconds(read=18 * n, written=8 * n),
         memory=False,
     )
     groups, size = sizes.groups
