@@ -7,29 +7,11 @@
 namespace rlhf_fast {
 namespace {
 
-inline MatmulArgs product(const LoraLinearArgs& x, bool accumulate) {
-  MatmulArgs p{};
-  p.workspace = x.workspace;
-  p.m = x.rows;
-  p.accumulate = accumulate;
-  p.threads = x.threads;
-  return p;
-}
-
 template <bool kNarrow, class T>
 void segment(const LoraLinearArgs& x) {
-  MatmulArgs down = product(x, false);
-  down.a = x.x;
-  down.a_row = x.x_row;
-  down.a_column = 1;
-  down.b = x.a;
-  down.b_row = x.a_row;
-  down.b_column = x.a_column;
-  down.k = x.in;
-  down.n = x.rank;
-  down.c = x.low;
-  down.c_row = x.rank;
-  multiply<kNarrow, T, float>(down);
+  // a, b, bias, c, workspace; m, n, k; rows and columns of a and b, rows of c; formats, which the template has.
+  multiply<kNarrow, T, float>(MatmulArgs{x.x, x.a, nullptr, x.low, x.workspace, x.rows, x.rank, x.in, x.x_row, 1,
+                                         x.a_row, x.a_column, x.rank, kFloat32, kFloat32, false, kNarrow, x.threads});
   const Float scale = Float::splat(static_cast<float>(x.scale));
   float* const low = static_cast<float*>(x.low);
   const int64_t count = x.rows * x.rank;
@@ -38,18 +20,9 @@ void segment(const LoraLinearArgs& x) {
     if (i < end) store(low + i, load(low + i, static_cast<int>(end - i)) * scale, static_cast<int>(end - i));
   });
   if (!x.y) return;
-  MatmulArgs up = product(x, true);
-  up.a = x.low;
-  up.a_row = x.rank;
-  up.a_column = 1;
-  up.b = x.b;
-  up.b_row = x.b_row;
-  up.b_column = x.b_column;
-  up.k = x.rank;
-  up.n = x.out;
-  up.c = x.y;
-  up.c_row = x.y_row;
-  multiply<kNarrow, float, float, T>(up);
+  multiply<kNarrow, float, float, T>(MatmulArgs{x.low, x.b, nullptr, x.y, x.workspace, x.rows, x.out, x.rank, x.rank, 1,
+                                                x.b_row, x.b_column, x.y_row, kFloat32, kFloat32, true, kNarrow,
+                                                x.threads});
 }
 
 }  // namespace
