@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from integrations import fakes
 
 import rlhf_fast
 from rlhf_fast.integrations import slime, status
@@ -123,7 +123,7 @@ def sample_mean(batch):
 def test_losses_by_dotted_path(training):
     args, batch, logits = training
     loss, reported = slime.policy_loss_ppo(args, batch, logits, sample_mean(batch))
-    read = fakes.sys.modules["slime.backends.megatron_utils.loss"].get_log_probs_and_entropy
+    read = sys.modules["slime.backends.megatron_utils.loss"].get_log_probs_and_entropy
     found = read(
         logits,
         args=args,
@@ -149,7 +149,7 @@ def test_every_recipe_by_dotted_path(recipe, training):
     args, batch, logits = training
     args.use_kl_loss, args.entropy_coef = False, 0.0
     loss, _ = getattr(slime, f"policy_loss_{recipe}")(args, batch, logits, sample_mean(batch))
-    read = fakes.sys.modules["slime.backends.megatron_utils.loss"].get_log_probs_and_entropy
+    read = sys.modules["slime.backends.megatron_utils.loss"].get_log_probs_and_entropy
     keys = ("unconcat_tokens", "total_lengths", "response_lengths")
     new = torch.cat(read(logits, args=args, with_entropy=False, **{k: batch[k] for k in keys})[1]["log_probs"])
     cu_seqlens = torch.tensor([0, *batch["response_lengths"]]).cumsum(0)
@@ -166,7 +166,7 @@ def test_context_parallelism_and_unknown_recipes_raise(training, monkeypatch):
         slime.policy_loss_best  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'policy_loss_kl_cov'"):
         slime.policy_loss_kl_cov  # noqa: B018
-    monkeypatch.setattr(fakes.sys.modules["megatron.core"].mpu, "get_context_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(sys.modules["megatron.core"].mpu, "get_context_parallel_world_size", lambda: 2)
     with pytest.raises(ValueError, match="policy_loss_ppo: context parallelism got 2 ranks, expected 1"):
         slime.policy_loss_ppo(args, batch, logits, sample_mean(batch))
     with pytest.raises(ValueError, match="gae_advantages: context parallelism got 2 ranks"):
