@@ -413,7 +413,7 @@ def _check_version(framework: Framework) -> None:
     except ImportError:  # of the package, or of its metadata
         found = "unknown"
     first, end = framework.versions
-    if not (_numbers(first) <= _numbers(found) < _numbers(end)):
+    if not (numbers(first) <= numbers(found) < numbers(end)):
         warnings.warn(
             f"rlhf_fast.patch: found {framework.name} {found}, expected >={first},<{end}; every symbol is still checked "
             "against the original at its first call",
@@ -422,11 +422,12 @@ def _check_version(framework: Framework) -> None:
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    numbers = []
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, three at most."""
+    found = []
     for part in version.split(".")[:3]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
         if not digits:
             break
-        numbers.append(int(digits))
-    return tuple(numbers)
+        found.append(int(digits))
+    return tuple(found)

@@ -10,40 +10,35 @@ fp32 and rounded once.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_fast.integrations._compare import Unsupported, any_half, as_mask, common_dtype, constants, never
+from rlhf_fast.integrations._compare import Unsupported, any_half, as_mask, common_dtype, never
 from rlhf_fast.integrations._patch import Framework, Socket
-from rlhf_fast.losses import RECIPES, policy_loss
+from rlhf_fast.integrations.verl_losses import (
+    ALGOS,
+    REPLACED,
+    agg_loss,
+    compute_policy_loss_reinforce,
+    compute_policy_loss_vanilla,
+    compute_value_loss,
+)
 from rlhf_fast.ops.advantages import advantages as advantages_op
 from rlhf_fast.ops.group_advantages import group_advantages
 from rlhf_fast.ops.kl_estimate import kl_estimate
-from rlhf_fast.ops.ppo_loss import ppo_loss
 from rlhf_fast.ops.token_logprobs import token_logprobs
 from rlhf_fast.ops.whiten import whiten
-from rlhf_fast.reference._reduce import token_weights
 
-ALGOS = "verl.trainer.ppo.core_algos"
 TORCH = "verl.utils.torch_functional"
 
 KL_KINDS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 K3_CLAMP = (20.0, 10.0)
-MODES = {
-    "token-mean": ("token-mean", "tokens"),
-    "token-sum": ("token-sum", None),
-    "seq-mean-token-sum": ("seq-mean-token-sum", "sequences"),
-    "seq-mean-token-sum-norm": ("seq-mean-token-sum", "sequences"),
-    "seq-mean-token-mean": ("seq-mean-token-mean", "sequences"),
-}
-"""{loss_agg_mode: (reduction, what it divides by)}."""
 FLASH_IGNORES = -100
 """Label for which flash-attn's cross entropy is 0."""
 
@@ -161,204 +156,6 @@ def kl_penalty_forward(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) ->
     return found.to(common_dtype(logprob, ref_logprob))
 
 
-class _Reduction:
-    """A loss_agg_mode of verl as a reduction of ours, a normalizer and a factor."""
-
-    def __init__(
-        self,
-        mode: str,
-        mask: Tensor,
-        dp_size: int = 1,
-        batch_num_tokens: Any = None,
-        global_batch_size: Any = None,
-        loss_scale_factor: Any = None,
-    ) -> None:
-        if mode not in MODES:
-            raise Unsupported(f"loss_agg_mode {mode!r}")
-        self.kind, count = MODES[mode]
-        counts = {"tokens": batch_num_tokens, "sequences": global_batch_size}
-        self.normalizer = None if count is None else counts[count]
-        if self.normalizer is None and count is not None and dp_size > 1:
-            raise Unsupported(f"no global number of {count} for dp_size {dp_size}")
-        if mask.dim() != 2:
-            raise Unsupported(f"a loss of {mask.dim()} dimensions")
-        self.factor = float(dp_size)
-        if mode == "seq-mean-token-sum-norm":
-            self.factor /= mask.shape[-1] if loss_scale_factor is None else loss_scale_factor
-
-    def scaled(self, loss: Tensor) -> Tensor:
-        return loss if self.factor == 1.0 else loss * self.factor
-
-
-def agg_loss(
-    loss_mat: Tensor,
-    loss_mask: Tensor,
-    loss_agg_mode: str,
-    dp_size: int = 1,
-    batch_num_tokens: Any = None,
-    global_batch_size: Any = None,
-    loss_scale_factor: Any = None,
-) -> Tensor:
-    """(B, T) losses -> scalar."""
-    how = _Reduction(loss_agg_mode, loss_mask, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    real = as_mask(loss_mask)
-    if real.shape != loss_mat.shape:
-        raise Unsupported(f"a mask {tuple(real.shape)} for a loss {tuple(loss_mat.shape)}")
-    tensor = isinstance(how.normalizer, Tensor)
-    weights = token_weights(
-        real,
-        torch.promote_types(loss_mat.dtype, torch.float32),
-        how.kind,
-        how.normalizer if tensor else None,
-        0.0 if tensor or how.normalizer is None else _positive(how.normalizer),
-        None,
-    )
-    return how.scaled((weights * loss_mat.where(real, 0.0)).sum()).to(common_dtype(loss_mat, loss_mask))
-
-
-def _positive(x: Any) -> float:
-    if not x > 0:
-        raise Unsupported(f"a denominator of {x}")
-    return float(x)
-
-
-def compute_value_loss(
-    vpreds: Tensor,
-    returns: Tensor,
-    values: Tensor,
-    response_mask: Tensor,
-    cliprange_value: float,
-    loss_agg_mode: str = "token-mean",
-    dp_size: int = 1,
-    batch_num_tokens: Any = None,
-    global_batch_size: Any = None,
-    loss_scale_factor: Any = None,
-) -> tuple[Tensor, Tensor]:
-    """(B, T) -> clipped value loss, and the fraction of tokens whose clipped loss is larger."""
-    how = _Reduction(loss_agg_mode, response_mask, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    constants(returns=returns, values=values)
-    nothing = torch.zeros_like(values)
-    found = ppo_loss(
-        nothing,
-        nothing,
-        nothing,
-        as_mask(response_mask),
-        values=vpreds,
-        old_values=values,
-        returns=returns,
-        value_clip=float(cliprange_value),
-        value_coef=1.0,
-        reduction=how.kind,
-        normalizer=how.normalizer,
-    )
-    loss = how.scaled(found.loss).to(common_dtype(vpreds, values, returns, response_mask))
-    return loss, found.stats["value_clip_fraction"].to(torch.promote_types(torch.float32, response_mask.dtype))
-
-
-def compute_policy_loss_vanilla(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """(B, T) -> clipped, dual-clipped loss and its metrics, in one pass and one transfer."""
-    low, high = _clips(config)
-    how = _reduction(loss_agg_mode, response_mask, config)
-    constants(old_log_prob=old_log_prob, advantages=advantages, rollout_is_weights=rollout_is_weights)
-    real = as_mask(response_mask)
-    found = ppo_loss(
-        log_prob,
-        old_log_prob,
-        advantages,
-        real,
-        clip=(low, high),
-        dual_clip=float(config.get("clip_ratio_c", 3.0)),
-        ref_logprobs=old_log_prob,
-        kl_kind="k1",
-        importance_weights=rollout_is_weights,
-        reduction=how.kind,
-        normalizer=how.normalizer,
-    )
-    stats = found.stats.floats()
-    metrics = {
-        "actor/pg_clipfrac": stats["clip_fraction"],
-        "actor/ppo_kl": _ppo_kl(stats, log_prob, old_log_prob, real),
-        "actor/pg_clipfrac_lower": stats["dual_clip_fraction"],
-    }
-    dtype = common_dtype(log_prob, old_log_prob, advantages, response_mask, rollout_is_weights)
-    return how.scaled(found.loss).to(dtype), metrics
-
-
-def _ppo_kl(stats: dict[str, float], new: Tensor, old: Tensor, real: Tensor) -> float:
-    """Mean of the clamped old - new."""
-    if not stats["ratio_clamped"]:
-        return -stats["kl"]
-    return float((old - new.detach()).clamp(-20.0, 20.0)[real].mean())
-
-
-def _clips(config: Any) -> tuple[float, float]:
-    if config is None:
-        raise Unsupported("no config")
-    low, high = (getattr(config, f"clip_ratio_{side}") for side in ("low", "high"))
-    return (
-        float(config.clip_ratio if low is None else low),
-        float(config.clip_ratio if high is None else high),
-    )
-
-
-def _reduction(mode: str, mask: Tensor, config: Any) -> _Reduction:
-    return _Reduction(mode, mask, **config.global_batch_info)
-
-
-def _recipe(recipe: str) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
-    """A row of rlhf_fast.losses.RECIPES behind verl's signature; clips, mode and denominators come from verl's config."""
-
-    def loss(
-        old_log_prob: Tensor,
-        log_prob: Tensor,
-        advantages: Tensor,
-        response_mask: Tensor,
-        loss_agg_mode: str = "token-mean",
-        config: Any = None,
-        rollout_is_weights: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        how = _reduction(loss_agg_mode, response_mask, config)
-        found = policy_loss(
-            recipe,
-            log_prob,
-            old_log_prob,
-            advantages,
-            as_mask(response_mask),
-            clip=_clips(config) if "clip" in RECIPES[recipe].reads else None,
-            importance_weights=rollout_is_weights,
-            reduction=how.kind,
-            normalizer=how.normalizer,
-        )
-        stats = found.stats.floats()
-        return how.scaled(found.loss), {
-            f"actor/{name}": stats[name] for name in ("clip_fraction", "approx_kl", "ratio_max")
-        }
-
-    loss.__name__ = loss.__qualname__ = f"rlhf_fast_{recipe}"
-    loss.__doc__ = f"policy_loss({recipe!r}) with the clips, the loss_agg_mode and the denominators of verl's config."
-    return loss
-
-
-def register_policy_losses() -> list[str]:
-    """Add the recipes of rlhf_fast.losses that need no further tensor to verl's registry. Returns their names there.
-
-    They are chosen by `policy_loss.loss_mode=rlhf_fast_<recipe>`.
-    """
-    register = importlib.import_module(ALGOS).register_policy_loss
-    recipes = [recipe for recipe, rules in RECIPES.items() if not rules.needs]
-    for recipe in recipes:
-        register(f"rlhf_fast_{recipe}")(_recipe(recipe))
-    return [f"rlhf_fast_{recipe}" for recipe in recipes]
-
-
 FRAMEWORK = Framework(
     "verl",
     ("0.9", "0.11"),
@@ -380,6 +177,8 @@ FRAMEWORK = Framework(
         Socket(ALGOS, "kl_penalty_forward", kl_penalty_forward),
         Socket(ALGOS, "agg_loss", agg_loss),
         Socket(ALGOS, "compute_policy_loss_vanilla", compute_policy_loss_vanilla),
+        *(Socket(ALGOS, f"compute_policy_loss_{name}", ours) for name, ours in REPLACED.items()),
+        Socket(ALGOS, "compute_policy_loss_reinforce", compute_policy_loss_reinforce),
         Socket(ALGOS, "compute_value_loss", compute_value_loss),
     ),
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from rlhf_fast.integrations import patch
-from rlhf_fast.integrations.verl import register_policy_losses
+from rlhf_fast.integrations.verl_losses import register_policy_losses
 
 
 def _asked_for() -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import types
+
 import torch
 import torch.nn.functional as F
 from integrations.fakes._module import log_softmax_rows, module
+from integrations.fakes._verl_losses import policy_losses
 
 
 def verl(version="0.9.1"):
@@ -152,7 +155,10 @@ def verl(version="0.9.1"):
         )
         return 0.5 * loss, masked_mean((losses[1] > losses[0]).float(), response_mask)
 
-    registry = {"vanilla": compute_policy_loss_vanilla}
+    more = policy_losses(agg_loss, masked_mean, later=not version.startswith("0.9"))
+    registry = {name.removeprefix("compute_policy_loss_"): f for name, f in more.items()}
+    registry["vanilla"] = compute_policy_loss_vanilla
+    del registry["reinforce"]  # called by name
 
     def register_policy_loss(name):
         def register(function):
@@ -161,7 +167,7 @@ def verl(version="0.9.1"):
 
         return register
 
-    functions = {k: v for k, v in locals().items() if callable(v)}
+    functions = {**more, **{k: v for k, v in locals().items() if callable(v)}}
     torch_functional = (
         "logprobs_from_logits", "entropy_from_logits", "entropy_from_logits_with_chunking", "masked_whiten",
     )  # fmt: skip
@@ -185,6 +191,10 @@ class VerlConfig:
     ):
         self.clip_ratio, self.clip_ratio_low, self.clip_ratio_high = clip_ratio, clip_ratio_low, clip_ratio_high
         self.clip_ratio_c, self.global_batch_info = clip_ratio_c, global_batch_info
+        self.tau_pos, self.tau_neg = 1.0, 1.05
+        self.policy_loss = types.SimpleNamespace(
+            clip_cov_ratio=0.1, clip_cov_lb=0.1, clip_cov_ub=5.0, kl_cov_ratio=0.1, ppo_kl_coef=0.5
+        )
 
     def get(self, name, default=None):
         return getattr(self, name, default)
