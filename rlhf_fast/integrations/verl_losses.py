@@ -335,9 +335,11 @@ def _clip_cov(c: _Call) -> Prepared:
     if len(candidates):
         drawn = candidates[torch.randperm(len(candidates))[: max(int(fraction * int(c.mask.sum())), 1)]]
         selected[drawn[:, 0], drawn[:, 1]] = True
+    weights = (~selected).to(c.log_ratio.dtype)
+    weights = weights if c.weights is None else weights * c.weights
     found = _metrics(c.log_ratio, selected)
     del found["actor/pg_clipfrac_lower"]
-    return {"clip": (low, high), "selected": selected}, found
+    return {"clip": (low, high), "importance_weights": weights}, found
 
 
 def _kl_cov(c: _Call) -> Prepared:
@@ -378,7 +380,8 @@ REPLACED: dict[str, Callable[..., tuple[Tensor, dict[str, Any]]]] = {
     "gspo": _replacement("gspo_token", _gspo, mode="seq-mean-token-mean", reduce=_gspo_reduction, ratio="free"),
     "sapo": _replacement("sapo", _sapo, mode="seq-mean-token-mean", reduce=_per_sequence),
     "gpg": _replacement("gpg", _gpg, ratio="none"),
-    "clip_cov": _replacement("clip_cov", _clip_cov, ratio="free"),
+    # Clip-Cov is PPO without some tokens: as weights of 0 it is one pass.
+    "clip_cov": _replacement("ppo", _clip_cov, ratio="free"),
     "kl_cov": _replacement("kl_cov", _kl_cov, ratio="free"),
     "geo_mean": _replacement("gmpo", _geo_mean, reduce=_over_all_rows, ratio="free"),
     "cispo": _replacement("cispo", _cispo),
