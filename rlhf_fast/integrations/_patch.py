@@ -388,6 +388,15 @@ def uninstall(name: str) -> Table:
     return Table(p.row() for p in patched)
 
 
+def follow(name: str, namespace: dict[str, Any]) -> None:
+    """Replace the names in a module outside of the framework that hold its originals; `uninstall` puts them back."""
+    for p in _active.get(name, []):
+        for key, value in list(namespace.items()):
+            if p.active and value is p.original:
+                namespace[key] = p.replacement
+                p.places.append(functools.partial(_put, namespace, key, p.original))
+
+
 def status(name: str | None = None) -> Table:
     """Calls that reached ours and calls that went to the original, per symbol, of one framework or of all that are patched."""
     return Table(p.row() for key, patched in _active.items() if name in (None, key) for p in patched)

@@ -3,7 +3,7 @@
     pytest -p rlhf_fast.integrations.pytest_plugin --patch=trl tests/test_utils.py
 
 The framework is patched before its tests are collected, so that they import the replacements by name; copies of its modules that
-the tests load by file path are patched after it.
+the tests load by file path, and the names that the tests take from them, are patched after it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from rlhf_fast.integrations import FRAMEWORKS, patch, sockets, status
+from rlhf_fast.integrations._patch import follow
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +39,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
                 copies[home] = module
     if copies:
         _patch(session.config, copies)
+        for module in {id(m): m for m in (getattr(item, "module", None) for item in session.items) if m}.values():
+            follow(framework, vars(module))
 
 
 def _patch(config: pytest.Config, copies: dict[str, ModuleType]) -> None:

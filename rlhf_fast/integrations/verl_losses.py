@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlhf_fast.integrations._compare import Unsupported, as_mask, common_dtype, constants
 from rlhf_fast.integrations._patch import numbers
+from rlhf_fast.integrations._reduction import aggregate
 from rlhf_fast.losses import RECIPES, policy_loss
 from rlhf_fast.ops.ppo_loss import clip_range, ppo_loss
-from rlhf_fast.reference._reduce import token_weights
 from rlhf_fast.surrogates import RATIO_CLAMP
 
 ALGOS = "verl.trainer.ppo.core_algos"
@@ -69,25 +69,7 @@ def agg_loss(
 ) -> Tensor:
     """(B, T) losses -> scalar."""
     how = _Reduction(loss_agg_mode, loss_mask, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    real = as_mask(loss_mask)
-    if real.shape != loss_mat.shape:
-        raise Unsupported(f"a mask {tuple(real.shape)} for a loss {tuple(loss_mat.shape)}")
-    tensor = isinstance(how.normalizer, Tensor)
-    weights = token_weights(
-        real,
-        torch.promote_types(loss_mat.dtype, torch.float32),
-        how.kind,
-        how.normalizer if tensor else None,
-        0.0 if tensor or how.normalizer is None else _positive(how.normalizer),
-        None,
-    )
-    return how.scaled((weights * loss_mat.where(real, 0.0)).sum()).to(common_dtype(loss_mat, loss_mask))
-
-
-def _positive(x: Any) -> float:
-    if not x > 0:
-        raise Unsupported(f"a denominator of {x}")
-    return float(x)
+    return how.scaled(aggregate(loss_mat, loss_mask, how.kind, how.normalizer)).to(common_dtype(loss_mat, loss_mask))
 
 
 def compute_value_loss(

@@ -435,13 +435,17 @@ def load(name):
     return module
 
 copy = load(__file__.replace("test_suite.py", "openrlhf/models/utils.py"))
+taken = copy.compute_approx_kl
 
 def test_by_name():
     compute_approx_kl(torch.zeros(3), torch.zeros(3))
 
 def test_of_a_copy():
     copy.compute_approx_kl(torch.zeros(3), torch.zeros(3))
-    copy.compute_approx_kl(torch.zeros(3), torch.zeros(3), torch.zeros(3), "k1", True)
+    copy.compute_approx_kl(torch.zeros(3), torch.zeros(3), None, "k4")
+
+def test_of_a_name_from_the_copy():
+    taken(torch.zeros(3), torch.zeros(3))
 """
 
 
@@ -454,8 +458,8 @@ def test_the_plugin_of_pytest_patches_a_suite_and_prints_the_counters(package, t
         [*command, *options, "test_suite.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     found = run("--patch=openrlhf")
-    assert found.returncode == 0 and "2 passed" in found.stdout, found.stdout
+    assert found.returncode == 0 and "3 passed" in found.stdout, found.stdout
     lines = [line.split() for line in found.stdout.splitlines() if line.startswith(package + "  ")]
-    assert [line[2:] for line in lines] == [["1", "0", "checked"], ["1", "1", "checked"]]
+    assert [line[2:] for line in lines] == [["1", "0", "checked"], ["2", "1", "checked"]]
     assert "calls that reached" not in run().stdout
     assert "invalid choice" in run("--patch=deepspeed").stderr
