@@ -1,47 +1,44 @@
-"""slime: log-probs and entropy, KL, GAE; and functions for its dotted-path options.
+"""slime: log-probs and entropy, KL, GAE, stale answers; and functions for its dotted-path options.
 
-Supported: slime >= 0.3, < 0.4. slime compiles some of its functions; the replacements run eagerly in their place.
+Supported: slime >= 0.3, < 0.4. slime compiles some of its functions; the replacements run eagerly in their place. Its
+compute_policy_loss and compute_cispo_loss stay: they are one compiled pass over (N,) numbers.
 
     --custom-advantage-function-path rlhf_fast.integrations.slime.gae_advantages
     --loss-type custom_loss --custom-loss-function-path rlhf_fast.integrations.slime.policy_loss_gspo
                                              (or policy_loss_<any other recipe of rlhf_fast.losses>)
+    --custom-tis-function-path rlhf_fast.integrations.slime.tis_token_mis
+                                             (IcePop; or tis_<any other kind of rlhf_fast.rollout_correction>)
+    --custom-pg-loss-reducer-function-path rlhf_fast.integrations.slime.reducer_constant_4096
+                                             (Dr. GRPO over 4096 tokens; or reducer_seq_mean_token_mean)
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_fast.corrections import KINDS
 from rlhf_fast.integrations._compare import Unsupported, common_dtype, constants, never
 from rlhf_fast.integrations._patch import Framework, Socket
-from rlhf_fast.losses import RECIPES, policy_loss
+from rlhf_fast.integrations.slime_losses import (
+    boundaries_of,
+    compute_approx_kl,
+    compute_opsm_mask,
+    custom_policy_loss,
+    one_context_rank,
+    reducer,
+    tis,
+)  # fmt: skip
+from rlhf_fast.losses import RECIPES
 from rlhf_fast.ops.advantages import advantages as advantages_op
 from rlhf_fast.ops.gae import gae
-from rlhf_fast.ops.kl_estimate import kl_estimate
 from rlhf_fast.ops.token_logprobs import token_logprobs
 
 UTILS = "slime.utils.ppo_utils"
-
-KL_KINDS = {"k1": ("k1", None), "k2": ("k2", None), "k3": ("k3", None), "low_var_kl": ("k3", 10.0)}
-"""{kl_loss_type: (estimator, bound of the estimate)}."""
-
-
-def compute_approx_kl(
-    log_probs: Tensor, log_probs_base: Tensor, kl_loss_type: str, importance_ratio: Tensor | None = None
-) -> Tensor:
-    """(...) -> (...) fp32."""
-    if importance_ratio is not None:
-        raise Unsupported("an importance ratio, which slime applies before the bound")
-    if kl_loss_type not in KL_KINDS:
-        raise Unsupported(f"kl_loss_type {kl_loss_type!r}")
-    kind, clamp = KL_KINDS[kl_loss_type]
-    return kl_estimate(log_probs.float(), log_probs_base.float(), kind, clamp=clamp)
 
 
 def vanilla_gae(rewards: Tensor, values: Tensor, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
@@ -96,7 +93,7 @@ def gae_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
 
     Raises ValueError with context parallelism, where a rank holds a part of every response.
     """
-    _one_context_rank("gae_advantages")
+    one_context_rank("gae_advantages")
     values, kl = rollout_data["values"], rollout_data["kl"]
     packed, device = torch.cat(values).float(), values[0].device
     per_token = torch.cat(kl).float()
@@ -113,74 +110,27 @@ def gae_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
             lam=float(args.lambd),
             whiten=False,
             dialect="slime",
-            cu_seqlens=_boundaries(values, device),
+            cu_seqlens=boundaries_of(values, device),
         )
     sizes = [len(v) for v in values]
     rollout_data["advantages"] = list(found.advantages.split(sizes))
     rollout_data["returns"] = list(found.returns.split(sizes))
 
 
-def _boundaries(rows: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.tensor([0, *(len(x) for x in rows)]).cumsum(0).to(device)
-
-
-def _one_context_rank(op: str) -> None:
-    size = importlib.import_module("megatron.core").mpu.get_context_parallel_world_size()
-    if size > 1:
-        raise ValueError(f"{op}: context parallelism got {size} ranks, expected 1; slime's own function serves more")
-
-
 def __getattr__(name: str) -> Any:
+    """The functions by dotted path that are named after a recipe, a kind of correction or a reduction."""
+    prefix, _, rest = name.partition("_")
     recipe = name.removeprefix("policy_loss_")
-    if recipe == name or recipe not in RECIPES or RECIPES[recipe].needs:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return functools.partial(_policy_loss, recipe)
-
-
-def _policy_loss(
-    recipe: str, args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """For --custom-loss-function-path: any recipe of rlhf_fast.losses, then slime's entropy and KL terms.
-
-    logits (1, T, V); advantages, log_probs, ref_log_probs and loss_masks of the batch are lists of (T_i,), one per response.
-    Clips, coefficients and the reduction are slime's: sum_of_sample_mean is linear, so its gradient is the weight of a token.
-
-    Raises ValueError with context parallelism, where a rank holds a part of every response.
-    """
-    _one_context_rank(f"policy_loss_{recipe}")
-    slime = importlib.import_module("slime.backends.megatron_utils.loss")
-    _, found = slime.get_log_probs_and_entropy(
-        logits,
-        args=args,
-        unconcat_tokens=batch["unconcat_tokens"],
-        total_lengths=batch["total_lengths"],
-        response_lengths=batch["response_lengths"],
-        with_entropy=True,
-    )
-    logprobs, entropy = torch.cat(found["log_probs"]), torch.cat(found["entropy"])
-    old = torch.cat(batch["log_probs"]) if batch.get("log_probs") else logprobs.detach()
-    weights = torch.zeros_like(logprobs, requires_grad=True)
-    with torch.enable_grad():
-        (weights,) = torch.autograd.grad(sum_of_sample_mean(weights), weights)
-    policy = policy_loss(
-        recipe,
-        logprobs,
-        old,
-        torch.cat(batch["advantages"]),
-        torch.cat(batch["loss_masks"]) != 0,
-        clip=(float(args.eps_clip), float(args.eps_clip_high)) if "clip" in RECIPES[recipe].reads else None,
-        dual_clip=args.eps_clip_c if "dual_clip" in RECIPES[recipe].reads else None,
-        importance_weights=weights,
-        reduction="token-sum",
-        cu_seqlens=_boundaries(found["log_probs"], logprobs.device),
-    ).loss
-    reported = {"pg_loss": policy, "entropy_loss": sum_of_sample_mean(entropy)}
-    loss = policy - args.entropy_coef * reported["entropy_loss"]
-    if args.use_kl_loss:
-        kl = compute_approx_kl(logprobs, torch.cat(batch["ref_log_probs"]), args.kl_loss_type)
-        reported["kl_loss"] = sum_of_sample_mean(kl)
-        loss = loss + args.kl_loss_coef * reported["kl_loss"]
-    return loss, {name: x.detach().clone() for name, x in {"loss": loss, **reported}.items()}
+    if recipe != name and recipe in RECIPES and not RECIPES[recipe].needs:
+        return functools.partial(custom_policy_loss, recipe)
+    if prefix == "tis" and rest.replace("_", "-") in KINDS:
+        return functools.partial(tis, rest.replace("_", "-"))
+    if name == "reducer_seq_mean_token_mean":
+        return functools.partial(reducer, "seq-mean-token-mean", 1)
+    horizon = name.removeprefix("reducer_constant_")
+    if horizon != name and horizon.isdecimal() and int(horizon):
+        return functools.partial(reducer, "token-sum", int(horizon))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 FRAMEWORK = Framework(
@@ -195,6 +145,7 @@ FRAMEWORK = Framework(
             rounds=never,
         ),
         Socket(UTILS, "compute_approx_kl", compute_approx_kl, rounds=never),
+        Socket(UTILS, "compute_opsm_mask", compute_opsm_mask),
         Socket(UTILS, "vanilla_gae", vanilla_gae),
         Socket(UTILS, "chunked_gae", chunked_gae),
     ),

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.integrations import slime, status
-from rlhf_fast.losses import RECIPES, policy_loss
+from rlhf_fast.integrations import status
 
 UTILS = "slime.utils.ppo_utils"
 
@@ -56,8 +54,34 @@ def test_kl(kind, framework):
     before, after, counts = both(call, path)
     torch.testing.assert_close(after, before)
     assert counts.reached == 1 and (after[0].max() > 10) is not (kind == "low_var_kl")
-    get(path)(new, ref, kind, importance_ratio=torch.rand(9))
-    assert list(status()[1].fell_through) == ["an importance ratio, which slime applies before the bound"]
+    old = torch.randn(9)
+    old[0] = -10.0  # a ratio that takes the estimate beyond the bound
+
+    def corrected():
+        found = get(path)(new, ref, kind, importance_ratio=(new - old).exp())
+        return found, torch.autograd.grad((found * torch.arange(9)).sum(), new)[0]
+
+    rlhf_fast.unpatch("slime")
+    before, after, counts = both(corrected, path)
+    torch.testing.assert_close(after, before)
+    assert counts.reached == 1
+    with pytest.raises(KeyError):
+        get(path)(new, ref, "k4")
+    assert list(counts.fell_through) == [] and list(status()[1].fell_through) == ["kl_loss_type 'k4'"]
+
+
+def test_stale_answers(framework):
+    get = framework("slime")
+    path = f"{UTILS}.compute_opsm_mask"
+    lengths, args = [3, 4, 2, 5], SimpleNamespace(opsm_delta=0.1)
+    masks = [torch.ones(n) for n in lengths]
+    masks[1][2], masks[3][:] = 0, 0
+    old = [torch.randn(n) for n in lengths]
+    new = [x - shift for x, shift in zip(old, (0.5, 0.2, -0.3, 1.0), strict=True)]  # two stale, one without real tokens
+    advantages = [torch.tensor([-1.0, 2.0, -0.5]), -torch.ones(4), -torch.ones(2), -torch.ones(5)]
+    before, after, counts = both(lambda: get(path)(args, new, old, advantages, masks), path)
+    torch.testing.assert_close(after, before)
+    assert counts.reached == 1 and after[0].tolist() == [0.0, 1.0, 0.0, *[0.0] * 4, *[1.0] * 7]
 
 
 @pytest.mark.parametrize("name", ["vanilla_gae", "chunked_gae"])
@@ -84,90 +108,3 @@ def test_advantages_by_dotted_path(framework):
         for name, wanted in zip(("advantages", "returns"), expected, strict=True):
             assert data[name][i].shape == (n,)
             torch.testing.assert_close(data[name][i], wanted[0], rtol=1e-6, atol=1e-6)
-
-
-@pytest.fixture
-def training(framework):
-    framework("slime")
-    lengths, totals = [3, 5, 2], [5, 6, 4]
-    tokens = [torch.randint(0, 11, (n,)) for n in totals]
-    masks = [torch.ones(n) for n in lengths]
-    masks[1][2] = 0
-    batch = {
-        "unconcat_tokens": tokens, "total_lengths": totals, "response_lengths": lengths, "loss_masks": masks,
-        "advantages": [torch.randn(n) for n in lengths],
-        "log_probs": [-2.4 + 0.3 * torch.randn(n) for n in lengths],
-        "ref_log_probs": [-2.4 + 0.3 * torch.randn(n) for n in lengths],
-    }  # fmt: skip
-    args = SimpleNamespace(
-        eps_clip=0.1,
-        eps_clip_high=0.2,
-        eps_clip_c=None,
-        entropy_coef=0.01,
-        use_kl_loss=True,
-        kl_loss_coef=0.3,
-        kl_loss_type="k3",
-    )
-    logits = torch.randn(1, sum(totals), 11, requires_grad=True)
-    return args, batch, logits
-
-
-def sample_mean(batch):
-    def reduce(x):
-        parts = zip(x.split(batch["response_lengths"]), batch["loss_masks"], strict=True)
-        return sum((p * m).sum() / m.sum().clamp(min=1) for p, m in parts)
-
-    return reduce
-
-
-def test_losses_by_dotted_path(training):
-    args, batch, logits = training
-    loss, reported = slime.policy_loss_ppo(args, batch, logits, sample_mean(batch))
-    read = sys.modules["slime.backends.megatron_utils.loss"].get_log_probs_and_entropy
-    found = read(
-        logits,
-        args=args,
-        with_entropy=True,
-        **{k: batch[k] for k in ("unconcat_tokens", "total_lengths", "response_lengths")},
-    )[1]
-    new, entropy = torch.cat(found["log_probs"]), torch.cat(found["entropy"])
-    old, ref, A = (torch.cat(batch[k]) for k in ("log_probs", "ref_log_probs", "advantages"))
-    reduce, ratio = sample_mean(batch), (new - old).exp()
-    policy = reduce(-torch.min(ratio * A, ratio.clamp(0.9, 1.2) * A))
-    x = ref - new
-    expected = {"pg_loss": policy, "entropy_loss": reduce(entropy), "kl_loss": reduce(x.exp() - x - 1)}
-    expected["loss"] = policy - 0.01 * expected["entropy_loss"] + 0.3 * expected["kl_loss"]
-    assert reported.keys() == expected.keys() and not reported["loss"].requires_grad
-    for name, wanted in expected.items():
-        torch.testing.assert_close(reported[name], wanted.detach())
-    grads = (torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (loss, expected["loss"]))
-    torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("recipe", [recipe for recipe, rules in RECIPES.items() if not rules.needs])
-def test_every_recipe_by_dotted_path(recipe, training):
-    args, batch, logits = training
-    args.use_kl_loss, args.entropy_coef = False, 0.0
-    loss, _ = getattr(slime, f"policy_loss_{recipe}")(args, batch, logits, sample_mean(batch))
-    read = sys.modules["slime.backends.megatron_utils.loss"].get_log_probs_and_entropy
-    keys = ("unconcat_tokens", "total_lengths", "response_lengths")
-    new = torch.cat(read(logits, args=args, with_entropy=False, **{k: batch[k] for k in keys})[1]["log_probs"])
-    cu_seqlens = torch.tensor([0, *batch["response_lengths"]]).cumsum(0)
-    mask = torch.cat(batch["loss_masks"]) != 0
-    rest = (torch.cat(batch["log_probs"]), torch.cat(batch["advantages"]), mask)
-    reduction = {"reduction": "seq-mean-token-mean", "normalizer": 1.0, "cu_seqlens": cu_seqlens}
-    clip = {"clip": (0.1, 0.2)} if "clip" in RECIPES[recipe].reads else {}
-    torch.testing.assert_close(loss, policy_loss(recipe, new, *rest, **clip, **reduction).loss)
-
-
-def test_context_parallelism_and_unknown_recipes_raise(training, monkeypatch):
-    args, batch, logits = training
-    with pytest.raises(AttributeError, match="has no attribute 'policy_loss_best'"):
-        slime.policy_loss_best  # noqa: B018
-    with pytest.raises(AttributeError, match="has no attribute 'policy_loss_kl_cov'"):
-        slime.policy_loss_kl_cov  # noqa: B018
-    monkeypatch.setattr(sys.modules["megatron.core"].mpu, "get_context_parallel_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="policy_loss_ppo: context parallelism got 2 ranks, expected 1"):
-        slime.policy_loss_ppo(args, batch, logits, sample_mean(batch))
-    with pytest.raises(ValueError, match="gae_advantages: context parallelism got 2 ranks"):
-        slime.gae_advantages(args, {"values": [], "kl": []})
