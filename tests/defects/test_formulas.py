@@ -1,7 +1,21 @@
 """Defects and clashes of public code: what ours does, and the option that gives theirs where somebody relies on it.
 
 Found in verl, TRL, OpenRLHF, slime, ROLL, rlox, rl-triton and the RLHF book; the comparison with the frameworks' own functions is
-in tests/integrations.
+in tests/integrations, their conventions loss by loss in the other files of this folder.
+
+| defect or clash | test |
+| --- | --- |
+| verl's k3+ raised | test_straight_through_k3_is_k3_with_the_gradient_of_k2 |
+| verl's seq-mean-token-sum-norm grows with the batch | test_the_loss_over_the_horizon_does_not_grow_with_the_batch |
+| the RLHF book's k1 and k3 | test_the_estimators_have_the_mean_of_the_kl_and_its_sign |
+| rlox's KL of sampled tokens | test_a_sampled_token_is_not_weighted_by_its_probability_again |
+| OpenRLHF's seq-mask-tis says clamp | test_sequence_weights_outside_the_bounds_are_dropped_and_inside_left_alone |
+| TRL's PPO statistics over padding, token mean per micro-batch | test_padding_changes_no_statistic, test_micro_batches_do_not_weigh_a_token_by_its_company |
+| missing end: replaced or subtracted | tests/defects/test_kl_and_rewards.py |
+| IPO on sums or means; CISPO's cap; Bessel's deviation or not | test_ipo_on_sums_and_on_means, test_cispo_with_a_relative_and_with_an_absolute_cap, test_group_deviations_over_n_minus_one_and_over_n |
+| TRL's bco_pair in its documentation | tests/defects/test_values_and_preferences.py |
+| rl-triton's bootstrap | test_the_value_after_the_end_counts_once |
+| Gao's two laws, swapped in secondary pages | no function here computes either |
 """
 
 from __future__ import annotations
