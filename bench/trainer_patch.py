@@ -3,6 +3,7 @@
 grpo, dpo and reward are TRL's own trainers on a random Llama in fp32, otherwise with their defaults but for a rate of learning at
 which 20 steps move the weights. verl is its log-probs, entropy, GAE, policy and value loss on random data, with their gradients.
 Every run is a process of its own, with and without the patch in turn, so that the highest resident set is that of one of them.
+With --parallel ddp or fsdp2 it is two, each with the whole of --batch, and the model in the hands of accelerate (gloo, on the CPU).
 Nothing is downloaded: model, tokenizer and texts are made here.
 
 A loss whose terms cancel (GRPO's advantages add up to 0) says nothing relative to itself: its difference is taken relative to the
@@ -19,12 +20,13 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import ranks
 
 LIMIT = 1e-5
 """Of the losses, relative to the size of their terms, and of the gradient norms; in fp32."""
@@ -201,7 +203,7 @@ def texts(args: argparse.Namespace, trainer: str) -> Any:
     last = args.vocab - 4
     words = lambda least, most: " ".join(f"w{draw.randint(0, last)}" for _ in range(draw.randint(least, most)))
     rows = []
-    for _ in range(args.steps * args.batch):
+    for _ in range(args.steps * args.batch * (ranks.RANKS if args.parallel != "none" else 1)):
         prompt = words(args.prompt // 2, args.prompt)
         if trainer == "grpo":
             rows.append({"prompt": prompt})
@@ -243,11 +245,20 @@ def run_trl(name: str, args: argparse.Namespace, found: Recorder, folder: str) -
 
     shared["callbacks"] = [Steps()]
     fp32 = {"model_init_kwargs": {"dtype": "float32"}}
+    model: Any = path
     if name == "grpo":
-        config = trl.GRPOConfig(
-            **options, **fp32, beta=0.04, num_generations=GROUP, num_iterations=2, max_completion_length=args.response
-        )
-        trainer: Any = trl.GRPOTrainer(path, rarity, args=config, **shared)
+        fp32 |= {"beta": 0.04, "num_generations": GROUP, "num_iterations": 2, "max_completion_length": args.response}
+        shared["args"], shared["reward_funcs"] = trl.GRPOConfig(**options, **fp32), rarity
+    elif name == "dpo":
+        shared["args"] = trl.DPOConfig(**options, **fp32)
+    else:
+        shared["args"] = trl.RewardConfig(**options)
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
+    if args.parallel == "fsdp2":
+        ranks.shard_on_the_cpu()
+    kinds = {"grpo": trl.GRPOTrainer, "dpo": trl.DPOTrainer, "reward": trl.RewardTrainer}
+    trainer: Any = kinds[name](model, **shared)
+    if name == "grpo":
         generate = trainer._generate
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
@@ -257,11 +268,6 @@ def run_trl(name: str, args: argparse.Namespace, found: Recorder, folder: str) -
             return sampled
 
         trainer._generate = timed
-    elif name == "dpo":
-        trainer = trl.DPOTrainer(path, args=trl.DPOConfig(**options, **fp32), **shared)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype="float32")
-        trainer = trl.RewardTrainer(model, args=trl.RewardConfig(**options), **shared)
 
     compute_loss = trainer.compute_loss
 
@@ -279,6 +285,10 @@ def run_trl(name: str, args: argparse.Namespace, found: Recorder, folder: str) -
     found.start()
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
+    if ranks.held_by(trainer.model_wrapped) != args.parallel:
+        raise RuntimeError(
+            f"the model is in the hands of {ranks.held_by(trainer.model_wrapped)}, not of {args.parallel}"
+        )
     found.norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
 
 
@@ -358,17 +368,16 @@ def measure(name: str, patched: bool, args: argparse.Namespace) -> dict[str, Any
 
 
 def apart(name: str, patched: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """One run, in a process of its own."""
-    keys = ("steps", "vocab", "hidden", "layers", "batch", "prompt", "response", "threads", "seed", "lr")
+    """One run, in processes of its own."""
+    keys = ("steps", "vocab", "hidden", "layers", "batch", "prompt", "response", "threads", "seed", "lr", "parallel")
     command = [sys.executable, __file__, "--measure", name, *(f"--{k}={getattr(args, k)}" for k in keys)]
     # Integers hash to the same in every process; one thread each, and nothing asks a hub.
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(args.threads),
     }  # fmt: skip
-    done = subprocess.run([*command, *["--patched"] * patched], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    command += ["--patched"] * patched
+    found = ranks.run(command, environment, args.parallel)
+    return found[0] if args.parallel == "none" else ranks.merged(found)
 
 
 def missing(names: Sequence[str], has: Callable[[str], Any] = importlib.util.find_spec) -> str | None:
@@ -389,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1e-4, help="of TRL's trainers")
+    parser.add_argument("--parallel", choices=list(ranks.PARALLEL), default="none", help="two ranks of TRL's trainers")
     parser.add_argument("--measure", choices=list(FRAMEWORK), help=argparse.SUPPRESS)
     parser.add_argument("--patched", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -400,6 +410,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value < low or value % multiple:
             extra = f" and a multiple of {multiple}" if multiple > 1 else ""
             parser.error(f"--{name} must be at least {low}{extra}, got {value}")
+    if args.parallel != "none" and "verl" in args.trainer:
+        parser.error(f"--parallel {args.parallel} is for TRL's trainers, got --trainer verl")
     reason = missing(args.trainer)
     if reason:
         parser.error(reason)
@@ -413,7 +425,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in sorted({FRAMEWORK[n] for n in args.trainer}))
     print(
         f"{versions}, torch {importlib.metadata.version('torch')}; {args.steps} steps, fp32, {args.threads} thread(s), vocabulary "
-        f"{args.vocab}, {args.layers} layers of {args.hidden}, {args.batch} x ({args.prompt} + {args.response}) tokens; without "
+        f"{args.vocab}, {args.layers} layers of {args.hidden}, {args.batch} x ({args.prompt} + {args.response}) tokens"
+        + (f" on each of {ranks.RANKS} ranks under {args.parallel}" if args.parallel != "none" else "")
+        + "; without "
         f"/ with the patch, each step by the faster of {args.rounds} rounds\n"
     )
     print(table(rows))

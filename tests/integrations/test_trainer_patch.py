@@ -19,7 +19,9 @@ SCRIPT = ROOT / "bench" / "trainer_patch.py"
 def script():
     spec = importlib.util.spec_from_file_location("trainer_patch", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as for a script
+        spec.loader.exec_module(module)
     return module
 
 
@@ -122,8 +124,50 @@ def test_the_extra_is_the_supported_range(name):
     assert extras[name] == [f"{name}>={low},<{high}"]
 
 
+def test_ranks_are_one_run(script):
+    """The slowest rank makes the step, the largest the memory; every loss is compared."""
+    a = run([1.0, 2.0], seconds=(9.0, 1.0), peak=100.0, data=(1, 2), reached=3)
+    b = run([3.0, 4.0], seconds=(8.0, 2.0), peak=150.0, data=(3, 4), reached=4)
+    found = script.ranks.merged([a, b])
+    assert (found["losses"], found["data"]) == ([1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4])
+    assert (found["seconds"], found["peak"], found["reached"]) == ([9.0, 2.0], 150.0, 7)
+    assert found["norms"] == a["norms"]
+    with pytest.raises(ValueError, match="norms must be those of every rank"):
+        script.ranks.merged([a, run([3.0, 4.0], norms=(1.0, 2.0, 4.1))])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trains with TRL itself, which is an extra")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_ranks_of_a_real_trainer_train_alike_with_and_without_the_patch(parallel):
+    """GRPO: 0 means that every loss and every gradient norm of both ranks agreed, and that the model was sharded or replicated."""
+    sizes = {
+        "steps": 3,
+        "rounds": 1,
+        "vocab": 256,
+        "hidden": 64,
+        "layers": 1,
+        "batch": 4,
+        "prompt": 6,
+        "response": 6,
+        "lr": 1e-3,
+    }
+    options = ["--trainer", "grpo", "--parallel", parallel, *(f"--{name}={size}" for name, size in sizes.items())]
+    done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = int(done.stdout.splitlines()[-1].split("|")[-2])
+    assert f"ranks under {parallel}" in done.stdout and calls >= 2 * 3
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--steps", "2"], ["--rounds", "0"], ["--batch", "6"], ["--hidden", "100"], ["--trainer", "ppo"]]
+    "arguments",
+    [
+        ["--steps", "2"],
+        ["--rounds", "0"],
+        ["--batch", "6"],
+        ["--hidden", "100"],
+        ["--trainer", "ppo"],
+        ["--parallel", "ddp"],
+    ],
 )
 def test_wrong_options_are_refused_before_anything_runs(arguments):
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
