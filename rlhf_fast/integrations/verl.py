@@ -1,9 +1,10 @@
 """verl: log-probs, entropy, KL, advantages, whitening, policy and value losses.
 
-Supported: verl >= 0.9, < 0.11. Metrics stay Python floats and dtypes stay verl's. Corrections: slots outside of the response
-mask give 0 (verl leaves whitened leftovers there, and a NaN there spreads through its sums), a loss without a real token is 0
-instead of NaN, equal scores of a GRPO group give exactly 0, and with half_precision=True half-precision inputs are computed in
-fp32 and rounded once.
+Supported: verl >= 0.9, < 0.11. Metrics stay Python floats and dtypes stay verl's. Of its policy losses, vanilla, gspo, sapo, cispo,
+gpg, clip_cov, kl_cov, geo_mean and the REINFORCE of bypass_mode are ours; dppo_tv, dppo_kl and dro have no recipe here.
+Corrections: slots outside of the response mask give 0 (verl leaves whitened leftovers there, and a NaN there spreads through its
+sums), a loss without a real token is 0 instead of NaN, equal scores of a GRPO group give exactly 0, and with half_precision=True
+half-precision inputs are computed in fp32 and rounded once.
 
 `inplace_backward` of logprobs_from_logits needs no answer: our backward never writes into the logits.
 """

@@ -9,7 +9,7 @@
 | OpenRLHF: biased variance, floor, not masked again; OpenAI: biased | test_biased_whitening |
 | NeMo: two lambdas; lambda by length | test_decoupled_and_length_adaptive_lambda |
 | slime: the loss mask is ignored | tests/defects/test_kl_and_rewards.py: the loss mask and the response mask |
-| AReaL: the value of the last slot where the end is missing | test_a_truncated_answer_goes_on |
+| AReaL: the value of the last slot where the end is missing; eps on the deviation | test_a_truncated_answer_goes_on, tests/test_dialects.py |
 | DeepSpeed-Chat: no whitening | test_without_whitening |
 | TRL: std + 1e-4, batch or no scale, equal scores 0, missing rewards ignored, normalise then sum | test_trl_group_scales, test_rewards_that_are_missing |
 | verl: 1e-6, a group of one keeps its score | test_a_group_of_one |
@@ -49,8 +49,8 @@ def test_padding_in_scan_and_whitening():
     ours = advantages(rewards, values, mask, whiten=False).advantages
     clean = advantages(rewards, values.where(mask, 0.0), mask, whiten=False).advantages
     assert torch.equal(ours, clean)
-    theirs = advantages(rewards, values, torch.ones_like(mask), whiten=False, dialect="roll").advantages
-    torch.testing.assert_close(theirs[0], loop(rewards[0], values[0]))
+    theirs = advantages(rewards, values, mask, whiten=False, dialect="roll").advantages
+    torch.testing.assert_close(theirs[mask], loop(rewards[0], values[0])[mask[0]])
     assert not torch.allclose(theirs[mask], ours[mask])
     over_padding, over_tokens = whiten(ours), whiten(ours, mask)
     assert over_tokens[mask].mean() == pytest.approx(0.0, abs=1e-6) and not torch.allclose(
@@ -119,9 +119,13 @@ def test_decoupled_and_length_adaptive_lambda():
 
 def test_a_truncated_answer_goes_on():
     rewards, values, after = torch.zeros(2, 3), torch.tensor([[0.1, 0.2, 0.3]] * 2), torch.tensor([0.8, 0.0])
-    found, _ = gae(rewards, values, bootstrap=after)
-    for row, value in zip(found, after, strict=True):
-        torch.testing.assert_close(row, loop(rewards[0], values[0], bootstrap=value))
+    for dialect in ("areal", "rlhf_fast"):
+        mask, cut = torch.ones(2, 3, dtype=torch.bool), torch.tensor([True, False])
+        found = advantages(
+            rewards, values, mask, bootstrap=torch.full((2,), 0.8), truncated=cut, whiten=False, dialect=dialect
+        ).advantages
+        for row, value in zip(found, after, strict=True):
+            torch.testing.assert_close(row, loop(rewards[0], values[0], bootstrap=value))
     assert torch.equal(gae(rewards, values)[0][1], found[1]) and not torch.allclose(found[0], found[1])
 
 
