@@ -201,12 +201,14 @@ def test_what_verl_keeps(framework):
     algos.compute_policy_loss_vanilla(old, new, advantages.requires_grad_(), mask, "token-mean", VerlConfig())
     algos.agg_loss(new, mask * 0.5, "token-mean")
     algos.agg_loss(new, mask[:1], "token-sum")
+    assert not algos.agg_loss(new, mask, "token-mean", 1, 0).isfinite()  # verl divides by what it is given
     with pytest.raises(ValueError, match="Invalid loss_agg_mode"):
         algos.agg_loss(new, mask, "batch-mean")
     reasons = {r.symbol.rpartition(".")[2]: sorted(r.fell_through) for r in status("verl") if r.fell_through}
     assert reasons == {
         "compute_policy_loss_vanilla": ["advantages has a gradient"],
         "agg_loss": [
+            "a denominator of 0",
             "a mask (1, 9) for a loss (6, 9)",
             "loss_agg_mode 'batch-mean'",
             "the mask holds weights other than 0 and 1",
