@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 SETTINGS = {
@@ -21,6 +22,8 @@ SETTINGS = {
 }
 """Of the two shared layouts; all are measured unless one is chosen."""
 LIMITS = {"ppo / sft": 1.6, "ppo / classic": 0.45}
+PLAN_LIMIT = 0.1
+"""How far `rlhf-fast plan` may be off a measured peak; on stderr."""
 
 
 def resident() -> float:
@@ -28,11 +31,11 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def llama(args: argparse.Namespace) -> Any:
-    """A random model with the shape of SmolLM2-135M unless told otherwise."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def shape(args: argparse.Namespace) -> Any:
+    """That of SmolLM2-135M unless told otherwise."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=args.vocabulary,
         hidden_size=args.hidden,
         intermediate_size=args.hidden * 8 // 3,
@@ -40,8 +43,15 @@ def llama(args: argparse.Namespace) -> Any:
         num_attention_heads=args.hidden // 64,
         num_key_value_heads=max(1, args.hidden // 192),
         tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
     )
-    return LlamaForCausalLM(config)
+
+
+def llama(args: argparse.Namespace) -> Any:
+    """A random model of that shape."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(shape(args))
 
 
 def batch(args: argparse.Namespace) -> Any:
@@ -121,7 +131,7 @@ def step_ppo(args: argparse.Namespace) -> float:
             return [""] * len(rows)
 
     class Steps:
-        def update(self) -> float:
+        def update(self, loss: float) -> float:
             optimizer.step()
             optimizer.zero_grad()
             return 0.0
@@ -196,10 +206,17 @@ def main() -> int:
     chosen = args.shared_layers or args.gradient_checkpointing or "--shared-layers" in sys.argv
     settings = {"as chosen": []} if chosen else SETTINGS
     classic = peak("classic", [])
-    table = []
+    table: list[dict[str, Any]] = []
     for name, extra in settings.items():
         sft, ppo = peak("sft", extra), peak("ppo", extra)
         ratios = {"ppo / sft": ppo / sft, "ppo / classic": ppo / classic}
+        for layout, measured in (("sft", sft), ("ppo", ppo)):
+            told = predicted(layout, args, extra)
+            outcome = "met" if abs(told / measured - 1) <= PLAN_LIMIT else "missed"
+            print(
+                f"plan of {layout}, {name}: {told:.0f} MiB predicted, {measured:.0f} measured, {told / measured:.2f}: {outcome}",
+                file=sys.stderr,
+            )
         table.append({"setting": name, "sft": sft, "ppo": ppo, "classic": classic, "ratios": ratios})
     if args.json:
         print(json.dumps({"rows": table, "limits": LIMITS}))
@@ -210,11 +227,38 @@ def main() -> int:
     limits = "".join(f"{f'{name} (limit {limit:g})':>28}" for name, limit in LIMITS.items())
     print(f"{'setting':<28}{'sft':>8}{'ppo':>8}{'classic':>9}{limits}")
     for row in table:
-        ratios = "".join(
+        columns = "".join(
             f"{row['ratios'][k]:>21.2f} {'met' if row['ratios'][k] <= v else 'missed':<6}" for k, v in LIMITS.items()
         )
-        print(f"{row['setting']:<28}{row['sft']:>8.0f}{row['ppo']:>8.0f}{row['classic']:>9.0f}{ratios}")
+        print(f"{row['setting']:<28}{row['sft']:>8.0f}{row['ppo']:>8.0f}{row['classic']:>9.0f}{columns}")
     return 0
+
+
+def predicted(layout: str, args: argparse.Namespace, extra: list[str]) -> float:
+    """MiB that `rlhf-fast plan` predicts for the two shared layouts, without the rollout, which they leave out."""
+    from rlhf_fast.config import PlanConfig
+    from rlhf_fast.model import LoraConfig
+    from rlhf_fast.plan import plan
+
+    shared_layers = args.shared_layers or (int(extra[1]) if "--shared-layers" in extra else 0)
+    with tempfile.TemporaryDirectory() as folder:
+        shape(args).save_pretrained(folder)
+        found = plan(
+            PlanConfig(
+                folder,
+                trainer="ppo" if layout == "ppo" else "sft",
+                dtype="float32",
+                lora=LoraConfig(r=16),
+                shared_layers=shared_layers,
+                gradient_checkpointing=args.gradient_checkpointing or "--gradient-checkpointing" in extra,
+                batch_size=args.batch,
+                micro_batch_size=args.batch,
+                prompt_tokens=args.prompt,
+                response_tokens=args.response,
+            )
+        )
+    found.phases.pop("rollout", None)
+    return found.peak / 2**20
 
 
 def peak(layout: str, extra: list[str]) -> float:

@@ -40,6 +40,7 @@ COMMANDS = {
     "evaluate": Command(
         "compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"
     ),
+    "plan": Command("memory of a run before it runs, part by part", "PlanConfig", "rlhf_fast.plan:run"),
     "bench": Command(
         "time every op against other libraries and the machine's limits", None, "rlhf_fast.bench.command:main"
     ),

@@ -578,6 +578,38 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """The memory of a run, part by part, from the shapes of its model."""
+
+    model: Name
+    """Folder with the config of a Hugging Face causal language model; its weights are not read."""
+    trainer: Literal["ppo", "grpo", "dpo", "sft", "reward"] = "ppo"
+    """Which run."""
+    roles: tuple[Literal["policy", "reference", "value", "reward"], ...] = ()
+    """Roles on the base (those of the trainer when left out)."""
+    gpu: Literal["a100-40", "a100", "h100", "h200", "b200", "l40s", "rtx4090", "rtx5090"] | None = None
+    """Device to fit; left out: a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the frozen base."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Shape of the adapters."""
+    shared_layers: CountOrZero = 0
+    """First layers without adapters."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per layer."""
+    batch_size: Count = 64
+    """Completions per step."""
+    micro_batch_size: Count = 16
+    """Sequences (pairs, for dpo and reward) per pass."""
+    group_size: Count = 8
+    """grpo: completions of each prompt."""
+    prompt_tokens: Count = 128
+    """Tokens of a prompt."""
+    response_tokens: Count = 128
+    """Tokens of a completion or an answer."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Completions of several policies on the same prompts, compared by judges."""
 

@@ -207,6 +207,12 @@ class Backbone:
             f" {type(self.base).__name__} would see each other with {self.base.config._attn_implementation} attention"
         )
 
+    @contextmanager
+    def replaced(self, forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+        """Layers compute something else inside the context."""
+        with _forwards(forwards):
+            yield
+
     def _returning(self, hidden: Tensor | None) -> Callable[..., Any]:
         """A layer forward that returns `hidden`, or its own input when that is None."""
 

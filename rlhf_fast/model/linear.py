@@ -51,7 +51,7 @@ class _RoleAdapters:
         weight: Tensor = self.weight.t() if self.transposed else self.weight
         bias: Tensor | None = self.bias
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):  # shapes alone have no autocast
             dtype = torch.get_autocast_dtype(device)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         rows = x.shape[:-1].numel()

@@ -451,7 +451,10 @@ class SharedModel(nn.Module):
         """Register a pair twice: as a child (for .to, .train, .parameters) and on the layer that runs it."""
         layer = self._linears[name]
         adapt(layer, self._plan)
-        pair.to(weight_of(layer).device).requires_grad_(role != "reference").train(self.training)
+        device = weight_of(layer).device
+        if pair.lora_A.device != device:
+            pair.to(device)
+        pair.requires_grad_(role != "reference").train(self.training)
         self._children(role)[name.replace(".", "/")] = pair  # a child's name must not contain a dot
         pairs_on(layer)[role] = pair
 
