@@ -167,6 +167,10 @@ class RunConfig:
     """CPU threads (PyTorch's choice when left out)."""
     halve_on_oom: bool = True
     """Out of memory in an update: go on with micro-batches half as large (the same gradient but for rounding), or stop."""
+    rank_timeout: Positive = 600.0
+    """Under torchrun: seconds that a rank waits for the others before it gives up. A rank that dies is noticed at once."""
+    slow_rank: Positive = 60.0
+    """Under torchrun: seconds of waiting before a warning names who is late."""
     debug: bool = False
     """Show tracebacks of errors."""
 

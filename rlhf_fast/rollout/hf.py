@@ -40,15 +40,21 @@ class Rollout:
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+def sample_tokens(
+    logits: Tensor, temperature: float, generator: torch.Generator | None = None, place: tuple[int, int] | None = None
+) -> Tensor:
     """One token per row of logits (B, V) from softmax(logits / temperature), by inversion with one uniform a row.
+
+    place: as in `generate`.
 
     No top-k, top-p or repetition penalty: the ratio of PPO needs the probability of what was sampled.
     """
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     # fp64: at 256k entries the steps of an fp32 sum are coarser than the probabilities of the tail.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(logits.shape[0], 1, dtype=torch.float64, generator=generator).to(logits.device)
+    first, rows = place or (0, logits.shape[0])
+    uniform = torch.rand(rows, 1, dtype=torch.float64, generator=generator)
+    uniform = uniform[first : first + logits.shape[0]].to(logits.device)
     # right=True: the first entry above the draw, so a token of probability 0 is never taken.
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return tokens.squeeze(1).clamp_(max=logits.shape[1] - 1)
@@ -66,6 +72,7 @@ def generate(
     eos_token_id: int | None = None,
     generator: torch.Generator | None = None,
     role: str = "policy",
+    place: tuple[int, int] | None = None,
 ) -> Rollout:
     """Sample completions of left-padded prompts.
 
@@ -77,6 +84,7 @@ def generate(
         temperature: logits are divided by it.
         eos_token_id: ends a completion; None = completions of max_new_tokens tokens.
         generator: CPU generator of the draws; one uniform number per row and step.
+        place: (first, rows) where the prompts are the rows from `first` on in a batch of `rows`, whose draws they get.
 
     Raises:
         ValueError: prompts that are not left-padded, or numbers out of range.
@@ -110,7 +118,7 @@ def generate(
             ).logits[:, -1]
             if eos_token_id is not None and t - P < min_new_tokens:
                 logits = logits.index_fill(1, torch.tensor([eos_token_id], device=logits.device), -torch.inf)
-            tokens = sample_tokens(logits, temperature, generator)
+            tokens = sample_tokens(logits, temperature, generator, place)
             ids[:, t] = tokens.where(~finished, 0)
             mask[:, t] = ~finished
             steps += 1

@@ -66,11 +66,12 @@ class Trainer(Sampler):
                     selected = torch.zeros_like(e.mask)
                     selected[minibatch] = chosen
                 counts = Denominators.of(e.mask[minibatch], horizon=self.settings.max_new_tokens)
-                found = Means(("tokens", "loss", "policy_loss", *(("kl",) if e.ref_logprobs is not None else ())))
-                backward = lambda part, rows=minibatch, selected=selected, counts=counts: self._backward(
+                found = Means(("tokens", "loss", "policy_loss"))
+                own = self.part(e, minibatch)
+                backward = lambda part, rows=own, selected=selected, counts=counts: self._backward(
                     e, each, selected, rows[part], counts
                 )
-                for part in self.micro_batches.map(len(minibatch), backward):
+                for part in self.ranks.join(self.micro_batches.map(len(own), backward)):
                     found.add(part)
                 found.values["grad_norm"] = run.update(found.values["loss"])
                 means.add(found.values)
@@ -89,8 +90,7 @@ class Trainer(Sampler):
         """Gradient of one micro-batch; those of a minibatch add up to its one-shot gradient."""
         group, rollout = self.config.group, e.rollout
         part = self.rows(rollout, rows)
-        trunk = None if e.trunk is None else [e.trunk[i] for i in rows.tolist()]
-        stats = self.response_stats(part, part.forward(self.model, ("policy",), trunk).policy.hidden)
+        stats = self.response_stats(part, part.forward(self.model, ("policy",), e.trunk_of(rows)).policy.hidden)
         in_loss = self.recipe.kl_placement != "reward" and e.ref_logprobs is not None
         loss, found = policy_loss(
             group.recipe,

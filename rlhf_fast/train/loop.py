@@ -32,6 +32,7 @@ from rlhf_fast.train.checkpoint import (
     set_rng_state,
 )
 from rlhf_fast.train.monitor import Monitor
+from rlhf_fast.train.ranks import Ranks, join
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,9 @@ class Run:
     rates: {role: peak learning rate} of the roles that train. identity: what must not change on resume (data fingerprint
     and the like), beyond the settings. state: {name: (get, set)} of further JSON state that a resume restores; read before every
     step. flags: what may change on resume, but not without a warning.
+
+    Under torchrun every rank has its Run. `ranks` is what they do together: each calls backward for its share of a step, with the
+    denominators of the whole, and `update` adds the gradients up. The first rank alone writes.
     """
 
     def __init__(
@@ -176,6 +180,8 @@ class Run:
         }
         self.flags = {"the code of rlhf_fast": code_fingerprint(), **(flags or {})}
         self.bad_steps = 0
+        self.ranks = Ranks()
+        """Alone, until the run begins."""
         self.records: Sequence[str] = ()
         """Where the records of the current step stand ("file:line"), for messages."""
         self._signal: int | None = None
@@ -187,12 +193,20 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as stack:  # gives the folder back if the run cannot begin
             settings = self.settings
-            lock = claim_output(self.folder, resume=settings.resume, overwrite=settings.overwrite)
-            stack.enter_context(lock)
-            self.store = CheckpointStore(self.folder / "checkpoints", keep=settings.keep)
+            self.ranks = stack.enter_context(join(settings.rank_timeout, settings.slow_rank))
+            text = to_yaml(self.config)
+            # In this order: what names a difference best comes first.
+            self.ranks.agree({**self.identity, **self.flags})
+            self.ranks.agree({"settings": hashlib.sha256(text.encode()).hexdigest()})
+            if self.ranks.first:
+                stack.enter_context(claim_output(self.folder, resume=settings.resume, overwrite=settings.overwrite))
+                self.store = CheckpointStore(self.folder / "checkpoints", keep=settings.keep)
             self.start = self._restore() if settings.resume else 0
-            (self.folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-            monitor = Monitor(self.folder, self.total_steps, self.title, start_step=self.start)
+            if self.ranks.first:
+                (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+            monitor = Monitor(
+                self.folder, self.total_steps, self.title, start_step=self.start, silent=not self.ranks.first
+            )
             self.monitor = stack.enter_context(monitor)
             for number in (signal.SIGTERM, signal.SIGINT):
                 try:
@@ -205,7 +219,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
-            if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            self.ranks.fail(error)  # before anything that takes time: the others wait
+            if self.ranks.first and isinstance(error, Exception) and not isinstance(error, CheckpointError):
                 self._rescue(error)
         finally:
             self._stack.__exit__(kind, error, trace)  # type: ignore[arg-type]
@@ -228,22 +243,29 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(self.optim, step / self.total_steps)
             self._step, self._before, self._updates = step, self._further_state(), 0
+            self.ranks.at(step)
+            self.ranks.seed(self.settings.seed, step)
             yield step
             self._step = None
             done = step + 1
+            signals = [number for number in self.ranks.gather(self._signal) if number is not None]
             due = self.settings.save_every and done % self.settings.save_every == 0
-            if due or done == self.total_steps or self._signal is not None:
+            if due or done == self.total_steps or signals:
                 self.save(done)
-            if self._signal is not None:
-                raise SystemExit(128 + self._signal)
+            if signals:
+                self.ranks.barrier()  # torchrun ends the others when the first one is gone
+                raise SystemExit(128 + signals[0])
 
     def update(self, loss: float = 0.0) -> float:
-        """Clip the gradients, take one optimizer step, clear them; returns the gradient norm before clipping.
+        """Add up the gradients of the ranks, clip them, take one optimizer step, clear them; returns the norm before clipping.
 
+        loss: of the whole step, the same on every rank.
         A non-finite gradient or loss leaves every parameter and moment as it was and is told with the records of the step;
         MAX_BAD_STEPS in a row raise TrainingError.
         """
         fault_point("train.step")
+        culprits = self.ranks.sum_gradients(self.parameters)
+        fault_point("train.summed")
         parameters = list(self.parameters.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = bool(norm.isfinite()) and math.isfinite(loss)
@@ -252,7 +274,7 @@ class Run:
             self.optimizer.step()
             self._updates += 1
         else:
-            self._tell_bad(loss, float(norm))
+            self._tell_bad(loss, float(norm), culprits)
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if self.bad_steps >= MAX_BAD_STEPS:
@@ -262,12 +284,16 @@ class Run:
             )
         return float(norm)
 
-    def _tell_bad(self, loss: float, norm: float) -> None:
+    def _tell_bad(self, loss: float, norm: float, culprits: Sequence[int]) -> None:
+        if not self.ranks.first:
+            return
         bad = [n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
         logger.warning(
             "%s: update skipped in step %s: loss %g, gradient norm %g; records %s; non-finite gradients: %s",
             *(self.title, "?" if self._step is None else self._step + 1, loss, norm, _some(self.records), _some(bad)),
         )
+        if culprits:
+            logger.warning("%s: the gradient was not finite on rank %s", self.title, ", ".join(map(str, culprits)))
         row = {"step": self._step, "records": list(self.records), "loss": str(loss), "grad_norm": str(norm)}
         with suppress(OSError), open(self.folder / BAD_UPDATES, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "parameters": bad}) + "\n")
@@ -282,8 +308,8 @@ class Run:
             self.monitor.log(step + 1, {**metrics, **lr, **skipped, **rate})
 
     def save(self, step: int) -> None:
-        """A checkpoint that continues bit for bit."""
-        if step != self._saved_at:
+        """A checkpoint that continues bit for bit, also with another number of ranks (but for rounding and dropout)."""
+        if self.ranks.first and step != self._saved_at:
             self._write(step, self._further_state())
 
     def _further_state(self) -> dict[str, Any]:
@@ -299,22 +325,29 @@ class Run:
             self._saved_at = step
 
     def _restore(self) -> int:
-        found = self.store.load_latest(expect={"identity": self.identity})
-        if found is None:
-            raise CheckpointError(f"{self.folder}: there is no checkpoint to resume from")
+        found, tensors = None, {}
+        if self.ranks.first:
+            found = self.store.load_latest(expect={"identity": self.identity})
+            if found is None:
+                raise CheckpointError(f"{self.folder}: there is no checkpoint to resume from")
+            tensors = {f"{stem}/{n}": x for stem, named in found.tensors.items() for n, x in named.items()}
+            for name, value in self.flags.items():
+                if found.state["flags"].get(name) != value:
+                    logger.warning("%s: since this checkpoint was written %s has changed", found.path, name)
+        # The folder need not be on every rank's machine.
+        (step, state), tensors = self.ranks.share_state((found.step, found.state) if found else (0, {}), tensors)
+        of = lambda stem: {n.removeprefix(stem): x for n, x in tensors.items() if n.startswith(stem)}
+        model = of("model/")
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(found.tensors["model"][name])
-        load_optimizer_tensors(self.optimizer, list(self.parameters), found.tensors["optim"])
-        set_rng_state(found.state["rng"])
-        for name, value in self.flags.items():
-            if found.state["flags"].get(name) != value:
-                logger.warning("%s: since this checkpoint was written %s has changed", found.path, name)
-        self.bad_steps = found.state["bad_steps"]
+                p.copy_(model[name])
+        load_optimizer_tensors(self.optimizer, list(self.parameters), of("optim/"))
+        set_rng_state(state["rng"])
+        self.bad_steps = state["bad_steps"]
         for name, (_, put) in self.state.items():
-            put(found.state["extra"][name])
-        self._saved_at = found.step
-        return found.step
+            put(state["extra"][name])
+        self._saved_at = step
+        return step
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:

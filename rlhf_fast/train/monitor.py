@@ -41,7 +41,7 @@ class Monitor:
     folder: gets metrics.jsonl, samples.jsonl (one JSON object per line) and tensorboard/. total_steps:
     where the bar ends. title: what the bar is called. start_step: step the run resumes from; later lines of
     an earlier attempt are removed, so that each step stands once. console: where to show things (standard
-    output).
+    output). silent: show and record nothing, on a rank that is not the first.
     """
 
     def __init__(
@@ -52,10 +52,11 @@ class Monitor:
         *,
         start_step: int = 0,
         console: Console | None = None,
+        silent: bool = False,
     ) -> None:
         self.folder, self.total_steps, self.title = Path(folder), total_steps, title
         self.start_step = start_step
-        self._console = console
+        self._console, self._silent = console, silent
         self._sinks: dict[str, Any] = {}
         self._step = start_step
         self._note = ""
@@ -63,6 +64,8 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         self._start_clock()
+        if self._silent:
+            return self
         self._open("metrics file", lambda: _JsonLines(self.folder / METRICS, self.start_step))
         self._open("samples file", lambda: _JsonLines(self.folder / SAMPLES, self.start_step))
         self._open("TensorBoard", self._open_tensorboard)

@@ -18,6 +18,7 @@ from rlhf_fast.model import SharedModel
 from rlhf_fast.rollout import Rollout, generate
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
 from rlhf_fast.train.rows import Rows, packs_well
 from rlhf_fast.train.scoring import head_logprobs
@@ -25,11 +26,11 @@ from rlhf_fast.train.scoring import head_logprobs
 
 @dataclass
 class Experience:
-    """One rollout batch, scored: what the update reads. (B, R) unless said otherwise."""
+    """One rollout batch of all ranks, scored: what the update reads. (B, R) unless said otherwise."""
 
     rollout: Rollout
     trunk: list[Tensor] | None
-    """Outputs of the shared layers per row, reused in every epoch."""
+    """Outputs of the shared layers for each row that this rank sampled, reused in every epoch."""
     mask: Tensor
     """Response tokens that count: sampled, and of a completion that was scored."""
     logprobs: Tensor
@@ -44,6 +45,12 @@ class Experience:
     raw_scores: Tensor
     """(B,) as the sources gave them."""
     entropy: Tensor
+    start: int = 0
+    """Row of the batch that trunk begins with."""
+
+    def trunk_of(self, rows: Tensor) -> list[Tensor] | None:
+        """Of rows that this rank sampled."""
+        return None if self.trunk is None else [self.trunk[i] for i in (rows - self.start).tolist()]
 
     def kl_per_sequence(self) -> Tensor:
         """(B,) k1 estimate of KL(policy || reference) in nats, summed over the completion; 0 without a reference."""
@@ -82,26 +89,52 @@ class Sampler(ABC):
         self.controller, self.micro_batch_size = KLController(kl), micro_batch_size
         self.packed = packs_well(model) if packed is None else packed
         self.micro_batches = MicroBatches(micro_batch_size, halve=halve, clear=model.zero_grad)
+        self.ranks = Ranks()
+        """Those that share the work; train_online sets it."""
 
     @abstractmethod
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
         """Learn from one batch; returns the metrics of the step."""
 
     def rollout(self, prompts: list[list[int]], generator: torch.Generator) -> Rollout:
-        """Sample `samples_per_prompt` completions of each prompt from the policy."""
+        """Sample `samples_per_prompt` completions of each prompt from the policy: those of all ranks, each of which samples its own."""
         prompts = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
         r = self.settings
         ids, mask = pad(prompts, left=True)
-        return generate(
-            self.model,
-            ids,
-            mask,
-            max_new_tokens=r.max_new_tokens,
-            min_new_tokens=r.min_new_tokens,
-            temperature=r.temperature,
-            eos_token_id=self.tokenizer.eos_token_id if r.stop_at_eos else None,
-            generator=generator,
-        )
+        own, found, steps = self.sampled_here(len(ids)), None, 0
+        if own.start < own.stop:
+            found = generate(
+                self.model,
+                ids[own],
+                mask[own],
+                max_new_tokens=r.max_new_tokens,
+                min_new_tokens=r.min_new_tokens,
+                temperature=r.temperature,
+                eos_token_id=self.tokenizer.eos_token_id if r.stop_at_eos else None,
+                generator=generator,
+                place=(own.start, len(ids)),
+            )
+            if self.ranks.world == 1:
+                return found
+            steps = found.responses.shape[1]
+        parts = {} if found is None else {n: getattr(found, n) for n in ("responses", "response_mask", "finished")}
+        every = self.ranks.rows(parts)
+        for _ in range(every["responses"].shape[1] - steps):  # the draws of ranks that took longer
+            torch.rand(len(ids), 1, dtype=torch.float64, generator=generator)
+        every["input_ids"] = torch.cat([ids.where(mask, 0), every.pop("responses")], 1)
+        return Rollout(attention_mask=torch.cat([mask, every["response_mask"]], 1), **every)
+
+    def sampled_here(self, rows: int) -> slice:
+        """Rows of a batch that this rank samples and scores: the completions of a prompt stay together."""
+        n, own = self.samples_per_prompt, self.ranks.share(rows // self.samples_per_prompt)
+        return slice(own.start * n, own.stop * n)
+
+    def part(self, e: Experience, minibatch: Tensor) -> Tensor:
+        """Rows (b,) of a minibatch that this rank learns from: an equal share, or those that it sampled where it keeps their trunk."""
+        if not self.model.shared_layers:
+            return minibatch[self.ranks.share(len(minibatch))]
+        own = self.sampled_here(len(e.mask))
+        return minibatch[(minibatch >= own.start) & (minibatch < own.stop)]
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Experience:
@@ -110,8 +143,9 @@ class Sampler(ABC):
         parts: dict[str, list[Tensor]] = {}
         size = self.micro_batch_size
         trunks: list[Tensor] = []
-        for i in range(0, len(rollout.input_ids), size):
-            rows = self.rows(rollout, slice(i, i + size))
+        own = self.sampled_here(len(rollout.input_ids))
+        for i in range(own.start, own.stop, size):
+            rows = self.rows(rollout, slice(i, min(i + size, own.stop)))
             trunk = rows.trunk_of(self.model)
             trunks += trunk or []
             out = rows.forward(self.model, roles, trunk)
@@ -127,7 +161,7 @@ class Sampler(ABC):
                 found["role_scores"] = out.reward.scores
             for name, value in found.items():
                 parts.setdefault(name, []).append(value)
-        joined = {name: torch.cat(values) for name, values in parts.items()}
+        joined = self.ranks.rows({name: torch.cat(values) for name, values in parts.items()})
         role_scores = joined.pop("role_scores", None)
         prompts, completions = self.prompt_texts(rollout), rollout.texts(self.tokenizer)
         scores, raw = self.rewards(prompts, completions, role_scores)
@@ -136,6 +170,7 @@ class Sampler(ABC):
         return Experience(
             rollout=rollout,
             trunk=trunks or None,
+            start=own.start,
             mask=rollout.response_mask & scored[:, None],
             scores=scores.nan_to_num(0.0),
             raw_scores=raw,
@@ -260,6 +295,7 @@ def train_online(
     }
     identity, flags = {"data": fingerprint}, rewards.fingerprints()
     with rewards, Run(title, config, model, rates, config.steps, identity, state, flags) as run:
+        trainer.ranks = rewards.ranks = run.ranks
         if config.reward.normalize == "reference" and run.start == 0:
             # Before step 1 the policy is the reference; a step number of its own keeps its draws apart from training.
             rewards.observe(trainer.score(trainer.rollout(*draw(config.steps))).raw_scores)
@@ -268,11 +304,11 @@ def train_online(
             batch, generator = draw(step)
             experience = trainer.score(trainer.rollout(batch, generator))
             metrics = trainer.update(run, experience, generator)
-            if observe is not None:
+            if observe is not None and run.ranks.first:
                 metrics |= observe(experience.rollout.texts(tokenizer))
             run.log(step, metrics, *trainer.summary(experience))
-            if run.settings.sample_every and step % run.settings.sample_every == 0:
+            if run.ranks.first and run.settings.sample_every and step % run.settings.sample_every == 0:
                 run.monitor.samples(step + 1, trainer.sample_rows(experience))
-        for role in rates:
+        for role in rates if run.ranks.first else ():
             model.save_adapter(role, run.folder / ("adapter" if role == "policy" else role))
         return run.folder / "adapter"

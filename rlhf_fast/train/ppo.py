@@ -64,10 +64,9 @@ class Trainer(Sampler):
             for minibatch in order.split(ppo.minibatch_size):
                 counts = int(e.mask[minibatch].sum()), int(valued[minibatch].sum())
                 found = Means(OF_MICRO_BATCHES)
-                backward = lambda part, rows=minibatch, counts=counts: self._backward(
-                    e, targets, valued, rows[part], counts
-                )
-                for part in self.micro_batches.map(len(minibatch), backward):
+                own = self.part(e, minibatch)
+                backward = lambda part, rows=own, counts=counts: self._backward(e, targets, valued, rows[part], counts)
+                for part in self.ranks.join(self.micro_batches.map(len(own), backward)):
                     found.add(part)
                 found.values["grad_norm"] = run.update(found.values["loss"])
                 updates += 1
@@ -99,7 +98,7 @@ class Trainer(Sampler):
         ppo, rollout, (tokens, slots) = self.config.ppo, e.rollout, counts
         assert e.values is not None
         part = self.rows(rollout, rows)
-        trunk = None if e.trunk is None else [e.trunk[i] for i in rows.tolist()]
+        trunk = e.trunk_of(rows)
         hidden = part.forward(self.model, ("policy",), trunk).policy.hidden
         policy = head_ppo_loss(
             self.model,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import SequenceLogprobs, preference_loss, running_delta, sequence_logprobs
+from rlhf_fast import SequenceLogprobs, gather_rows, preference_loss, running_delta, sequence_logprobs
 from rlhf_fast.batch import Shuffle, collate, pack, unpack
 from rlhf_fast.config import PreferenceConfig, PreferenceLossConfig
 from rlhf_fast.data import EncodedPair
@@ -18,6 +18,7 @@ from rlhf_fast.model import SharedModel
 from rlhf_fast.preference_kinds import KINDS
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rows import packs_well
 from rlhf_fast.train.scoring import head_logprobs, next_token_logprobs
 
@@ -61,13 +62,19 @@ def _answers(pairs: Sequence[EncodedPair]) -> list[Answer]:
     return [(p.chosen_ids, p.prompt_length) for p in pairs] + [(p.rejected_ids, p.prompt_length) for p in pairs]
 
 
+def _of_all_ranks(found: SequenceLogprobs, n: int) -> SequenceLogprobs:
+    """Of the n pairs of every rank: all that won, then all that lost."""
+    return SequenceLogprobs(*(torch.cat([gather_rows(x[:n]), gather_rows(x[n:])]) for x in found))
+
+
 class Trainer:
     """The loss on pairs, with what some kinds keep between steps."""
 
     def __init__(self, loss: PreferenceLossConfig, model: SharedModel, packing: bool = False) -> None:
-        self.loss, self.model, self.packing = loss, model, packing
+        self.loss, self.model, self.packing, self.ranks = loss, model, packing, Ranks()
         self.roles = ("policy", "reference") if loss.needs_reference else ("policy",)
         self.lengths = any(KINDS[name].per_token or KINDS[name].lengths for name in loss.kinds)
+        self.across = any(KINDS[name].across for name in loss.kinds)
         self.delta, self.seen = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
     def get(self) -> list[float]:
@@ -83,24 +90,27 @@ class Trainer:
         """(n,) log-ratios of answers to the prompts of other pairs, which kto compares with; None for the other kinds."""
         if "kto" not in self.loss.kinds:
             return None
-        others = [*pairs[1:], *pairs[:1]]
+        own, others = self.ranks.share(len(pairs)), [*pairs[1:], *pairs[:1]]
         strange = [
             (p.chosen_ids[: p.prompt_length] + o.chosen_ids[o.prompt_length :], p.prompt_length)
-            for p, o in zip(pairs, others, strict=True)
+            for p, o in zip(pairs[own], others[own], strict=True)
         ]
-        found = []
+        found = [torch.zeros(0)]
         for i in range(0, len(strange), micro_batch_size):
             each = answer_logprobs(self.model, strange[i : i + micro_batch_size], self.roles, packing=self.packing)
             found.append(each["policy"].logprobs - each["reference"].logprobs)
-        return torch.cat(found)
+        return self.ranks.rows({"kl": torch.cat(found)})["kl"]
 
     def __call__(
         self, pairs: Sequence[EncodedPair], total: int, kl_logratios: Tensor | None
     ) -> tuple[Tensor, dict[str, float], Tensor]:
         """(loss, shares of the statistics, implicit rewards (2 n,)) of n of `total` pairs: micro-batches add up to the batch."""
         found = answer_logprobs(self.model, _answers(pairs), self.roles, self.loss.tail_weight, self.packing)
-        policy, n = found["policy"], len(pairs)
-        reference = found.get("reference")
+        n, own, parts = len(pairs), slice(None), 1
+        if self.across and self.ranks.world > 1:  # every rank finds the loss of all pairs, and the gradient of its own
+            n, own, parts = total, self.ranks.share(total), self.ranks.world
+            found = {role: _of_all_ranks(of_role, len(pairs)) for role, of_role in found.items()}
+        policy, reference = found["policy"], found.get("reference")
         arguments = self.loss.arguments()
         if "bco" in self.loss.kinds:
             arguments["delta"] = self.delta.to(policy.logprobs.dtype)
@@ -116,14 +126,14 @@ class Trainer:
             **arguments,
         )
         shares = {
-            "loss": float(loss.detach()),
-            "accuracy": float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()) / total,
-            "reward_chosen": float(chosen.sum()) / total,
-            "reward_rejected": float(rejected.sum()) / total,
-            "logprob_chosen": float(policy.logprobs[:n].detach().sum()) / total,
-            "logprob_rejected": float(policy.logprobs[n:].detach().sum()) / total,
+            "loss": float(loss.detach()) / parts,
+            "accuracy": float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()) / total / parts,
+            "reward_chosen": float(chosen.sum()) / total / parts,
+            "reward_rejected": float(rejected.sum()) / total / parts,
+            "logprob_chosen": float(policy.logprobs[:n].detach().sum()) / total / parts,
+            "logprob_rejected": float(policy.logprobs[n:].detach().sum()) / total / parts,
         }
-        return loss, shares, torch.cat([chosen, rejected])
+        return loss, shares, torch.cat([chosen[own], rejected[own]])
 
     def seen_rewards(self, rewards: Tensor) -> None:
         """Take the implicit rewards of a batch into bco's delta."""
@@ -166,34 +176,44 @@ def train_preference(config: PreferenceConfig) -> Path:
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
     model.train()
-    micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
+    halve = config.run.halve_on_oom and not trainer.across
+    micro_batches = MicroBatches(config.micro_batch_size, halve=halve, clear=model.zero_grad)
     state: State = {
         "delta": (trainer.get, trainer.put),
         "micro_batch_size": (micro_batches.get, micro_batches.put),
     }
     with Run("dpo", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
+        trainer.ranks = run.ranks
         for step in run.steps():
             batch = [kept[i] for i in shuffle.batch(step, config.batch_size)]
             run.records = [pair.record.source for pair in batch]
+            own = run.ranks.share(len(batch))
             kl_logratios = trainer.mismatched(batch, micro_batches.size)
 
             def backward(
-                part: slice, batch: list[EncodedPair] = batch, kl: Tensor | None = kl_logratios
+                part: slice,
+                batch: list[EncodedPair] = batch[own],
+                total: int = len(batch),
+                kl: Tensor | None = kl_logratios,
             ) -> tuple[dict[str, float], Tensor]:
-                loss, shares, rewards = trainer(batch[part], len(batch), kl)
+                loss, shares, rewards = trainer(batch[part], total, kl)
                 loss.backward()
                 return shares, rewards
 
-            parts = micro_batches.map(len(batch), backward)
-            trainer.seen_rewards(torch.cat([rewards for _, rewards in parts]))
-            sums = {name: sum(shares[name] for shares, _ in parts) for name in parts[0][0]}
+            parts = micro_batches.map(len(batch[own]), backward)
+            implicit = torch.cat([rewards for _, rewards in parts] or [torch.zeros(0)])
+            trainer.seen_rewards(run.ranks.rows({"rewards": implicit})["rewards"])
+            every = run.ranks.join([shares for shares, _ in parts])
+            sums = {name: sum(shares[name] for shares in every) for name in every[0]}
             sums["margin"] = sums["reward_chosen"] - sums["reward_rejected"]
             sums["grad_norm"] = run.update(sums["loss"])
             if held_out and step + 1 == total:
                 model.eval()
-                sums["eval_accuracy"] = trainer.accuracy(held_out, micro_batches.size)
+                accuracy = lambda pairs: trainer.accuracy(pairs, micro_batches.size)
+                sums["eval_accuracy"] = run.ranks.mean(held_out, accuracy)
                 model.train()
             tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
             run.log(step, sums, tokens, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
-        model.save_adapter("policy", run.folder / "adapter")
+        if run.ranks.first:
+            model.save_adapter("policy", run.folder / "adapter")
         return run.folder / "adapter"

@@ -70,25 +70,28 @@ def train_reward(config: RewardConfig) -> Path:
             rows = shuffle.batch(step, config.batch_size)
             batch = [kept[i] for i in rows]
             run.records = [sources[i] for i in rows]
+            own = batch[run.ranks.share(len(batch))]
 
-            def backward(part: slice, batch: list[Pair] = batch) -> dict[str, float]:
+            def backward(part: slice, batch: list[Pair] = own, total: int = len(batch)) -> dict[str, float]:
                 chosen, rejected = pair_scores(model, batch[part], packing)
                 loss, stats = reward_loss(
                     chosen, rejected, center_coef=config.center_coef, label_smoothing=config.label_smoothing
                 )
-                share = len(chosen) / len(batch)  # the loss is a mean over its pairs
+                share = len(chosen) / total  # the loss is a mean over its pairs
                 (loss * share).backward()
                 return {n: share * x for n, x in {**stats.floats(), "loss": float(loss.detach())}.items()}
 
-            parts = micro_batches.map(len(batch), backward)
+            parts = run.ranks.join(micro_batches.map(len(own), backward))
             sums = {name: sum(part[name] for part in parts) for name in parts[0]}
             sums["grad_norm"] = run.update(sums["loss"])
             last = step + 1 == total
             if held_out and last:
                 model.eval()
-                sums["eval_accuracy"] = pair_accuracy(model, held_out, config.micro_batch_size, packing)
+                accuracy = lambda pairs: pair_accuracy(model, pairs, config.micro_batch_size, packing)
+                sums["eval_accuracy"] = run.ranks.mean(held_out, accuracy)
                 model.train()
             tokens = sum(len(c) + len(r) for c, r in batch)
             run.log(step, sums, tokens, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")
-        model.save_adapter("reward", run.folder / "adapter")
+        if run.ranks.first:
+            model.save_adapter("reward", run.folder / "adapter")
         return run.folder / "adapter"

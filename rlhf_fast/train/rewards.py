@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_fast.config import KLConfig, RewardSource, RolloutConfig, is_callable_spec, is_url
 from rlhf_fast.rewards import InProcess, Pool, RewardError, RewardFunction, Scorer, Server, fingerprint, load_callable
+from rlhf_fast.train.ranks import Ranks
 
 __all__ = ["KLController", "RewardError", "Rewards", "apply_missing_eos", "call_reward", "load_callable"]
 
@@ -57,6 +58,9 @@ class Rewards:
             scorer = Scorer(backend, size=config.call_size, whole_batch=config.whole_batch)
             self._scorers |= dict.fromkeys(functions, scorer)
         self.mean, self.m2, self.count = 0.0, 0.0, 0
+        self.ranks = Ranks()
+        """Those that share the work: callables and servers of a rank get its share of the completions, or the first one's get all
+        of them where they compare the completions of a batch."""
 
     def __enter__(self) -> Rewards:
         return self
@@ -82,7 +86,7 @@ class Rewards:
             if source == self.adapter:
                 raw += weight * role_scores.cpu()  # type: ignore[union-attr]
             else:
-                raw += weight * torch.tensor(self._scorers[source].scores(source, prompts, completions, limit * n))
+                raw += weight * torch.tensor(self._scores(source, prompts, completions, limit * n))
         raw = _finite(raw)
         lost = int(raw.isnan().sum())
         if lost > limit * n:
@@ -95,6 +99,14 @@ class Rewards:
             self.observe(raw[~raw.isnan()])
         return self.normalized(raw), raw
 
+    def _scores(self, source: str, prompts: list[str], completions: list[str], limit: float) -> list[float]:
+        own = self.ranks.share(len(completions))
+        if self.config.whole_batch:
+            own = slice(0, len(completions) if self.ranks.first else 0)
+        if own.start == own.stop:
+            return self.ranks.join([])
+        return self.ranks.join(self._scorers[source].scores(source, prompts[own], completions[own], limit))
+
     def fingerprints(self) -> dict[str, str]:
         """Callable -> SHA-256 (hex) of the file it is in, or nothing known of it."""
         return {f"reward function {s}": fingerprint(s) for s in self.config.weights if is_callable_spec(s)}
@@ -102,9 +114,11 @@ class Rewards:
     def failures(self) -> dict[str, float]:
         """Kind of failure (raised, timeouts, crashes, server_errors) -> calls that failed so since the last time."""
         counts: dict[str, float] = {}
-        for scorer in {id(s): s for s in self._scorers.values()}.values():
-            for kind, count in scorer.failures.items():
+        scorers = {id(s): s for s in self._scorers.values()}.values()
+        for failed in self.ranks.join([dict(scorer.failures) for scorer in scorers]):
+            for kind, count in failed.items():
                 counts[kind] = counts.get(kind, 0.0) + count
+        for scorer in scorers:
             scorer.failures.clear()
         return counts
 

@@ -60,13 +60,14 @@ def train_sft(config: SFTConfig) -> Path:
             batch = collate([row.input_ids for row in rows], [row.learn for row in rows])
             targets = int(batch.target_mask[:, 1:].sum())
             run.records = [row.record.source for row in rows]
+            own = batch[run.ranks.share(len(batch))]
 
-            def backward(part: slice, batch: Batch = batch, targets: int = targets) -> float:
+            def backward(part: slice, batch: Batch = own, targets: int = targets) -> float:
                 loss = sft_loss(model, batch[part], targets, packing)
                 loss.backward()
                 return float(loss.detach())
 
-            loss = sum(micro_batches.map(len(batch), backward))
+            loss = sum(run.ranks.join(micro_batches.map(len(own), backward)))
             norm = run.update(loss)
             metrics = {
                 "loss": loss,
@@ -75,5 +76,6 @@ def train_sft(config: SFTConfig) -> Path:
                 "tokens": float(targets),
             }
             run.log(step, metrics, batch.tokens, f"loss {loss:.3f}")
-        model.save_adapter("policy", run.folder / "adapter")
+        if run.ranks.first:
+            model.save_adapter("policy", run.folder / "adapter")
         return run.folder / "adapter"
