@@ -105,7 +105,7 @@ def _dispatch(arguments: list[str]) -> int:
     path = rest.pop(0) if rest and not rest[0].startswith("-") else None
     loaded = config.load_config(settings, path, rest)
     result = _import(command.run, name)(loaded)
-    if result is not None:
+    if result is not None and os.environ.get("RANK", "0") == "0":  # under torchrun the first one reports
         print(result)
     return 0
 

@@ -265,7 +265,6 @@ class Run:
         """
         fault_point("train.step")
         culprits = self.ranks.sum_gradients(self.parameters)
-        fault_point("train.summed")
         parameters = list(self.parameters.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = bool(norm.isfinite()) and math.isfinite(loss)

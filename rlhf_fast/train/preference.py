@@ -16,7 +16,7 @@ from rlhf_fast.config import PreferenceConfig, PreferenceLossConfig
 from rlhf_fast.data import EncodedPair
 from rlhf_fast.model import SharedModel
 from rlhf_fast.preference_kinds import KINDS
-from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, TrainingError, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
 from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rows import packs_well
@@ -184,6 +184,10 @@ def train_preference(config: PreferenceConfig) -> Path:
     }
     with Run("dpo", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         trainer.ranks = run.ranks
+        if trainer.across and run.ranks.world > config.batch_size:
+            raise TrainingError(
+                f"dpo: {run.ranks.world} ranks for batch_size = {config.batch_size}, expected at most as many"
+            )
         for step in run.steps():
             batch = [kept[i] for i in shuffle.batch(step, config.batch_size)]
             run.records = [pair.record.source for pair in batch]

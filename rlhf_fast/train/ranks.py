@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.train._run import fault_point
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -192,7 +194,7 @@ class ProcessRanks(Ranks):
                 padded[tuple(slice(0, n) for n in x.shape)] = x
             parts = [torch.empty_like(padded) for _ in range(self.world)]
             sent = [_bytes(t) for t in (*parts, padded)]
-            self._exchange(name, lambda sent=sent: self._dist.all_gather(sent[:-1], sent[-1]))
+            self._exchange(name, self._dist.all_gather, sent[:-1], sent[-1])
             found[name] = torch.cat([part[: size[0]] for part, size in zip(parts, sizes, strict=True)])
         return found
 
@@ -208,7 +210,8 @@ class ProcessRanks(Ranks):
         if own:
             bad[self.rank] = ~nn.utils.get_total_norm(own).isfinite()
         flags = torch.cat([has, bad])
-        self._exchange("gradients", lambda: self._dist.all_reduce(flags))
+        self._exchange("gradients", self._dist.all_reduce, flags)
+        fault_point("train.sum")
         counts = flags.tolist()
         bucket: list[nn.Parameter] = []
         for p, count in zip(named, counts, strict=False):
@@ -225,7 +228,7 @@ class ProcessRanks(Ranks):
         # Adapters and heads are fp32 (fp64 in tests); ranks of another dtype would add up roundings.
         dtype = torch.promote_types(max((p.dtype for p in parameters), key=lambda d: d.itemsize), torch.float32)
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().to(dtype) for p in parameters])
-        self._exchange("gradients", lambda: self._dist.all_reduce(flat))
+        self._exchange("gradients", self._dist.all_reduce, flat)
         for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = total.view(p.shape).to(p.dtype)
 
@@ -236,7 +239,7 @@ class ProcessRanks(Ranks):
         for name, (shape, dtype) in shapes.items():
             x = tensors[name].contiguous() if self.first else torch.empty(shape, dtype=getattr(torch, dtype))
             if x.numel():
-                self._exchange(name, lambda x=x: self._dist.broadcast(_bytes(x), 0))
+                self._exchange(name, self._dist.broadcast, _bytes(x), 0)
             found[name] = x
         return value, found
 
@@ -279,15 +282,15 @@ class ProcessRanks(Ranks):
 
     def _all(self, own: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(own) for _ in range(self.world)]
-        self._exchange("values", lambda: self._dist.all_gather(parts, own))
+        self._exchange("values", self._dist.all_gather, parts, own)
         return parts
 
-    def _exchange(self, what: str, work: Callable[[], object]) -> None:
+    def _exchange(self, what: str, work: Callable[..., object], *arguments: object) -> None:
         """One call of the process group, which all ranks make; raises RankError for one that did not."""
         self._exchanges += 1
         self._waits = (time.monotonic(), what)
         try:
-            work()
+            work(*arguments)
         except RuntimeError as error:
             raise RankError(f"rank {self.rank} stops: {self._blame(what, error)}") from error
         finally:
@@ -334,7 +337,7 @@ class ProcessRanks(Ranks):
                 time.sleep(BEAT)
             after = self._read_signs()
         except Exception:
-            return f"the process that holds the store is gone ({_line(error)})"
+            return f"{_holder()}, which holds the store, is gone ({_line(error)})"
         gone = [r for r in after if after[r][0] == before[r][0] and r != self.rank]
         late = [r for r in after if after[r][1] < self._exchanges and r not in gone]
         where = f"step {self._step + 1}, {what}"
@@ -357,11 +360,15 @@ _servers: dict[tuple[str, int], Any] = {}
 def _server(dist: Any, wait: datetime.timedelta) -> Any:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if address not in _servers:
-        hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        hosts = os.environ["RANK"] == "0" and _holder() == "rank 0"
         _servers[address] = dist.TCPStore(
             *address, None, is_master=hosts, timeout=wait, wait_for_workers=False, multi_tenant=True
         )
     return _servers[address]
+
+
+def _holder() -> str:
+    return "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoints import child, flip
 from models import save_tiny
+from runs import SCORERS, TEXTS, failing_calls, not_finite, numbers, outcome, steps, write_lines
 
 from rlhf_fast.config import (
     DataConfig,
@@ -39,13 +40,6 @@ from rlhf_fast.train.checkpoint import CheckpointError
 from rlhf_fast.train.loop import TrainingError
 from rlhf_fast.train.micro_batches import MicroBatches, OutOfMemory, is_out_of_memory
 from rlhf_fast.train.monitor import read_json_lines
-
-SCORERS = Path(__file__).parent / "scorers.py"
-TEXTS = ["the film was good.", "a good film, we saw it.", "this is a story of a film.", "it was good.", "we saw"]
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +115,6 @@ RUNS: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-def numbers(folder: Path) -> list[dict]:
-    """Metrics without the clock's."""
-    rows = read_json_lines(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
-
-
-def outcome(folder: Path) -> dict[str, bytes]:
-    """Adapters and the last checkpoint's tensors."""
-    last = max((folder / "checkpoints").glob("step-*"), key=lambda p: int(p.name.partition("-")[2]))
-    files = [*folder.glob("*/adapter_model.safetensors"), *last.glob("*.safetensors")]
-    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
-
-
-def steps(folder: Path) -> list[int]:
-    return sorted(int(p.name.partition("-")[2]) for p in (folder / "checkpoints").glob("step-*"))
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_case_28_37_38_every_trainer_goes_on_bit_for_bit_after_a_kill_and_does_so_twice(source, tmp_path, name):
     train, config = RUNS[name]
@@ -162,19 +139,6 @@ def test_case_37_twenty_losses_after_a_resume_in_mid_epoch_are_the_same_bits(sou
     losses = [[row["loss"] for row in numbers(tmp_path / name)] for name in ("whole", "killed")]
     assert len(losses[0]) == 28 and losses[0] == losses[1]
     assert len(set(losses[0])) == 28
-
-
-def failing_calls(monkeypatch, module, name: str, fault: Callable[[int, tuple], object]) -> list[int]:
-    """Calls of module.name, each told to `fault` (number, arguments) before it runs; a result that is not None replaces it."""
-    original, calls = getattr(module, name), [0]
-
-    def wrapped(*args, **kwargs):
-        calls[0] += 1
-        found = fault(calls[0], args)
-        return original(*args, **kwargs) if found is None else found
-
-    monkeypatch.setattr(module, name, wrapped)
-    return calls
 
 
 def test_case_29_a_full_disk_costs_one_checkpoint_and_two_in_a_row_stop_the_run(source, tmp_path, monkeypatch):
@@ -319,12 +283,6 @@ def test_case_34_39_a_second_run_is_refused_and_a_second_signal_ends_the_first_w
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
     assert time.monotonic() - started < 2.0
     assert loop.CheckpointStore(tmp_path / "run" / "checkpoints").load_latest().step == 0
-
-
-def not_finite(loss: torch.Tensor, kind: str) -> torch.Tensor:
-    if kind == "loss":  # the gradient stays finite
-        return loss + (torch.tensor(float("nan")) - loss.detach()).detach()
-    return loss * torch.tensor(float("inf" if kind == "inf" else "nan"))
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "loss"])

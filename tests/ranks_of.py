@@ -62,7 +62,7 @@ def start(
                 torch.set_num_threads(1)
                 errors = os.open(folder / f"rank-{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(errors, 2)
-                sys.stderr = open(2, "w", buffering=1, closefd=False)
+                sys.stderr = os.fdopen(errors, "w", buffering=1)
                 place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
                 os.environ.update({k: str(v) for k, v in place.items()})
                 os.environ.update((environments or {}).get(rank, {}))

@@ -1,0 +1,54 @@
+"""Small data for whole runs, what they leave behind, and faults made to happen in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rlhf_fast.train.monitor import read_json_lines
+
+SCORERS = Path(__file__).parent / "train" / "scorers.py"
+TEXTS = ["the film was good.", "a good film, we saw it.", "this is a story of a film.", "it was good.", "we saw"]
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def numbers(folder: Path) -> list[dict]:
+    """Metrics without the clock's."""
+    rows = read_json_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """Adapters and the last checkpoint's tensors."""
+    last = max((folder / "checkpoints").glob("step-*"), key=lambda p: int(p.name.partition("-")[2]))
+    files = [*folder.glob("*/adapter_model.safetensors"), *last.glob("*.safetensors")]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(p.name.partition("-")[2]) for p in (folder / "checkpoints").glob("step-*"))
+
+
+def failing_calls(monkeypatch, module, name: str, fault: Callable[[int, tuple], object]) -> list[int]:
+    """Calls of module.name, each told to `fault` (number, arguments) before it runs; a result that is not None replaces it."""
+    original, calls = getattr(module, name), [0]
+
+    def wrapped(*args, **kwargs):
+        calls[0] += 1
+        found = fault(calls[0], args)
+        return original(*args, **kwargs) if found is None else found
+
+    monkeypatch.setattr(module, name, wrapped)
+    return calls
+
+
+def not_finite(loss: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "loss":  # the gradient stays finite
+        return loss + (torch.tensor(float("nan")) - loss.detach()).detach()
+    return loss * torch.tensor(float("inf" if kind == "inf" else "nan"))

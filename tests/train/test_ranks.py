@@ -1,0 +1,405 @@
+"""Training on several ranks: the numbers of one, and what happens when a rank fails, cases of the fault list by number."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_tiny
+from ranks_of import free_port, start
+from runs import SCORERS, TEXTS, failing_calls, not_finite, numbers, outcome, steps, write_lines
+
+from rlhf_fast.config import (
+    DataConfig,
+    GroupConfig,
+    GroupKLConfig,
+    GroupUpdateConfig,
+    KLConfig,
+    ModelConfig,
+    OptimConfig,
+    PairDataConfig,
+    PPOConfig,
+    PPOUpdateConfig,
+    PreferenceConfig,
+    PreferenceLossConfig,
+    PromptDataConfig,
+    RewardConfig,
+    RewardSource,
+    RolloutConfig,
+    RunConfig,
+    SFTConfig,
+)
+from rlhf_fast.model import LoraConfig
+from rlhf_fast.train import group, loop, ppo, preference, reward, sft
+from rlhf_fast.train.checkpoint import CheckpointStore
+from rlhf_fast.train.ranks import LETTER, ProcessRanks, Ranks
+
+CURVE = 1e-5
+"""Largest difference of a loss from that of one rank (fp32)."""
+SCORE = RewardSource(f"{SCORERS}:count_e", normalize="running", workers=0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    save_tiny(folder / "model")
+    write_lines(folder / "texts.jsonl", [{"text": t} for t in TEXTS * 3])
+    write_lines(folder / "prompts.jsonl", [{"prompt": t[:8]} for t in TEXTS])
+    pairs = [{"prompt": "", "chosen": f"a good film {c}.", "rejected": f"a bad story {c}."} for c in "abcdefghijkl"]
+    write_lines(folder / "pairs.jsonl", pairs)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(source, tmp_path_factory):
+    """Forked ranks get what a first run imports."""
+    sft.train_sft(of_sft(source, tmp_path_factory.mktemp("warm") / "run"))
+
+
+def common(source: Path, folder: Path, shared_layers: int = 0, data: str = "prompts", **run: object) -> dict:
+    """Without dropout, whose draws are a rank's own."""
+    run = {"sample_every": 0, "save_every": 1000, "threads": 1, **run}
+    model = ModelConfig(str(source / "model"), "float32", shared_layers, LoraConfig(r=2, alpha=8.0))
+    kind = {"texts": DataConfig, "prompts": PromptDataConfig, "pairs": PairDataConfig}[data]
+    return {"model": model, "data": kind(str(source / f"{data}.jsonl")), "run": RunConfig(str(folder), **run)}
+
+
+def of_sft(source: Path, folder: Path, changes: dict | None = None, **run: object) -> SFTConfig:
+    more = {"batch_size": 4, "micro_batch_size": 1, "max_steps": 4, "epochs": 9, "optim": OptimConfig(lr=2e-2)}
+    return SFTConfig(**{**common(source, folder, data="texts", **run), **more, **(changes or {})})
+
+
+def of_reward(source: Path, folder: Path, **run: object) -> RewardConfig:
+    more = {"batch_size": 5, "micro_batch_size": 2, "max_steps": 3, "epochs": 9, "optim": OptimConfig(lr=1e-2)}
+    return RewardConfig(**common(source, folder, data="pairs", **run), **more)
+
+
+def of_pairs(kind: str) -> Callable:
+    def config(source: Path, folder: Path, **run: object) -> PreferenceConfig:
+        size = 3 if kind == "aot" else 1  # aot compares the pairs of all ranks
+        more = {"batch_size": 3, "micro_batch_size": size, "max_steps": 3, "eval_fraction": 0.25}
+        loss, optim = PreferenceLossConfig(kind), OptimConfig(lr=1e-2)
+        return PreferenceConfig(**common(source, folder, data="pairs", **run), **more, loss=loss, optim=optim)
+
+    return config
+
+
+def of_ppo(shared_layers: int, minibatch_size: int = 3) -> Callable:
+    def config(source: Path, folder: Path, changes: dict | None = None, **run: object) -> PPOConfig:
+        base = PPOConfig(
+            **common(source, folder, shared_layers, **run),
+            reward=SCORE,
+            optim=OptimConfig(lr=1e-2),
+            rollout=RolloutConfig(batch_size=6, max_new_tokens=6),
+            kl=KLConfig(kind="adaptive", horizon=100.0),
+            ppo=PPOUpdateConfig(epochs=2, minibatch_size=minibatch_size, micro_batch_size=2),
+            steps=3,
+        )
+        return dataclasses.replace(base, **(changes or {}))
+
+    return config
+
+
+def of_group(recipe: str, shared_layers: int = 0, **reward: object) -> Callable:
+    def config(source: Path, folder: Path, **run: object) -> GroupConfig:
+        return GroupConfig(
+            **common(source, folder, shared_layers, **run),
+            reward=dataclasses.replace(SCORE, **reward),
+            rollout=RolloutConfig(batch_size=12, max_new_tokens=6),
+            group_size=4,
+            group=GroupUpdateConfig(recipe, minibatch_size=6, micro_batch_size=2),
+            kl=GroupKLConfig(coef=0.1 if recipe == "grpo" else 0.0),
+            optim=OptimConfig(lr=1e-3),
+            steps=3,
+        )
+
+    return config
+
+
+RUNS: dict[str, tuple[Callable, Callable]] = {
+    "sft": (sft.train_sft, of_sft),
+    "reward": (reward.train_reward, of_reward),
+    "dpo": (preference.train_preference, of_pairs("dpo")),
+    "kto": (preference.train_preference, of_pairs("kto")),
+    "bco": (preference.train_preference, of_pairs("bco")),
+    "aot": (preference.train_preference, of_pairs("aot")),
+    "ppo": (ppo.train_ppo, of_ppo(0)),
+    # Its rows stay with their trunk: a rank has two, one or none of a minibatch of two.
+    "ppo with shared layers": (ppo.train_ppo, of_ppo(1, minibatch_size=2)),
+    "grpo": (group.train_group, of_group("grpo", shared_layers=1)),
+    # Three prompts on two ranks, advantages that look at all of them, scores from one call for all of them.
+    "lite_ppo": (group.train_group, of_group("lite_ppo", whole_batch=True)),
+}
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    of = lambda name: name.endswith(("loss", "grad_norm", "score")) or name in ("kl", "accuracy", "length")
+    return [
+        {k: v for k, v in row.items() if of(k) or k.startswith(("lr/", "reward", "eval"))} for row in numbers(folder)
+    ]
+
+
+def assert_same_curve(found: Path, expected: Path, rows: int) -> None:
+    ours, theirs = losses(found), losses(expected)
+    assert len(ours) == len(theirs) == rows
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, abs=CURVE, rel=CURVE)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_learn_what_one_learns(source, tmp_path, name):
+    train, config = RUNS[name]
+    train(config(source, tmp_path / "one"))
+    ranks = start(lambda _: train(config(source, tmp_path / "two")), tmp_path)
+    assert ranks.wait() == [0, 0], ranks.words(0) + ranks.words(1)
+    rows = len(numbers(tmp_path / "one"))
+    assert_same_curve(tmp_path / "two", tmp_path / "one", rows)
+    assert outcome(tmp_path / "two").keys() == outcome(tmp_path / "one").keys()
+    assert len({row["loss"] if "loss" in row else next(iter(row.values())) for row in losses(tmp_path / "one")}) > 1
+
+
+@pytest.mark.parametrize(("name", "world"), [("sft", 5), ("ppo", 4), ("ppo with shared layers", 3)])
+def test_case_61_ranks_without_rows_hang_nobody_and_the_numbers_are_those_of_one(source, tmp_path, name, world):
+    train, config = RUNS[name]
+    changes = {"rollout": RolloutConfig(batch_size=3, max_new_tokens=6)} if name != "sft" else {"batch_size": 3}
+    train(config(source, tmp_path / "one", changes))
+    ranks = start(lambda _: train(config(source, tmp_path / "many", changes)), tmp_path, world)
+    assert ranks.wait() == [0] * world, ranks.words(world - 1)
+    assert_same_curve(tmp_path / "many", tmp_path / "one", 3 if "ppo" in name else 4)
+
+
+def test_case_62_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(source, tmp_path, monkeypatch):
+    def work(folder: Path, spoil: Callable[[int], bool], rank: int) -> None:
+        logging.basicConfig()
+        calls, original = [0], sft.sft_loss
+
+        def loss(*args):
+            calls[0] += 1
+            found = original(*args)
+            return not_finite(found, "nan") if spoil(calls[0]) else found
+
+        monkeypatch.setattr(sft, "sft_loss", loss)
+        sft.train_sft(of_sft(source, folder, {"micro_batch_size": 2}))
+
+    # Of four rows, two on each rank: the second call of a rank is its second step, and the fourth of one process.
+    ranks = start(lambda rank: work(tmp_path / "two", lambda n: rank == 1 and n == 2, rank), tmp_path)
+    assert ranks.wait() == [0, 0]
+    assert start(lambda rank: work(tmp_path / "one", lambda n: n == 4, rank), tmp_path / "log", 1).wait() == [0]
+    found, expected = numbers(tmp_path / "two"), numbers(tmp_path / "one")
+    assert [row.get("skipped_updates") for row in found] == [None, 1.0, None, None]
+    for a, b in zip(found, expected, strict=True):
+        assert (a["loss"] is None) == (b["loss"] is None) == (a["step"] == 2)
+        assert a["step"] == 2 or a["loss"] == pytest.approx(b["loss"], abs=CURVE)
+    assert "update skipped in step 2" in ranks.words(0) and "not finite on rank 1" in ranks.words(0)
+    bad = [json.loads(line) for line in (tmp_path / "two" / loop.BAD_UPDATES).read_text().splitlines()]
+    assert [(row["step"], len(row["records"])) for row in bad] == [(1, 4)]
+
+
+@pytest.mark.parametrize("what", ["setting", "data", "output"])
+def test_case_63_ranks_that_are_not_of_one_run_stop_at_the_start(source, tmp_path, what):
+    other = tmp_path / "texts.jsonl"
+    write_lines(other, [{"text": t} for t in TEXTS])
+    different = {
+        "setting": lambda: of_sft(source, tmp_path / "run", {"optim": OptimConfig(lr=0.1)}),
+        "data": lambda: of_sft(source, tmp_path / "run", {"data": DataConfig(str(other))}),
+        "output": lambda: of_sft(source, tmp_path / "another"),
+    }
+    ranks = start(
+        lambda rank: sft.train_sft(different[what]() if rank else of_sft(source, tmp_path / "run")), tmp_path / "log"
+    )
+    assert ranks.wait() == [1, 1]
+    field = {"setting": "config", "data": "data", "output": "settings"}[what]
+    for rank in (0, 1):
+        assert re.search(
+            rf"RankError: ranks 0 and 1 are not of one run: their '{field}' is \w+ and \w+", ranks.words(rank)
+        )
+    assert not (tmp_path / "run").exists() and not (tmp_path / "another").exists()
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1)])
+def test_case_64_a_run_goes_on_with_another_number_of_ranks(source, tmp_path, name, worlds):
+    train, config = RUNS[name]
+    start(lambda _: train(config(source, tmp_path / "whole")), tmp_path / "log", 1).wait()
+    updates = 4 if name == "ppo" else 1
+    fault = {0: {"RLHF_FAST_FAULT": f"train.step:{2 * updates + 1}"}}
+    killed = start(lambda _: train(config(source, tmp_path / "run", save_every=1)), tmp_path / "log", worlds[0], fault)
+    assert killed.wait()[0] == -signal.SIGKILL and steps(tmp_path / "run") == [1, 2]
+    again = start(lambda _: train(config(source, tmp_path / "run", resume=True)), tmp_path / "log", worlds[1])
+    assert again.wait() == [0] * worlds[1], again.words(0)
+    assert_same_curve(tmp_path / "run", tmp_path / "whole", 3 if name == "ppo" else 4)
+
+
+DEATHS = {
+    "forward": (1, None),
+    "before the sum": (1, "train.step:3"),
+    "in the sum": (1, "train.sum:3"),
+    "save": (0, "save.mid_file:8"),
+}
+
+
+@pytest.mark.parametrize("where", DEATHS)
+def test_case_60_a_rank_that_dies_ends_the_others_by_its_name_and_leaves_a_whole_checkpoint(
+    source, tmp_path, monkeypatch, where
+):
+    victim, fault = DEATHS[where]
+
+    def work(rank: int, **run: object) -> None:
+        if fault is None and rank == victim and not run:
+            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: os.kill(os.getpid(), 9) if n == 6 else None)
+        sft.train_sft(of_sft(source, tmp_path / "run", save_every=1, **run))
+
+    began = time.monotonic()
+    ranks = start(work, tmp_path / "log", 2, {victim: {"RLHF_FAST_FAULT": fault or ""}})
+    found = ranks.wait()
+    assert (found[victim], found[1 - victim]) == (-signal.SIGKILL, 1)
+    assert time.monotonic() - began < 30
+    assert re.search(
+        rf"RankError: rank {1 - victim} stops: .*rank {victim}\b.* (died|is gone)", ranks.words(1 - victim)
+    )
+    saved = CheckpointStore(tmp_path / "run" / "checkpoints").load_latest()
+    assert saved is not None and saved.step in (1, 2)
+    assert start(lambda rank: work(rank, resume=True), tmp_path / "log").wait() == [0, 0]
+    assert len(numbers(tmp_path / "run")) == 4
+
+
+def test_case_60_what_a_rank_raises_is_told_by_the_others(source, tmp_path, monkeypatch):
+    def work(rank: int) -> None:
+        if rank == 1:
+            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: [][1] if n == 6 else None)
+        sft.train_sft(of_sft(source, tmp_path / "run"))
+
+    ranks = start(work, tmp_path / "log", 3)
+    assert ranks.wait() == [1, 1, 1]
+    for rank in (0, 2):
+        assert f"rank {rank} stops: rank 1 failed: IndexError: list index out of range" in ranks.words(rank)
+    assert steps(tmp_path / "run") == [0, 2]  # what was done before the step that failed
+
+
+def test_case_60_a_rank_that_never_comes_is_named_after_the_timeout(source, tmp_path, monkeypatch):
+    def work(rank: int) -> None:
+        if rank == 1:
+            time.sleep(8)
+        sft.train_sft(of_sft(source, tmp_path / "run", rank_timeout=3.0))
+
+    ranks = start(work, tmp_path / "log")
+    assert ranks.wait()[0] == 1
+    assert "RankError: rank 1 did not start within 3 s" in ranks.words(0)
+
+
+def test_case_60_a_rank_that_hangs_ends_the_run_after_the_timeout(source, tmp_path, monkeypatch):
+    def work(rank: int) -> None:
+        if rank == 1:
+            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: time.sleep(1000) if n == 6 else None)
+        sft.train_sft(of_sft(source, tmp_path / "run", rank_timeout=4.0))
+
+    ranks = start(work, tmp_path / "log")
+    assert ranks.wait(30) == [1, -9]
+    assert "rank 0 stops: rank 1 did not come within 4 s (step 3, values)" in ranks.words(0)
+    assert steps(tmp_path / "run") == [0, 2]
+
+
+def test_case_65_a_slow_rank_is_named_and_waited_for(source, tmp_path, monkeypatch):
+    def work(rank: int) -> None:
+        logging.basicConfig()
+        if rank == 1:
+            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: time.sleep(3) if n == 6 else None)
+        sft.train_sft(of_sft(source, tmp_path / "run", slow_rank=1.0))
+
+    ranks = start(work, tmp_path / "log", 3)
+    assert ranks.wait() == [0, 0, 0] and len(numbers(tmp_path / "run")) == 4
+    told = re.findall(r"waiting (\d+) s for rank 1 \(in step 3\), which is slow: values of step 3", ranks.words(0))
+    assert told and int(told[0]) in (1, 2)
+    assert "slow" not in ranks.words(1) + ranks.words(2)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(source, tmp_path, monkeypatch):
+    def work(rank: int) -> None:
+        if rank == 1:
+            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: os.kill(os.getpid(), 15) if n == 3 else None)
+        sft.train_sft(of_sft(source, tmp_path / "run"))
+
+    assert start(work, tmp_path / "log").wait() == [143, 143]
+    assert steps(tmp_path / "run") == [0, 2] and len(numbers(tmp_path / "run")) == 2
+
+
+def test_exchanges_of_three_ranks(tmp_path):
+    def work(rank: int) -> None:
+        torch.manual_seed(rank)
+        with ProcessRanks(3, 20.0, 10.0) as ranks:
+            long = "é" * (LETTER * rank)
+            assert [len(text) for text in ranks.gather(long)] == [0, LETTER, 2 * LETTER]
+            assert ranks.join([rank] * rank) == [1, 2, 2]
+            own = {"x": torch.full((rank, 1 + rank), float(rank)), "m": torch.ones(rank, dtype=torch.bool)}
+            rows = ranks.rows(own if rank else {})
+            assert rows["x"].tolist() == [[1.0, 1.0, 0.0], [2.0] * 3, [2.0] * 3] and rows["m"].tolist() == [True] * 3
+            parameters = {n: torch.nn.Parameter(torch.zeros(2, 3)) for n in "abc"}
+            parameters["a"].grad = torch.full((2, 3), rank + 1.0)
+            if rank == 1:
+                parameters["b"].grad = torch.full((2, 3), float("inf"))
+            assert ranks.sum_gradients(parameters) == [1]
+            assert parameters["a"].grad.tolist() == [[6.0] * 3] * 2 and parameters["b"].grad.isinf().all()
+            assert parameters["c"].grad is None
+            state = {"w": torch.arange(3).bfloat16(), "n": torch.tensor(7), "empty": torch.zeros(0)}
+            value, tensors = ranks.share_state({"step": 5}, state) if ranks.first else ranks.share_state({}, {})
+            assert value == {"step": 5} and all(torch.equal(tensors[n], x) for n, x in state.items())
+            assert ranks.mean([1.0, 2.0, 3.0, 6.0], lambda x: sum(x) / len(x)) == 3.0
+
+    ranks = start(work, tmp_path, 3)
+    assert ranks.wait() == [0, 0, 0], ranks.words(0) + ranks.words(1) + ranks.words(2)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8])
+def test_shares_cover_the_rows_in_order_and_differ_by_one_at_most(rows):
+    ranks, found = Ranks(), []
+    ranks.world = 3
+    for ranks.rank in range(3):
+        found.append(range(rows)[ranks.share(rows)])
+    assert [i for part in found for i in part] == list(range(rows))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_torchrun_trains_from_the_command_line_and_one_rank_reports(source, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    settings = {
+        "--model.path": source / "model",
+        "--model.dtype": "float32",
+        "--data.path": source / "texts.jsonl",
+        "--run.output_dir": tmp_path / "run",
+        "--run.threads": 1,
+        "--batch_size": 4,
+        "--micro_batch_size": 2,
+        "--max_steps": 2,
+    }
+    arguments = [str(x) for pair in settings.items() for x in pair]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*command, "-m", "rlhf_fast.cli", "sft", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(tmp_path / "run" / "adapter")) == 1 and done.stdout.count("sft  2/2") == 1
+    assert len(numbers(tmp_path / "run")) == 2 and steps(tmp_path / "run") == [0, 2]
