@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -63,6 +64,7 @@ def start(
                 errors = os.open(folder / f"rank-{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(errors, 2)
                 sys.stderr = os.fdopen(errors, "w", buffering=1)
+                logging.basicConfig(stream=sys.stderr, force=True)
                 place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world}
                 os.environ.update({k: str(v) for k, v in place.items()})
                 os.environ.update((environments or {}).get(rank, {}))

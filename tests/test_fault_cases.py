@@ -272,11 +272,26 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
         ),
         "train/test_resume.py": ("test_case_34_a_signal_saves_and_ends_with_its_status",),
     },
+    # several ranks: one that dies or hangs, without rows, with NaN, of another run, with another number of them, slow
+    60: {
+        "train/test_ranks.py": (
+            "test_case_60_a_rank_that_dies_ends_the_others_by_its_name_and_leaves_a_whole_checkpoint",
+            "test_case_60_what_a_rank_raises_is_told_by_the_others",
+            "test_case_60_a_rank_that_never_comes_is_named_after_the_timeout",
+            "test_case_60_a_rank_that_hangs_ends_the_run_after_the_timeout",
+        ),
+    },
+    61: {
+        "train/test_ranks.py": ("test_case_61_ranks_without_rows_hang_nobody_and_the_numbers_are_those_of_one",),
+    },
+    62: {"train/test_ranks.py": ("test_case_62_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all",)},
+    63: {"train/test_ranks.py": ("test_case_63_ranks_that_are_not_of_one_run_stop_at_the_start",)},
+    64: {"train/test_ranks.py": ("test_case_64_a_run_goes_on_with_another_number_of_ranks",)},
+    65: {"train/test_ranks.py": ("test_case_65_a_slow_rank_is_named_and_waited_for",)},
 }
 
-OPEN = dict.fromkeys(range(60, 66), "needs torchrun training")
-"""Cases without a test, and why: a rank that dies, uneven ranks, NaN on one of them, other settings on one of them, another world
-size at resume, a slow rank."""
+OPEN: dict[int, str] = {}
+"""Cases without a test, and why."""
 
 
 @cache
