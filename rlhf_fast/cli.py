@@ -94,6 +94,8 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}, expected one of {', '.join(COMMANDS)}{_suggest(name)}")
     command = COMMANDS[name]
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not command.run.startswith("rlhf_fast.train."):
+        raise UsageError(f"{name} runs in one process, expected no torchrun")
     _quiet()
     if command.settings is None:
         return int(_import(command.run, name)(rest) or 0)

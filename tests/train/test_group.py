@@ -104,6 +104,15 @@ def test_completions_of_a_prompt_lie_side_by_side(folder):
     assert torch.equal(trainer.advantages(e), group_advantages(e.scores, groups, "grpo"))
 
 
+def test_the_kl_of_an_update_is_a_mean_over_its_tokens_in_micro_batches_of_any_size(folder):
+    found = []
+    for size in (16, 4, 1):
+        update = GroupUpdateConfig(minibatch_size=16, micro_batch_size=size)
+        found.append(gradients(folder, kl=GroupKLConfig(coef=0.1), group=update)[1])
+    for metrics in found[1:]:
+        assert metrics["group/kl"] == pytest.approx(found[0]["group/kl"], rel=1e-4) and metrics["group/kl"] > 0
+
+
 def test_the_gradient_of_grpo_is_that_of_plain_pytorch(folder):
     e, metrics, (found,) = gradients(folder, kl=GroupKLConfig(coef=0.1))
     _, model = make(folder, kl=GroupKLConfig(coef=0.1))

@@ -19,6 +19,7 @@ from models import save_tiny
 from ranks_of import free_port, start
 from runs import SCORERS, TEXTS, failing_calls, not_finite, numbers, outcome, steps, write_lines
 
+from rlhf_fast import cli
 from rlhf_fast.config import (
     DataConfig,
     GroupConfig,
@@ -402,3 +403,9 @@ def test_torchrun_trains_from_the_command_line_and_one_rank_reports(source, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(str(tmp_path / "run" / "adapter")) == 1 and done.stdout.count("sft  2/2") == 1
     assert len(numbers(tmp_path / "run")) == 2 and steps(tmp_path / "run") == [0, 2]
+
+
+def test_what_does_not_train_refuses_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["doctor"]) == 2
+    assert "doctor runs in one process, expected no torchrun" in capsys.readouterr().err
