@@ -74,8 +74,17 @@ class ModelConfig:
     """Shape of the adapters that are trained."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and compute the others again in the backward: less memory, a third more arithmetic."""
+    shard: bool = False
+    """Under torchrun: every rank keeps its part of the frozen decoder layers, and gathers a layer when it runs (FSDP2). Batches and
+    minibatches must be multiples of the ranks, and in trainers that sample shared_layers 0; rollouts hold the layers whole."""
     fold: tuple[Name, ...] = ()
     """Adapter folders merged into the frozen base before training (for example the SFT adapter)."""
+
+
+def _no_trunk_to_share(owner: object, model: ModelConfig) -> None:
+    if model.shard and model.shared_layers:
+        expected = f"False with shared_layers = {model.shared_layers}, whose outputs stay with the rank that sampled"
+        raise _check.error(ValueError, type(owner).__name__, "model.shard", True, expected)
 
 
 @dataclass(frozen=True)
@@ -392,6 +401,7 @@ class PPOConfig:
     """Rollout batches."""
 
     def __post_init__(self) -> None:
+        _no_trunk_to_share(self, self.model)
         rollout = self.rollout.batch_size
         _at_most(self, "ppo.minibatch_size", self.ppo.minibatch_size, "rollout.batch_size", rollout)
 
@@ -477,6 +487,7 @@ class GroupConfig:
     """Rollout batches."""
 
     def __post_init__(self) -> None:
+        _no_trunk_to_share(self, self.model)
         size = self.rollout.batch_size
         _at_most(self, "group.minibatch_size", self.group.minibatch_size, "rollout.batch_size", size)
         if size % self.group_size:
@@ -645,6 +656,7 @@ class EvaluateConfig:
 _CODE_KEYS = ("reward.source", "reward.mix", "judges")
 # Settings that move, show or guard a run without changing its numbers.
 _UNHASHED_KEYS = {
+    "model": {"shard"},
     "run": {f.name for f in dataclasses.fields(RunConfig)} - {"seed"},
     "reward": {"workers", "timeout", "retries", "call_size", "max_unscorable"},
 }

@@ -47,6 +47,9 @@ class Trainer(Sampler):
         lengths = e.mask.sum(1) if self.config.group.kind == "opo" else None
         return group_advantages(scores, groups, self.config.group.kind, mask=real, lengths=lengths)
 
+    def shared_sizes(self) -> dict[str, int]:
+        return {"group.minibatch_size": self.config.group.minibatch_size}
+
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
         """All epochs of minibatch updates on one experience; returns the metrics of the step."""
         group = self.config.group

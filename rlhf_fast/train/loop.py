@@ -31,6 +31,7 @@ from rlhf_fast.train.checkpoint import (
     rng_state,
     set_rng_state,
 )
+from rlhf_fast.train.micro_batches import MicroBatches
 from rlhf_fast.train.monitor import Monitor
 from rlhf_fast.train.ranks import Ranks, join
 
@@ -255,6 +256,20 @@ class Run:
             if signals:
                 self.ranks.barrier()  # torchrun ends the others when the first one is gone
                 raise SystemExit(128 + signals[0])
+
+    def shard(self, micro_batches: MicroBatches, **sizes: int) -> None:
+        """Spread the frozen layers over the ranks if the settings say so.
+
+        sizes: what a rank gets an equal share of, so that all make the same passes; micro_batches then keep their size.
+        """
+        if not self.config.model.shard or self.ranks.world == 1:
+            return
+        for name, size in sizes.items():
+            if size % self.ranks.world:
+                expected = f"a multiple of the {self.ranks.world} ranks with model.shard"
+                raise ValueError(f"{self.title}: argument '{name}' got {size}, expected {expected}")
+        micro_batches.halve = False
+        self.ranks.shard(self.model.backbone.decoder, list(self.model.backbone.layers))
 
     def update(self, loss: float = 0.0) -> float:
         """Add up the gradients of the ranks, clip them, take one optimizer step, clear them; returns the norm before clipping.

@@ -103,17 +103,18 @@ class Sampler(ABC):
         ids, mask = pad(prompts, left=True)
         own, found, steps = self.sampled_here(len(ids)), None, 0
         if own.start < own.stop:
-            found = generate(
-                self.model,
-                ids[own],
-                mask[own],
-                max_new_tokens=r.max_new_tokens,
-                min_new_tokens=r.min_new_tokens,
-                temperature=r.temperature,
-                eos_token_id=self.tokenizer.eos_token_id if r.stop_at_eos else None,
-                generator=generator,
-                place=(own.start, len(ids)),
-            )
+            with self.ranks.whole():
+                found = generate(
+                    self.model,
+                    ids[own],
+                    mask[own],
+                    max_new_tokens=r.max_new_tokens,
+                    min_new_tokens=r.min_new_tokens,
+                    temperature=r.temperature,
+                    eos_token_id=self.tokenizer.eos_token_id if r.stop_at_eos else None,
+                    generator=generator,
+                    place=(own.start, len(ids)),
+                )
             if self.ranks.world == 1:
                 return found
             steps = found.responses.shape[1]
@@ -123,6 +124,10 @@ class Sampler(ABC):
             torch.rand(len(ids), 1, dtype=torch.float64, generator=generator)
         every["input_ids"] = torch.cat([ids.where(mask, 0), every.pop("responses")], 1)
         return Rollout(attention_mask=torch.cat([mask, every["response_mask"]], 1), **every)
+
+    @abstractmethod
+    def shared_sizes(self) -> dict[str, int]:
+        """Setting -> rows of an update that the ranks share."""
 
     def sampled_here(self, rows: int) -> slice:
         """Rows of a batch that this rank samples and scores: the completions of a prompt stay together."""
@@ -296,6 +301,7 @@ def train_online(
     identity, flags = {"data": fingerprint}, rewards.fingerprints()
     with rewards, Run(title, config, model, rates, config.steps, identity, state, flags) as run:
         trainer.ranks = rewards.ranks = run.ranks
+        run.shard(trainer.micro_batches, **{"rollout.batch_size": size, **trainer.shared_sizes()})
         if config.reward.normalize == "reference" and run.start == 0:
             # Before step 1 the policy is the reference; a step number of its own keeps its draws apart from training.
             rewards.observe(trainer.score(trainer.rollout(*draw(config.steps))).raw_scores)

@@ -35,6 +35,9 @@ class Trainer(Sampler):
         super().__init__(config.rollout, config.kl, model, tokenizer, rewards, size, halve, packed)
         self.config = config
 
+    def shared_sizes(self) -> dict[str, int]:
+        return {"ppo.minibatch_size": self.config.ppo.minibatch_size}
+
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
         """All epochs of minibatch updates on one experience; returns the metrics of the step."""
         ppo, rules = self.config.ppo, DIALECTS[self.config.ppo.dialect]

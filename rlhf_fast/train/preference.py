@@ -188,6 +188,7 @@ def train_preference(config: PreferenceConfig) -> Path:
             raise TrainingError(
                 f"dpo: {run.ranks.world} ranks for batch_size = {config.batch_size}, expected at most as many"
             )
+        run.shard(micro_batches, batch_size=config.batch_size)
         for step in run.steps():
             batch = [kept[i] for i in shuffle.batch(step, config.batch_size)]
             run.records = [pair.record.source for pair in batch]

@@ -5,6 +5,9 @@ The base is frozen, so every rank holds all of it and only the gradients of adap
 gathered after scoring, so denominators, whitening, group advantages and metrics are those of one process, computed everywhere. What
 is large stays where it was computed: a rank runs the model on its rows alone.
 
+A base that one rank cannot hold is spread over all of them with FSDP2 (`shard`): a layer is gathered when it runs, so then all ranks
+make the same passes.
+
 Text goes as JSON, never as a pickle.
 """
 
@@ -17,8 +20,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -100,6 +103,14 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
 
+    def shard(self, root: nn.Module, layers: Sequence[nn.Module]) -> None:
+        """Spread the parameters of some layers of `root` over the ranks; what else is in it stays whole on each of them."""
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, what is spread is whole everywhere, and the passes of a rank are its own affair."""
+        yield
+
     def __enter__(self) -> Ranks:
         return self
 
@@ -130,6 +141,7 @@ class ProcessRanks(Ranks):
         self._step, self._exchanges, self._owned = 0, 0, False
         self._waits: tuple[float, str] | None = None
         self._over = threading.Event()
+        self._sharded: list[Any] = []
         self._thread = threading.Thread(target=self._watch, name="ranks", daemon=True)
 
     def __enter__(self) -> ProcessRanks:
@@ -166,6 +178,8 @@ class ProcessRanks(Ranks):
         try:
             if error is None:
                 self.barrier()  # the first rank may hold the store, which the others still use
+            if error is not None and self._of_a_gather(error):
+                raise RankError(f"rank {self.rank} stops: {self._blame('weights', error)}") from error
         finally:
             self.fail(error)
             self._over.set()
@@ -175,8 +189,13 @@ class ProcessRanks(Ranks):
                     self._dist.destroy_process_group()
 
     def fail(self, error: BaseException | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RankError):
+        if isinstance(error, Exception) and not isinstance(error, RankError) and not self._of_a_gather(error):
             self._judge(f"rank {self.rank} failed: {type(error).__name__}: {_line(error)}")
+
+    def _of_a_gather(self, error: BaseException | None) -> bool:
+        """Whether a layer of a sharded base could not be had: an exchange that is FSDP's, not ours."""
+        ours = isinstance(error, RankError)
+        return bool(self._sharded) and isinstance(error, RuntimeError) and not ours and "gloo" in str(error).lower()
 
     def gather(self, value: T) -> list[T]:
         return [json.loads(text) for text in self._texts(json.dumps(value).encode())]
@@ -199,6 +218,8 @@ class ProcessRanks(Ranks):
         return found
 
     def mean(self, rows: Sequence[T], work: Callable[[Sequence[T]], float]) -> float:
+        if self._sharded:  # uneven shares would be other numbers of passes
+            return work(rows)
         own = rows[self.share(len(rows))]
         return sum(self.gather(work(own) * len(own) if own else 0.0)) / len(rows)
 
@@ -259,6 +280,30 @@ class ProcessRanks(Ranks):
 
     def barrier(self) -> None:
         self.gather(None)
+
+    def shard(self, root: nn.Module, layers: Sequence[nn.Module]) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        inside = {p for layer in layers for p in layer.parameters()}
+        outside = {p for p in root.parameters() if p not in inside}
+        mesh = init_device_mesh(next(iter(inside)).device.type, (self.world,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(root, mesh=mesh, ignored_params=outside)
+        self._sharded = list(layers)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        for layer in self._sharded:
+            layer.set_reshard_after_forward(False)
+            layer.unshard()
+        try:
+            yield
+        finally:
+            for layer in self._sharded:
+                layer.reshard()
+                layer.set_reshard_after_forward(True)
 
     def _texts(self, text: bytes) -> list[bytes]:
         """Texts of all ranks. A letter holds its length and the beginning; the rest follows when one is longer than that."""
@@ -327,7 +372,7 @@ class ProcessRanks(Ranks):
         found = [json.loads(self._signs.get(name)) if self._signs.check([name]) else [0, 0, 0] for name in names]
         return dict(enumerate(found))
 
-    def _blame(self, what: str, error: RuntimeError) -> str:
+    def _blame(self, what: str, error: BaseException) -> str:
         """Who is to blame for an exchange that failed; the same on every rank, by the first one that knows."""
         try:
             before = self._read_signs()

@@ -66,6 +66,7 @@ def train_reward(config: RewardConfig) -> Path:
     micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
     with Run("reward", config, model, {"reward": config.optim.lr}, total, {"data": fingerprint}, state) as run:
+        run.shard(micro_batches, batch_size=config.batch_size)
         for step in run.steps():
             rows = shuffle.batch(step, config.batch_size)
             batch = [kept[i] for i in rows]

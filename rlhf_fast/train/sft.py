@@ -55,6 +55,7 @@ def train_sft(config: SFTConfig) -> Path:
     micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
     with Run("sft", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
+        run.shard(micro_batches, batch_size=config.batch_size)
         for step in run.steps():
             rows = [texts[i] for i in shuffle.batch(step, config.batch_size)]
             batch = collate([row.input_ids for row in rows], [row.learn for row in rows])

@@ -40,7 +40,7 @@ from rlhf_fast.config import (
     RunConfig,
     SFTConfig,
 )
-from rlhf_fast.model import LoraConfig
+from rlhf_fast.model import LoraConfig, SharedModel
 from rlhf_fast.train import group, loop, ppo, preference, reward, sft
 from rlhf_fast.train.checkpoint import CheckpointStore
 from rlhf_fast.train.ranks import LETTER, ProcessRanks, Ranks
@@ -177,6 +177,53 @@ def test_case_61_ranks_without_rows_hang_nobody_and_the_numbers_are_those_of_one
     ranks = start(lambda _: train(config(source, tmp_path / "many", changes)), tmp_path, world)
     assert ranks.wait() == [0] * world, ranks.words(world - 1)
     assert_same_curve(tmp_path / "many", tmp_path / "one", 3 if "ppo" in name else 4)
+
+
+@pytest.mark.parametrize("name", ["sft", "kto", "ppo", "lite_ppo"])
+def test_a_base_that_is_spread_over_the_ranks_learns_the_same(source, tmp_path, monkeypatch, name):
+    train, config = RUNS[name]
+    size = {"batch_size": 4, "micro_batch_size": 1, "max_steps": 3}
+    if name == "ppo":
+        settings = PPOUpdateConfig(epochs=2, minibatch_size=4, micro_batch_size=2)
+        size = {"rollout": RolloutConfig(batch_size=8, max_new_tokens=6), "ppo": settings}
+    elif name == "lite_ppo":
+        size = {"rollout": RolloutConfig(batch_size=16, max_new_tokens=6)}
+
+    def work(folder: Path, shard: bool) -> None:
+        settings = dataclasses.replace(config(source, folder), **size)
+        model = dataclasses.replace(settings.model, shard=shard, gradient_checkpointing=name == "sft")
+        held = failing_calls(monkeypatch, loop.Run, "update", lambda n, a: weights.append(local_weights(a[0].model)))
+        weights: list[tuple[int, int]] = []
+        train(dataclasses.replace(settings, model=model))
+        assert held[0] and all(own == whole / (2 if shard else 1) for own, whole in weights)
+
+    assert start(lambda _: work(tmp_path / "one", False), tmp_path / "log", 1).wait() == [0]
+    ranks = start(lambda _: work(tmp_path / "two", True), tmp_path / "log")
+    assert ranks.wait() == [0, 0], ranks.words(0) + ranks.words(1)
+    assert_same_curve(tmp_path / "two", tmp_path / "one", 3)
+
+
+def local_weights(model: SharedModel) -> tuple[int, int]:
+    """(numbers of the decoder layers that this process holds, numbers that they have)."""
+    weights = [p for layer in model.backbone.layers for p in layer.parameters()]
+    return sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in weights), sum(p.numel() for p in weights)
+
+
+def test_a_spread_base_wants_equal_shares_and_names_a_rank_that_dies(source, tmp_path, monkeypatch):
+    def work(rank: int, size: int) -> None:
+        if rank == 1:  # the other one waits for its part of a layer
+            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: os.kill(os.getpid(), 9) if n == 4 else None)
+        settings = of_sft(source, tmp_path / str(size), {"batch_size": size})
+        sft.train_sft(dataclasses.replace(settings, model=dataclasses.replace(settings.model, shard=True)))
+
+    ranks = start(lambda rank: work(rank, 3), tmp_path / "log")
+    assert ranks.wait() == [1, 1]
+    assert "'batch_size' got 3, expected a multiple of the 2 ranks with model.shard" in ranks.words(0)
+    ranks = start(lambda rank: work(rank, 4), tmp_path / "log")
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    assert "rank 0 stops: rank 1 died or cannot be reached (step 2, weights)" in ranks.words(0)
+    with pytest.raises(ValueError, match=r"'model\.shard' got True, expected False with shared_layers = 1"):
+        PPOConfig(**{**common(source, tmp_path), "model": ModelConfig("x", shared_layers=1, shard=True)}, reward=SCORE)
 
 
 def test_case_62_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(source, tmp_path, monkeypatch):
