@@ -125,8 +125,13 @@ def join(timeout: float, slow: float) -> Ranks:
     """The ranks that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell of them), or this process alone.
 
     timeout: seconds to wait for another rank before giving up. slow: seconds before a warning that names who is late.
+
+    Raises RankError when only some of these variables are there.
     """
     world = int(os.environ.get("WORLD_SIZE") or 1)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world > 1 and missing:
+        raise RankError(f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set: start the ranks with torchrun")
     return ProcessRanks(world, timeout, slow) if world > 1 else Ranks()
 
 
@@ -201,14 +206,14 @@ class ProcessRanks(Ranks):
         return [json.loads(text) for text in self._texts(json.dumps(value).encode())]
 
     def rows(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        shapes = self.gather({name: (list(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in named.items()})
+        shapes = self.gather({name: (list(x.shape), _name(x.dtype), x.device.type) for name, x in named.items()})
         known = next((own for own in shapes if own), {})
         found = {}
-        for name, (_, dtype) in known.items():
+        for name, (_, dtype, device) in known.items():
             sizes = [own[name][0] if name in own else [0] * len(known[name][0]) for own in shapes]
             largest = [max(lengths) for lengths in zip(*sizes, strict=True)]
             x = named.get(name)
-            padded = torch.zeros(largest, dtype=getattr(torch, dtype), device=None if x is None else x.device)
+            padded = torch.zeros(largest, dtype=getattr(torch, dtype), device=device)
             if x is not None:
                 padded[tuple(slice(0, n) for n in x.shape)] = x
             parts = [torch.empty_like(padded) for _ in range(self.world)]
@@ -254,7 +259,7 @@ class ProcessRanks(Ranks):
             p.grad = total.view(p.shape).to(p.dtype)
 
     def share_state(self, value: T, tensors: Mapping[str, Tensor]) -> tuple[T, dict[str, Tensor]]:
-        shapes = {name: (list(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()}
+        shapes = {name: (list(x.shape), _name(x.dtype)) for name, x in tensors.items()}
         value, shapes = self.gather((value, shapes) if self.first else None)[0]  # type: ignore[misc]
         found = {}
         for name, (shape, dtype) in shapes.items():
@@ -343,17 +348,15 @@ class ProcessRanks(Ranks):
 
     def _watch(self) -> None:
         """Signs of life, and a warning with the names of those that this rank waits for."""
-        warned, pause = (0.0, 0), self.slow
+        told, pause = None, self.slow
         for beat in itertools.count():
             try:
                 self._signs.set(f"sign/{self.rank}", json.dumps([beat, self._exchanges, self._step]))
-                waits, number = self._waits, self._exchanges
-                if waits is not None:
-                    pause = pause if warned[1] == number else self.slow
-                    waited = time.monotonic() - waits[0]
-                    if waited > pause:
-                        warned, pause = (waited, number), 2 * pause
-                        self._warn(waits[1], waited)
+                waits = self._waits
+                pause = pause if waits is told else self.slow  # doubled by every warning of one wait
+                if waits is not None and (waited := time.monotonic() - waits[0]) > pause:
+                    told, pause = waits, 2 * pause
+                    self._warn(waits[1], waited)
             except Exception:  # the store is gone, and the run with it; who waits is told by the process group
                 logger.debug("rank %d: no sign of life", self.rank, exc_info=True)
             if self._over.wait(BEAT):
@@ -419,6 +422,10 @@ def _holder() -> str:
 def _bytes(x: Tensor) -> Tensor:
     """The same memory as uint8, which every backend moves."""
     return x.view(-1).view(torch.uint8)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -43,7 +43,7 @@ from rlhf_fast.config import (
 from rlhf_fast.model import LoraConfig, SharedModel
 from rlhf_fast.train import group, loop, ppo, preference, reward, sft
 from rlhf_fast.train.checkpoint import CheckpointStore
-from rlhf_fast.train.ranks import LETTER, ProcessRanks, Ranks
+from rlhf_fast.train.ranks import LETTER, ProcessRanks, RankError, Ranks, join
 
 CURVE = 1e-5
 """Largest difference of a loss from that of one rank (fp32)."""
@@ -290,6 +290,24 @@ def test_case_64_a_run_goes_on_with_another_number_of_ranks(source, tmp_path, na
     assert_same_curve(tmp_path / "run", tmp_path / "whole", 3 if name == "ppo" else 4)
 
 
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_two_ranks_with_dropout_go_on_bit_for_bit_after_a_kill(source, tmp_path, name):
+    train, config = RUNS[name]
+
+    def work(folder: Path, **run: object) -> None:
+        settings = config(source, folder, save_every=2, **run)
+        lora = dataclasses.replace(settings.model.lora, dropout=0.2)
+        train(dataclasses.replace(settings, model=dataclasses.replace(settings.model, lora=lora)))
+
+    assert start(lambda _: work(tmp_path / "whole"), tmp_path / "log").wait() == [0, 0]
+    fault = {1: {"RLHF_FAST_FAULT": "train.sum:3" if name == "sft" else "train.sum:9"}}
+    killed = start(lambda _: work(tmp_path / "run"), tmp_path / "log", 2, fault)
+    assert killed.wait() == [1, -signal.SIGKILL]
+    assert start(lambda _: work(tmp_path / "run", resume=True), tmp_path / "log").wait() == [0, 0]
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 DEATHS = {
     "forward": (1, None),
     "before the sum": (1, "train.step:3"),
@@ -450,6 +468,15 @@ def test_torchrun_trains_from_the_command_line_and_one_rank_reports(source, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(str(tmp_path / "run" / "adapter")) == 1 and done.stdout.count("sft  2/2") == 1
     assert len(numbers(tmp_path / "run")) == 2 and steps(tmp_path / "run") == [0, 2]
+
+
+def test_half_of_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RankError, match="WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set"):
+        join(1.0, 1.0)
 
 
 def test_what_does_not_train_refuses_torchrun(monkeypatch, capsys):
