@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast import _check
 from rlhf_fast._native import DTYPES, kernel
-from rlhf_fast._op import Backend, Op, cpp, reference_backward
+from rlhf_fast._op import Backend, Op, cpp, reference_backward, triton
 from rlhf_fast.ops import _matmul
 from rlhf_fast.reference.lora_linear import lora_linear as reference
 from rlhf_fast.reference.lora_linear import segments as each_segment
@@ -213,7 +213,10 @@ _lora_linear_backward = Op(
     f"(Tensor grad, {_FACTORS}, Tensor low, bool other_input, {_SEGMENTS}, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_fake_backward,
-    backends=[Backend("cpp", "cpu", _backward_cpp, cpp(_backward_cpp).missing, _no_doubles)],
+    backends=[
+        triton(OP, "backward", _no_doubles),
+        Backend("cpp", "cpu", _backward_cpp, cpp(_backward_cpp).missing, _no_doubles),
+    ],
     strided=True,
 )
 
@@ -245,7 +248,10 @@ _lora_linear = Op(
         x.new_empty(*x.shape[:-1], weight.shape[0]),
         _kept(lora_a, bounds, ranks),
     ),
-    backends=[Backend("cpp", "cpu", _forward, cpp(_forward).missing, _no_doubles)],
+    backends=[
+        triton(OP, declines=_no_doubles),
+        Backend("cpp", "cpu", _forward, cpp(_forward).missing, _no_doubles),
+    ],
     setup_context=_setup,
     backward=_backward,
     differentiable=(0, 2, 3, 4),

@@ -10,7 +10,7 @@ from gpu.tools.on_cpu import on_cpu
 from gpu.tools.ptx_memory import traffic
 
 import rlhf_fast
-from rlhf_fast.reference import advantages, ppo_loss, token_logprobs
+from rlhf_fast.reference import advantages, lora_linear, ppo_loss, token_logprobs
 
 ARCHS = [80, 90, 100]
 CASES = cases_of(*triton_ops())
@@ -34,7 +34,7 @@ def test_parity(arch, case):
 @pytest.mark.parametrize("op", triton_ops())
 def test_no_launch_for_empty_input(op):
     case = next(c for c in CASES if c.op == op)
-    whole = ("weight", "bias", "ref_weight")
+    whole = ("weight", "bias", "ref_weight", "lora_a", "lora_b")
     empty = {k: v if k in whole else v[:0] for k, v in case.inputs().items()}
     with install(90) as driver, on_cpu("triton"):
         found = Case(op, "empty", lambda: empty, case.leaves, case.options).results(empty)
@@ -58,6 +58,20 @@ def test_rows_may_lie_further_apart_than_32_bits_count():
         got = case.kernels(held)
     assert [launch.findings for launch in driver.launches] == [[], []]
     case.check(got, case.expected(held))
+
+
+def test_factors_may_lie_further_apart_than_32_bits_count():
+    step = 2**29
+    kwargs = lora_linear.sample(40, 24, 20, (4, 3), dtype=torch.bfloat16)
+    expected = rlhf_fast.lora_linear(**kwargs)
+    far = torch.empty(6 * step + 24).as_strided(
+        (7, 24), (step, 1)
+    )  # 12 GiB of address space, of which seven rows are touched
+    kwargs["lora_a"] = far.copy_(kwargs["lora_a"])
+    with install(90) as driver, on_cpu("triton"):
+        got = rlhf_fast.lora_linear(**kwargs)
+    assert [launch.findings for launch in driver.launches] == [[], []]
+    torch.testing.assert_close(got, expected)
 
 
 # ---- traffic

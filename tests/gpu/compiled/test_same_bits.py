@@ -10,7 +10,7 @@ from rlhf_fast.kernels import ppo_loss as ppo_kernels
 
 import rlhf_fast
 from rlhf_fast._counters import counters_for
-from rlhf_fast.reference import advantages, gae, ppo_loss, reward_loss, whiten
+from rlhf_fast.reference import advantages, gae, lora_linear, ppo_loss, reward_loss, whiten
 
 ARCHS = [80, 90]
 
@@ -62,6 +62,20 @@ def test_a_row_is_the_same_packed_padded_and_alone(gap, arch):
         alone = call(**{k: v[2:3] for k, v in kwargs.items()})
     assert all(torch.equal(a[inside], b) for a, b in zip(padded, packed, strict=True))
     assert all(torch.equal(a[2:3], b) for a, b in zip(padded, alone, strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_passes_through_its_adapter_alike_alone_and_beside_others(arch, dtype):
+    kwargs = lora_linear.sample(120, 130, 70, (40, 9), dtype=dtype, bias=False)
+    kwargs["weight"].zero_()  # the product with it is PyTorch's, and adds nothing here
+    a, b = kwargs["lora_a"][40:], kwargs["lora_b"][:, 40:]
+    with install(arch), on_cpu("triton"):
+        whole = rlhf_fast.lora_linear(**kwargs)
+        for rows in (slice(80, 120), slice(101, 120), slice(119, 120)):
+            part = {"x": kwargs["x"][rows], "lora_a": a, "lora_b": b, "scale": kwargs["scale"][1]}
+            assert torch.equal(rlhf_fast.lora_linear(weight=kwargs["weight"], **part), whole[rows])
+    assert not whole[40:80].any()  # rows without an adapter
 
 
 @pytest.mark.parametrize("arch", ARCHS)

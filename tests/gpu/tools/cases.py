@@ -28,6 +28,7 @@ from rlhf_fast.reference import (
     kl_estimate,
     linear_ppo_loss,
     linear_token_logprobs,
+    lora_linear,
     ppo_loss,
     reward_loss,
     token_logprobs,
@@ -113,7 +114,7 @@ _DIFFERENCES = ("logprobs", "entropy", "kl", "loss", "policy_loss", "explained_v
 
 _LIKE_ANOTHER = (
     *("fp16-reference", "fp16-cap", "fp32-cap", "fp32-reference", "fp32-reference-tiles", "shifted", "one-class"),
-    *("fp32-hidden", "fp32-hidden-weight-bias", "trained"),
+    *("fp32-hidden", "fp32-hidden-weight-bias", "trained", "fp16-adapters"),
     *("abs", "k2", "k3+", "no-mask", "shift-False", "openrlhf", "no-reference"),
     *("token-sum", "seq-mean-token-sum", "verl", "normalizer", "dr_grpo", "rloo", "opo"),
 )
@@ -249,6 +250,31 @@ def _linear() -> Iterator[Case]:
     yield Case("linear_ppo_loss", "trained", inputs, ("hidden", "weight", "bias", "values"), options)
 
 
+def _lora() -> Iterator[Case]:
+    leaves = ("x", "lora_a", "lora_b")
+
+    def of(
+        name: str, rows: int, inner: int, outer: int, ranks: tuple[int, ...], dtype: torch.dtype, *also: str
+    ) -> Case:
+        whole = lora_linear.sample(rows, inner, outer, ranks, dtype=dtype)
+        options = {k: v for k, v in whole.items() if not isinstance(v, Tensor)}
+
+        def inputs() -> Tensors:
+            found = {k: v for k, v in whole.items() if isinstance(v, Tensor)}
+            if also:  # factors of other strides, which read something else
+                found["lora_input"] = found["x"].flip(0)
+                found |= {k: found[k].t().contiguous().t() for k in ("lora_a", "lora_b")}
+            return found
+
+        return Case("lora_linear", name, inputs, (*leaves, *also), {} if len(ranks) == 1 else options)
+
+    yield of("one", 35, 65, 35, (5,), FP32)
+    yield of("fp32-adapters", 96, 64, 128, (16, 40), FP32)
+    yield of("bf16-adapters", 96, 64, 128, (16, 40), BF16)
+    yield of("fp16-adapters", 70, 65, 33, (5, 3), FP16)
+    yield of("strided", 70, 65, 66, (5, 33), BF16, "lora_input")
+
+
 def _per_token() -> Iterator[Case]:
     both = ("logprobs", "ref_logprobs")
     for kind in ("k1", "k2", "k3", "abs", "k3+"):
@@ -309,7 +335,7 @@ def _per_token() -> Iterator[Case]:
         yield Case("reward_loss", name, inputs, ("chosen_scores", "rejected_scores"), options)
 
 
-CASES = [*_token_logprobs(), *_linear(), *_per_token()]
+CASES = [*_token_logprobs(), *_linear(), *_lora(), *_per_token()]
 
 
 def cases_of(*ops: str) -> list[Case]:

@@ -11,7 +11,7 @@ nothing, and so does a target of AMD. TRITON_INTERPRET must not be set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -126,7 +126,7 @@ class Driver(DriverBase):
     @staticmethod
     def launcher_cls(source: Any, metadata: Any) -> Any:
         """The function that Triton keeps with the compiled kernel; it may outlive this driver."""
-        kept = [kind != "constexpr" for kind in source.signature.values()]
+        names, kinds = source.fn.arg_names, list(source.signature.values())
         state: dict[str, Any] = {}
 
         def launch(
@@ -143,10 +143,12 @@ class Driver(DriverBase):
             ptx = state["ptx"]
             if driver.damage is not None:
                 ptx = PTX(driver.damage(state["compiled"], str(state["compiled"].asm["ptx"])))
-            given = [_plain(arg) for arg, keep in zip(args, kept, strict=True) if keep]
-            names = [name for name, keep in zip(source.fn.arg_names, kept, strict=True) if keep]
+            flat = zip(_flat(zip(names, args, strict=True)), _flat(zip(names, kinds, strict=True)), strict=True)
+            given = [(name, _plain(arg)) for (name, arg), (_, kind) in flat if kind != "constexpr"]
             block = (32 * metadata.num_warps,)
-            result = ptx.launch((x, y, z), block, given, metadata.shared, names=names)
+            result = ptx.launch(
+                (x, y, z), block, [arg for _, arg in given], metadata.shared, names=[name for name, _ in given]
+            )
             driver.launches.append(result)
 
         return launch
@@ -163,6 +165,15 @@ def _plain(value: Any) -> Any:
     return getattr(value, "base", value) if not isinstance(value, Tensor) else value  # Triton's reinterpret()
 
 
+def _flat(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """With the elements of tuples one by one, as parameters of their own."""
+    for name, value in named:
+        if isinstance(value, tuple):
+            yield from _flat((f"{name}[{i}]", x) for i, x in enumerate(value))
+        else:
+            yield name, value
+
+
 def _compiled(source: Any, metadata: Any) -> Compiled:
     files = get_cache_manager(metadata.hash).get_group(f"{metadata.name}.json")
     asm: dict[str, str | bytes] = {}
@@ -175,9 +186,8 @@ def _compiled(source: Any, metadata: Any) -> Compiled:
     names = source.fn.arg_names
     constants = {names[path[0]]: value for path, value in source.constants.items()}
     divisible = {names[path[0]] for path, attrs in source.attrs.items() if ["tt.divisibility", 16] in attrs}
-    signature = {
-        name: kind + "D" * (name in divisible) for name, kind in source.signature.items() if kind != "constexpr"
-    }
+    kinds = _flat(source.signature.items())
+    signature = {name: kind + "D" * (name in divisible) for name, kind in kinds if kind != "constexpr"}
     module = source.fn.module.rpartition(".")[2]
     return Compiled(
         f"{module}.{metadata.name}", metadata.target, constants, signature, metadata.num_warps, metadata.shared, asm

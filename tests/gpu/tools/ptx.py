@@ -11,8 +11,8 @@ threads of a block never reach; warp collectives that name absent lanes; failed 
 
 Lanes run in lockstep, the smallest program counter first, so divergent branches meet again as they do on a GPU; a block in a
 loop around an atomic runs on when all others have ended, wait or do the same. cp.async
-copies at once, and its bytes count as uninitialised until their wait_group. Tensor cores, TMA, mbarriers, clusters and local
-memory raise Unsupported.
+copies at once, and its bytes count as uninitialised until their wait_group. Tensor cores other than by mma.sync, TMA, mbarriers,
+clusters and local memory raise Unsupported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
-from gpu.tools import ptx_access, ptx_ops
+from gpu.tools import ptx_access, ptx_mma, ptx_ops
 from gpu.tools.ptx_memory import Access, GlobalMemory, Result, SharedMemory
 from gpu.tools.ptx_parse import (
     BITS,
@@ -374,6 +374,7 @@ _HANDLERS: dict[str, Callable[[Batch, Instruction], None]] = {
     "cp": ptx_access.copy,
     "ldmatrix": ptx_access.matrix,
     "stmatrix": ptx_access.matrix,
+    "mma": ptx_mma.product,
     "call": _call,
     "trap": lambda batch, ins: batch.result.note("trap reached"),
     "mov": ptx_ops.mov,

@@ -33,13 +33,12 @@ def load(batch: Batch, ins: Instruction) -> None:
         source = ins.sources[0]
         if not isinstance(source, Address):
             raise Unsupported(ins.text)
-        starts = np.unique(np.broadcast_to(batch.read(source.base, "u64"), batch.on.shape)[batch.lanes.index])
-        if starts.size != 1:
-            raise Unsupported(ins.text)
-        start = int(starts[0]) + source.offset
-        data = batch.parameters.memory[start : start + item * len(targets)]
-        for target, value in zip(targets, np.ascontiguousarray(data).view(DTYPES[ins.kind]), strict=True):
-            batch.write(target, np.array([value]))
+        starts = np.broadcast_to(batch.read(source.base, "u64"), batch.on.shape)[batch.lanes.index] + source.offset
+        found, which = np.unique(starts, return_inverse=True)  # blocks may have chosen among parameters
+        data = np.stack([batch.parameters.memory[i : i + item * len(targets)] for i in found.astype(int).tolist()])
+        columns = data.view(DTYPES[ins.kind])[which]
+        for k, target in enumerate(targets):
+            batch.write(target, columns[:, k], batch.lanes.index)
         return
     access = batch.access(ins, ins.sources[0], item * len(targets))
     if space == "shared":
