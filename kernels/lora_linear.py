@@ -4,7 +4,7 @@ The product with the weight is PyTorch's. Two launches add the rest: one shrinks
 in fp32, one expands them onto the rows of the product, y += low B^T in place. The backward is the same two launches with the factors
 changed places. Operands of products are rounded to the dtype of x, as PyTorch's would be, sums are fp32; fp32 stays fp32, without TF32.
 
-A sum runs along a row in blocks of one size, whatever else is in the batch. No tile has 64 rows, from which on Triton would take
+A sum runs along a row in steps of one size, whatever else is in the batch. No tile has 64 rows, from which on Triton would take
 other instructions of sm_90 and sm_100 for a product: `mma.sync`, everywhere, is fast enough beside memory.
 """
 
@@ -150,8 +150,8 @@ def _groups(scales: Sequence[float], bounds: Sequence[int], ranks: Sequence[int]
         if tiles:
             count = next_power_of_2(len(ranks[part]))
             numbers = [_coded(of[part], count) for of in (firsts, lasts, ranks)]
-            numbers.append((*scales[part], *[0.0] * (count - len(scales[part]))))
-            yield numbers, tiles, max(ranks[part]), places[i], lows[i]
+            factors = (*scales[part], *[0.0] * (count - len(scales[part])))
+            yield (*numbers, factors), tiles, max(ranks[part]), places[i], lows[i]
 
 
 def _update(x: Tensor, a: Tensor, b: Tensor, y: Tensor | None, low: Tensor, *segments) -> None:  # type: ignore[no-untyped-def]
@@ -160,8 +160,8 @@ def _update(x: Tensor, a: Tensor, b: Tensor, y: Tensor | None, low: Tensor, *seg
     for numbers, tiles, rank, place, begin in _groups(*segments):
         factors = [_near(factor[place:]) for factor in (a, b)]
         with on_device(x):
-            # A thread that multiplies fp32 by itself has whole rows of the operands in registers: short ones.
-            width, size = (16 if rank <= 16 else 32, 64) if narrow else (16, 32)
+            # Registers bound a tile. A step of the sum is 16 numbers of 16 bits, or one of fp32, in either size.
+            width, size = ((16, 64) if rank <= 16 else (32, 32)) if narrow else (16, 16)
             _shrink[(tiles, ceil_div(rank, width))](
                 x, factors[0], low[begin:], *numbers, x.shape[1], *factors[0].stride(), ROWS, width, size,
                 num_stages=3, **spread(WARPS),
