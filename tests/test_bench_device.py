@@ -19,7 +19,9 @@ from rlhf_fast.bench.engine import OURS, Case, GateError, Prepared, run
 from rlhf_fast.cli import main as cli
 
 CPU = torch.device("cpu")
-SMALL = device_cases.Sizes(logits=((40, 301),), rollout=(6, 140), head=(24, 32, 200), groups=(4, 8), pairs=64)
+SMALL = device_cases.Sizes(
+    logits=((40, 301),), rollout=(6, 140), head=(24, 32, 200), layer=(48, 40, 33), groups=(4, 8), pairs=64
+)
 ROOT = Path(__file__).parents[1]
 
 

@@ -258,7 +258,21 @@ def _whitened(traffic: Traffic, args: Sequence[Any], out: Sequence[Tensor]) -> N
         traffic.kernel((out[0], mask), (out[0],))
 
 
-LAUNCHES: dict[str, Callable[[Traffic, Sequence[Any], Sequence[Tensor]], None]] = {"advantages": _whitened}
+def _adapted(traffic: Traffic, args: Sequence[Any], out: Sequence[Tensor]) -> None:
+    """After the product with the weight: the rows of the segments are read and shrunk, and the product's expanded onto in place."""
+    (x, weight, _, _, other, _, _, bounds, ranks), (y, low) = args, out
+    touched = [slice(a, b) for a, b, rank in zip(bounds[::2], bounds[1::2], ranks, strict=True) if b > a and rank]
+    if touched:
+        rows = [part.reshape(-1, part.shape[-1]) for part in (x if other is None else other, y)]
+        read, written = ([part[segment] for segment in touched] for part in rows)
+        traffic.kernel(read if other is None else (), (), 2 * low.numel() * x.shape[-1])
+        traffic.kernel((*written, low), written, 2 * low.numel() * weight.shape[0])
+
+
+LAUNCHES: dict[str, Callable[[Traffic, Sequence[Any], Sequence[Tensor]], None]] = {
+    "advantages": _whitened,
+    "lora_linear": _adapted,
+}
 """What follows the first launch of an op of ours, given its arguments and results."""
 
 

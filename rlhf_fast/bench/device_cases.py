@@ -24,6 +24,7 @@ from rlhf_fast.bench.cases import (
 )
 from rlhf_fast.bench.cases import linear_ppo_loss as head_loss
 from rlhf_fast.bench.cases import linear_token_logprobs as heads
+from rlhf_fast.bench.cases import lora_linear as adapters
 from rlhf_fast.bench.cases import token_logprobs as tokens
 from rlhf_fast.bench.cases.common import backward, compiled, leaf, no_grad, peer
 from rlhf_fast.bench.engine import OURS, Call, Case, Prepared, Results
@@ -42,6 +43,8 @@ class Sizes:
     rollout: tuple[int, int] = (512, 2048)
     head: tuple[int, int, int] = (8192, 4096, 131072)
     """(tokens, width, vocabulary)."""
+    layer: tuple[int, int, int] = (16384, 4096, 4096)
+    """(rows, in, out) under adapters."""
     groups: tuple[int, int] = (1024, 16)
     pairs: int = 65536
 
@@ -60,6 +63,7 @@ def cases(device: torch.device, sizes: Sizes | None = None) -> Iterator[Case]:
     yield from _tokens(device, *sizes.rollout, aims)
     yield from _small(device, sizes)
     yield from _heads(device, *sizes.head, aims)
+    yield from _layers(device, *sizes.layer)
 
 
 def made_on(device: torch.device, make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
@@ -362,3 +366,38 @@ def _heads(device: torch.device, rows: int, width: int, vocab: int, aims: bool) 
         loss_truth,
         seconds=30,
     )
+
+
+def make_layer(device: torch.device, rows: int, inner: int, outer: int) -> dict[str, Any]:
+    """The rows of policy, reference (no adapter), value and reward."""
+    part = rows // 4
+    total = sum(adapters.RANKS)
+    return {
+        "x": normal(device, rows, inner, dtype=torch.bfloat16),
+        "weight": normal(device, outer, inner, dtype=torch.bfloat16, scale=inner**-0.5, seed=1),
+        "lora_a": normal(device, total, inner, dtype=torch.float32, scale=inner**-0.5, seed=2),
+        "lora_b": normal(device, outer, total, dtype=torch.float32, scale=0.3, seed=3),
+        "scale": [2.0, 1.5, 1.0],
+        "segments": [(0, part), (2 * part, 3 * part), (3 * part, rows)],
+        "ranks": list(adapters.RANKS),
+    }
+
+
+def _layers(device: torch.device, rows: int, inner: int, outer: int) -> Iterator[Case]:
+    for call, what, products in ((adapters.ours, "forward", 1), (adapters.both, "forward + backward", 2)):
+
+        def limit(m: Machine, products: int = products) -> float:
+            return 2 * rows * inner * outer * products / m.gemm["bfloat16"]
+
+        yield Case(
+            "lora_linear",
+            f"[{rows}, {inner}] to {outer} bf16, {len(adapters.RANKS)} adapters of rank {adapters.RANKS[0]}, {what}",
+            partial(make_layer, device, rows, inner, outer),
+            {
+                OURS: call,
+                "eager": adapters.eager_of(call),
+                "bare product": adapters.bare(call is adapters.both),
+            },
+            partial(adapters.truth, call=call),
+            limit,
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 import rlhf_fast
 from rlhf_fast.bench import audit, traffic
 from rlhf_fast.bench.cases import advantages, ppo_loss
+from rlhf_fast.reference import lora_linear
 
 SLACK = 0.02
 """Sums of rows and of programs, and what a backward keeps, against arrays of thousands."""
@@ -52,6 +53,21 @@ def logits() -> dict[str, Tensor]:
 def every_token_real(make: Callable[[int, int], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
     """Masked tokens are not read; the table counts arrays without any."""
     return lambda: (x := make(6, 700)) | {"mask": torch.ones_like(x["mask"])}
+
+
+def test_the_table_counts_what_adapters_add_to_a_layer():
+    """Its first kernel is the product with the weight, PyTorch's; what reads the factors comes after it."""
+    x = lora_linear.sample(96, 512, 768, (16, 16), dtype=torch.bfloat16, bias=False)
+    with Sanitizer() as s, on_cpu("triton"):
+        y = rlhf_fast.lora_linear(**x)
+    s.check()
+    shapes = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in x.items()}
+    with traffic.Traffic() as counted, audit.direct(counted):
+        rlhf_fast.lora_linear(**shapes)
+    assert counted.launches == 1 + len(s.launches) == 3
+    touched = sum(launch.load_first + launch.store_first for launch in s.launches)
+    product = x["x"].nbytes + x["weight"].nbytes + y.nbytes
+    assert product + touched == pytest.approx(counted.read + counted.written, rel=SLACK)
 
 
 @pytest.mark.parametrize(
