@@ -31,27 +31,30 @@ SEGMENTS = 32
 FAR = 2**23
 """Elements: a row or a stride, of which a tile has up to 128, beside another."""
 
-_NUMBERS = ["firsts", "lasts", "ranks", "scales"]
+_NUMBERS = ["firsts", "lasts", "ranks", "lows", "scales"]
 
 
 @triton.jit
-def _segment_of(tile, firsts, lasts, ranks, scales, ROWS: tl.constexpr):
+def _segment_of(tile, firsts, lasts, ranks, lows, scales, ROWS: tl.constexpr):
     """(first row of the tile, rows of the tile and before it in its segment, rank, scale, places among factors and low-rank numbers).
 
     The tiles of a segment follow those of the one before; of those that begin at or before a tile, the last one has rows.
     """
     first, last, rank, scale = tile * 0, tile * 0, 0, 0.0
     start, place, begin = tile * 0, tile * 0, tile * 0
-    tiles, places, lows = tile * 0, tile * 0, tile * 0
+    tiles, places = tile * 0, tile * 0
     for i in tl.static_range(len(firsts)):
         here = tile >= tiles
-        begins, ends, width = (firsts[i] >> 2).to(tl.int64), (lasts[i] >> 2).to(tl.int64), ranks[i] >> 2
+        begins, ends, width = firsts[i] >> 2, lasts[i] >> 2, ranks[i] >> 2
         first, last = tl.where(here, begins, first), tl.where(here, ends, last)
         rank, scale = tl.where(here, width, rank), tl.where(here, scales[i], scale)
-        start, place, begin = tl.where(here, tiles, start), tl.where(here, places, place), tl.where(here, lows, begin)
+        start, place, begin = (
+            tl.where(here, tiles, start),
+            tl.where(here, places, place),
+            tl.where(here, lows[i] >> 2, begin),
+        )
         tiles += (ends - begins + ROWS - 1) // ROWS
         places += width
-        lows += (ends - begins) * width
     before = (tile - start) * ROWS
     return first + before, tl.minimum(last - first - before, ROWS).to(tl.int32), before, rank, scale, place, begin
 
@@ -64,6 +67,7 @@ def _shrink(
     firsts,
     lasts,
     ranks,
+    lows,
     scales,
     size,
     a_row,
@@ -73,7 +77,7 @@ def _shrink(
     SIZE: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
-    row, rows, before, rank, scale, place, begin = _segment_of(tile, firsts, lasts, ranks, scales, ROWS)
+    row, rows, before, rank, scale, place, begin = _segment_of(tile, firsts, lasts, ranks, lows, scales, ROWS)
     part = tl.program_id(1).to(tl.int64) * RANKS
     if part >= rank:
         return
@@ -101,6 +105,7 @@ def _expand(
     firsts,
     lasts,
     ranks,
+    lows,
     scales,
     size,
     b_row,
@@ -111,7 +116,7 @@ def _expand(
 ):
     dtype: tl.constexpr = y.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64)
-    row, rows, before, rank, _, place, begin = _segment_of(tile, firsts, lasts, ranks, scales, ROWS)
+    row, rows, before, rank, _, place, begin = _segment_of(tile, firsts, lasts, ranks, lows, scales, ROWS)
     column = tl.program_id(1).to(tl.int64) * COLUMNS
     r, p, c = tl.arange(0, ROWS), tl.arange(0, RANKS), tl.arange(0, COLUMNS)
     there, inside = (r < rows)[:, None], (c < (size - column).to(tl.int32))[None, :]
@@ -120,9 +125,9 @@ def _expand(
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, rank, RANKS):
         of_rank = p < rank - start
-        lows = tl.load(low + (r[:, None] * rank + p[None, :]), there & of_rank[None, :], other=0.0)
+        shrunk = tl.load(low + (r[:, None] * rank + p[None, :]), there & of_rank[None, :], other=0.0)
         factors = tl.load(b + (p[:, None] * b_row + c[None, :] * b_column), of_rank[:, None] & inside, other=0.0)
-        total = tl.dot(lows.to(dtype), factors.to(dtype), total, input_precision="ieee")
+        total = tl.dot(shrunk.to(dtype), factors.to(dtype), total, input_precision="ieee")
         low += RANKS
         b += RANKS * b_row
     at = y + (row * size + column) + (r[:, None] * size + c[None, :])
@@ -136,7 +141,7 @@ def _coded(numbers: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 def _groups(scales: Sequence[float], bounds: Sequence[int], ranks: Sequence[int]) -> Iterator[tuple]:  # type: ignore[type-arg]
-    """Segments of one pair of launches: (numbers of each, tiles, largest rank, first place, first of the low-rank numbers).
+    """Segments of one pair of launches: (numbers of each, tiles, largest rank, first place among the factors).
 
     Those of rank 0 have no rows here. The count is a power of two, the last ones having no rows: a kernel is compiled for few counts.
     """
@@ -149,27 +154,27 @@ def _groups(scales: Sequence[float], bounds: Sequence[int], ranks: Sequence[int]
         tiles = sum(ceil_div(b - a, ROWS) for a, b in zip(firsts[part], lasts[part], strict=True))
         if tiles:
             count = next_power_of_2(len(ranks[part]))
-            numbers = [_coded(of[part], count) for of in (firsts, lasts, ranks)]
+            numbers = [_coded(of[part], count) for of in (firsts, lasts, ranks, lows[:-1])]
             factors = (*scales[part], *[0.0] * (count - len(scales[part])))
-            yield (*numbers, factors), tiles, max(ranks[part]), places[i], lows[i]
+            yield (*numbers, factors), tiles, max(ranks[part]), places[i]
 
 
 def _update(x: Tensor, a: Tensor, b: Tensor, y: Tensor | None, low: Tensor, *segments) -> None:  # type: ignore[no-untyped-def]
     """low = scale x a^T, and y += low b, of all segments; x, y: (rows, *) contiguous; a (R, in), b (R, out): any strides."""
     narrow = x.dtype.itemsize == 2
-    for numbers, tiles, rank, place, begin in _groups(*segments):
+    for numbers, tiles, rank, place in _groups(*segments):
         factors = [_near(factor[place:]) for factor in (a, b)]
         with on_device(x):
             # Registers bound a tile. A step of the sum is 16 numbers of 16 bits, or one of fp32, in either size.
             width, size = ((16, 64) if rank <= 16 else (32, 32)) if narrow else (16, 16)
             _shrink[(tiles, ceil_div(rank, width))](
-                x, factors[0], low[begin:], *numbers, x.shape[1], *factors[0].stride(), ROWS, width, size,
+                x, factors[0], low, *numbers, x.shape[1], *factors[0].stride(), ROWS, width, size,
                 num_stages=3, **spread(WARPS),
             )  # fmt: skip
             if y is not None and y.shape[1]:
                 columns = 64 if narrow else 32
                 _expand[(tiles, ceil_div(y.shape[1], columns))](
-                    low[begin:], factors[1], y, *numbers, y.shape[1], *factors[1].stride(), ROWS, 16, columns,
+                    low, factors[1], y, *numbers, y.shape[1], *factors[1].stride(), ROWS, 16, columns,
                     num_stages=1, **spread(WARPS),
                 )  # fmt: skip
 
