@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast._op import backends, use_backend
-from rlhf_fast._types import Advantages, LossOutput, PreferenceOutput, TokenStats
+from rlhf_fast._types import Advantages, LossOutput, PreferenceOutput, SampledTokens, TokenStats
 from rlhf_fast._version import __version__
 from rlhf_fast.advantage_estimators import VTrace, gdpo_advantages, lambda_returns, length_adaptive_lambda, vtrace
 from rlhf_fast.corrections import off_policy_mask, rollout_correction
@@ -21,6 +21,7 @@ from rlhf_fast.integrations import patch, unpatch
 from rlhf_fast.losses import policy_loss, preference_loss
 from rlhf_fast.ops import (
     advantages,
+    cached_attention,
     dpo_loss,
     gae,
     group_advantages,
@@ -30,6 +31,7 @@ from rlhf_fast.ops import (
     lora_linear,
     ppo_loss,
     reward_loss,
+    sample_tokens,
     token_logprobs,
     whiten,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "LoraConfig",
     "LossOutput",
     "PreferenceOutput",
+    "SampledTokens",
     "SequenceLogprobs",
     "SharedModel",
     "TokenStats",
@@ -51,6 +54,7 @@ __all__ = [
     "__version__",
     "advantages",
     "backends",
+    "cached_attention",
     "covariance_mask",
     "dpo_loss",
     "gae",
@@ -73,6 +77,7 @@ __all__ = [
     "reward_loss",
     "rollout_correction",
     "running_delta",
+    "sample_tokens",
     "sequence_logprobs",
     "token_logprobs",
     "top_entropy_mask",

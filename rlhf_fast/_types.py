@@ -48,6 +48,17 @@ class TokenStats(NamedTuple):
     """Exact KL(policy || reference) over the vocabulary, or None without a reference."""
 
 
+class SampledTokens(NamedTuple):
+    """One token per row, each (...); 0 where masked."""
+
+    token_ids: Tensor
+    """int64; -1 for a row of logits that is no distribution."""
+    logprobs: Tensor
+    """log p(token) in nats, under the distribution it was drawn from; fp32 (fp64 for fp64 logits)."""
+    entropy: Tensor
+    """Entropy of that distribution in nats."""
+
+
 class Advantages(NamedTuple):
     """What PPO trains on; each (B, T), 0 where masked."""
 

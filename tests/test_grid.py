@@ -25,7 +25,7 @@ COLUMNS = {
     "tests": ROOT / "tests" / "ops",
     "bench": ROOT / "bench",
 }
-SHARED = {"dispatch", "driver", "limits", "matmul", "parallel"}  # pieces of csrc that belong to no op
+SHARED = {"dispatch", "driver", "limits", "matmul", "packed_linear", "parallel"}  # pieces of csrc that belong to no op
 
 
 def rows_of(column: str) -> set[str]:

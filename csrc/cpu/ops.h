@@ -11,7 +11,7 @@
 
 namespace rlhf_fast {
 
-constexpr int kAbi = 5;
+constexpr int kAbi = 6;
 
 struct GaeArgs {
   const void* rewards;        // (rows, length) or (cu_seqlens[rows],), wide
@@ -213,6 +213,33 @@ struct DpoLossArgs {
   int threads;
 };
 
+// A product with a weight in panels of PackLinearArgs, and with a second one of low rank:
+// out = scale (x W^T + low B^T) + bias. Every element is summed over k in an order that depends on k alone.
+struct PackedLinearArgs {
+  const void* x;            // (m, k), rows x_row apart, `dtype`; bf16 rows are read in pairs
+  const float* weight;      // packed (n, k)
+  const void* low;          // (m, r) contiguous, `dtype`, or null
+  const float* low_weight;  // packed (n, r), or null
+  const float* bias;        // (n,) or null
+  void* out;                // (m, n), rows out_row apart, `out_dtype`
+  void* workspace;  // (m, k + 32) `dtype`: room for rows that would compete for few places in the caches, or null
+  int64_t m, n, k, r, x_row, out_row;
+  double scale;
+  int dtype, out_dtype;  // kFloat32 or kBFloat16
+  int threads;
+};
+
+// A weight (n, k) as panels of columns, in the order in which a product reads them. bf16 needs AVX512-BF16.
+struct PackLinearArgs {
+  const void* weight;  // `dtype`, strides n_stride and k_stride, one of which is 1
+  float* packed;       // (n rounded up to kPackedColumns, k in units of 32 bits)
+  int64_t n, k, n_stride, k_stride;
+  int dtype;
+  int threads;
+};
+
+constexpr int64_t kPackedColumns = 32;
+
 constexpr int64_t kMatmulFloats = 1 << 19;  // of MatmulArgs::workspace
 
 // C = A B + bias, or C += A B. Of the two strides of A and of B one is 1.
@@ -255,6 +282,37 @@ struct MachineLimitArgs {
   int threads;
 };
 
+// Attention of single tokens over keys that lie where they were written: those of a prompt, which many rows may share,
+// then those of a row's own slot. Token i sees positions [prefix_start, prefix_stop) of its prompt and [0, length) of
+// its slot, of those the last `window`. Keys (and likewise values): element (row, head, position, d) of the prompts at
+// row * prefix_row + head * prefix_head + position * prefix_position + d; of the slots alike.
+struct CachedAttentionArgs {
+  const void* query;        // (tokens, heads, width), `dtype`, strides query_token and query_head
+  void* keys;               // (slots, kv_heads, room, width), or null: no slots
+  void* values;             // (slots, kv_heads, room, value_width), or null
+  const void* new_keys;     // (tokens, kv_heads, width), written to [length - 1] of the token's slot first; or null
+  const void* new_values;   // (tokens, kv_heads, value_width), or null
+  const void* prefix_keys;  // (prompts, kv_heads, length, width), or null: no prompts
+  const void* prefix_values;
+  const int64_t* rows;          // (tokens,) slot, or null
+  const int64_t* lengths;       // (tokens,), or null
+  const int64_t* prefix_rows;   // (tokens,) prompt, or null
+  const int64_t* prefix_start;  // (tokens,), or null
+  const int64_t* prefix_stop;   // (tokens,), or null
+  void* out;                    // (tokens, heads, value_width), `dtype`
+  int64_t tokens, heads, kv_heads, width, value_width, query_token, query_head;
+  int64_t key_row, key_head, key_position, value_row, value_head, value_position;
+  int64_t new_key_token, new_key_head, new_value_token, new_value_head;
+  int64_t prefix_key_row, prefix_key_head, prefix_key_position;
+  int64_t prefix_value_row, prefix_value_head, prefix_value_position;
+  int64_t window;         // 0: all
+  double scale, softcap;  // softcap 0: none
+  int dtype;              // not kFloat64
+  int threads;
+};
+
+constexpr int64_t kAttentionWidth = 1024;  // largest width and value_width
+
 // Row i of the logits starts at (i / inner) * outer_stride + (i % inner) * inner_stride; the vocabulary has stride 1.
 // A masked row is never read, nor are its id and temperature.
 struct TokenLogprobsArgs {
@@ -272,6 +330,23 @@ struct TokenLogprobsArgs {
   double temperature_value, softcap;  // softcap 0: none
   int dtype;                          // Dtype of csrc/common/dtype.h; wide is double for kFloat64
   bool ids32;
+  int threads;
+};
+
+// The rows of the logits as in TokenLogprobsArgs. A row without a distribution (it holds NaN or +inf, or nothing but
+// -inf) gets token -1 and NaN.
+struct SampleTokensArgs {
+  const void* logits;       // (rows, vocab), `dtype`
+  const double* uniform;    // (rows,), in [0, 1); not read where the temperature is 0
+  const int64_t* banned;    // (bans,) ids of probability 0, or null
+  const uint8_t* mask;      // (rows,), or null: all real
+  const void* temperature;  // (rows,), wide, or null: `temperature_value`; 0 takes the most likely token
+  int64_t* token_ids;       // (rows,)
+  void* logprobs;           // (rows,), wide
+  void* entropy;            // (rows,), wide
+  int64_t rows, vocab, inner, outer_stride, inner_stride, bans;
+  double temperature_value, softcap;
+  int dtype;
   int threads;
 };
 
@@ -300,6 +375,7 @@ struct TokenLogprobsBackwardArgs {
 #define RLHF_FAST_KERNELS(KERNEL)                            \
   KERNEL(advantages, AdvantagesArgs)                         \
   KERNEL(dpo_loss, DpoLossArgs)                              \
+  KERNEL(cached_attention, CachedAttentionArgs)              \
   KERNEL(gae, GaeArgs)                                       \
   KERNEL(gae_backward, GaeBackwardArgs)                      \
   KERNEL(group_advantages, GroupAdvantagesArgs)              \
@@ -308,8 +384,11 @@ struct TokenLogprobsBackwardArgs {
   KERNEL(lora_linear, LoraLinearArgs)                        \
   KERNEL(machine_limit, MachineLimitArgs)                    \
   KERNEL(matmul, MatmulArgs)                                 \
+  KERNEL(pack_linear, PackLinearArgs)                        \
+  KERNEL(packed_linear, PackedLinearArgs)                    \
   KERNEL(ppo_loss, PpoLossArgs)                              \
   KERNEL(reward_loss, RewardLossArgs)                        \
+  KERNEL(sample_tokens, SampleTokensArgs)                    \
   KERNEL(token_logprobs, TokenLogprobsArgs)                  \
   KERNEL(token_logprobs_backward, TokenLogprobsBackwardArgs) \
   KERNEL(whiten, WhitenArgs)                                 \

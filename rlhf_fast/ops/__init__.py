@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf_fast.ops.advantages import advantages
+from rlhf_fast.ops.cached_attention import cached_attention
 from rlhf_fast.ops.dpo_loss import dpo_loss
 from rlhf_fast.ops.gae import gae
 from rlhf_fast.ops.group_advantages import group_advantages
@@ -12,11 +13,13 @@ from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
 from rlhf_fast.ops.lora_linear import lora_linear
 from rlhf_fast.ops.ppo_loss import ppo_loss
 from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.sample_tokens import sample_tokens
 from rlhf_fast.ops.token_logprobs import token_logprobs
 from rlhf_fast.ops.whiten import whiten
 
 __all__ = [
     "advantages",
+    "cached_attention",
     "dpo_loss",
     "gae",
     "group_advantages",
@@ -26,6 +29,7 @@ __all__ = [
     "lora_linear",
     "ppo_loss",
     "reward_loss",
+    "sample_tokens",
     "token_logprobs",
     "whiten",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_fast.rollout.hf import Rollout, generate
+from rlhf_fast.rollout.decoders import attention_of
+from rlhf_fast.rollout.hf import PackedRollout, Rollout, generate
 
-__all__ = ["Rollout", "generate"]
+__all__ = ["PackedRollout", "Rollout", "attention_of", "generate"]

@@ -1,14 +1,20 @@
-"""Sampling in the training process: a decode loop over the shared base with a key-value cache."""
+"""Sampling in the training process: a decode loop over the shared base."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from rlhf_fast import _check
 from rlhf_fast.model import SharedModel
+from rlhf_fast.ops._matmul import matmul, pitch
+from rlhf_fast.ops.sample_tokens import sample_tokens
+from rlhf_fast.rollout.decoders import decoding, pack
+from rlhf_fast.rollout.packed import PackedBase, Panels, packable
+from rlhf_fast.rollout.streams import counter_uniform
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,11 @@ class Rollout:
     """(B, R) bool: the sampled tokens, end-of-sequence included."""
     finished: Tensor
     """(B,) bool: the completion ended with end-of-sequence."""
+    logprobs: Tensor | None = None
+    """(B, R) fp32 log-probs of the sampled tokens in nats, 0 where masked: under the policy at the temperature (1 for temperature 0),
+    without end-of-sequence where a shortest length holds it back."""
+    entropy: Tensor | None = None
+    """(B, R) fp32 entropy of that distribution, 0 where masked."""
 
     @property
     def prompt_length(self) -> int:
@@ -40,26 +51,6 @@ class Rollout:
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def sample_tokens(
-    logits: Tensor, temperature: float, generator: torch.Generator | None = None, place: tuple[int, int] | None = None
-) -> Tensor:
-    """One token per row of logits (B, V) from softmax(logits / temperature), by inversion with one uniform a row.
-
-    place: as in `generate`.
-
-    No top-k, top-p or repetition penalty: the ratio of PPO needs the probability of what was sampled.
-    """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    # fp64: at 256k entries the steps of an fp32 sum are coarser than the probabilities of the tail.
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    first, rows = place or (0, logits.shape[0])
-    uniform = torch.rand(rows, 1, dtype=torch.float64, generator=generator)
-    uniform = uniform[first : first + logits.shape[0]].to(logits.device)
-    # right=True: the first entry above the draw, so a token of probability 0 is never taken.
-    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    return tokens.squeeze(1).clamp_(max=logits.shape[1] - 1)
-
-
 @torch.no_grad()
 def generate(
     model: SharedModel,
@@ -68,64 +59,147 @@ def generate(
     *,
     max_new_tokens: int,
     min_new_tokens: int = 0,
+    num_samples: int = 1,
     temperature: float = 1.0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    seeds: Tensor | None = None,
     role: str = "policy",
-    place: tuple[int, int] | None = None,
+    packed: PackedRollout | None = None,
 ) -> Rollout:
-    """Sample completions of left-padded prompts.
+    """Sample completions of left-padded prompts, with their log-probs.
+
+    A prompt is read once for all its samples, and its keys and values are kept once where our attention serves the model
+    (rlhf_fast.rollout.attention_of says why not). Rows that have finished leave the batch. A token comes from one read of the
+    logits (ops.sample_tokens), which are fp32 sums whatever the dtype of the model, as in training. On the CPU the linear layers
+    run from packed weights (rollout/packed.py), a second copy of them for the time of the call; the adapter's factors are rounded
+    and its product added as in training, but to sums that are rounded once less. Every sequence draws from a stream of its own:
+    what it becomes depends on its prompt and seed. Where attention and every linear layer run by our kernels it has the same bits in any
+    batch (mixtures of experts do not: theirs run by torch's grouped product).
 
     Args:
         model: the shared model; `role` says whose adapter samples.
         prompt_ids, prompt_mask: (B, P), left-padded, as from batch.pad(..., left=True).
         max_new_tokens: most tokens of a completion; the loop ends early when every row has finished.
         min_new_tokens: end-of-sequence has probability 0 before this many tokens.
-        temperature: logits are divided by it.
-        eos_token_id: ends a completion; None = completions of max_new_tokens tokens.
-        generator: CPU generator of the draws; one uniform number per row and step.
-        place: (first, rows) where the prompts are the rows from `first` on in a batch of `rows`, whose draws they get.
+        num_samples: completions n of each prompt; rows i n ... i n + n - 1 of the result are those of prompt i.
+        temperature: logits are divided by it; 0 takes the most likely token.
+        eos_token_id: one id or several; each ends a completion; None = completions of max_new_tokens tokens.
+        generator: CPU generator of the seeds, one per sequence; None = torch's own.
+        seeds: (B n,) int64 on the CPU instead: the seed of every sequence.
+        packed: what PackedRollout(model) has made, to use it again; None packs for this call.
 
     Raises:
-        ValueError: prompts that are not left-padded, or numbers out of range.
+        TypeError, ValueError: prompts that are not left-padded, numbers out of range, or logits that are no distribution.
     """
     if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
         got = f"{min_new_tokens} and {max_new_tokens}"
         raise ValueError(
             f"generate: arguments 'min_new_tokens', 'max_new_tokens' got {got}, expected 0 <= min <= max, max >= 1"
         )
-    if not temperature > 0:
-        raise ValueError(f"generate: argument 'temperature' got {temperature}, expected a number above 0")
-    if not bool(prompt_mask[:, -1].all()):
-        raise ValueError("generate: argument 'prompt_mask' got right padding, expected left padding")
-    B, P = prompt_ids.shape
-    ids = torch.cat([prompt_ids.where(prompt_mask, 0), prompt_ids.new_zeros(B, max_new_tokens)], dim=1)
-    mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, max_new_tokens)], dim=1)
-    positions = (prompt_mask.cumsum(1) - 1).clamp_(min=0)
-    finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
-    cache = DynamicCache(config=model.base.config)
-    fresh = ids[:, :P]
-    steps = 0
-    with model.as_role(role):
-        for t in range(P, P + max_new_tokens):
-            logits = model.base(
-                input_ids=fresh,
-                attention_mask=mask[:, :t].long(),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            if eos_token_id is not None and t - P < min_new_tokens:
-                logits = logits.index_fill(1, torch.tensor([eos_token_id], device=logits.device), -torch.inf)
-            tokens = sample_tokens(logits, temperature, generator, place)
-            ids[:, t] = tokens.where(~finished, 0)
-            mask[:, t] = ~finished
-            steps += 1
-            if eos_token_id is not None:
-                finished = finished | (mask[:, t] & (tokens == eos_token_id))
-                if bool(finished.all()):
-                    break
-            fresh = ids[:, t : t + 1]
-            positions = positions[:, -1:] + 1
-    return Rollout(ids[:, : P + steps], mask[:, : P + steps], mask[:, P : P + steps], finished)
+    temperature = _check.number("generate", "temperature", temperature, 0.0)
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise _check.error(ValueError, "generate", "num_samples", repr(num_samples), "an integer above 0")
+    if not bool(prompt_mask[:, -1].all()) or bool((prompt_mask[:, 1:] < prompt_mask[:, :-1]).any()):
+        raise ValueError("generate: argument 'prompt_mask' got padding behind real tokens, expected left padding")
+    (G, P), device = prompt_ids.shape, prompt_ids.device
+    B, R = G * num_samples, max_new_tokens
+    ends = torch.tensor(_ends(eos_token_id), dtype=torch.int64, device=device)
+    uniform = None
+    if temperature > 0:
+        uniform = counter_uniform(_seeds(seeds, B, generator), R).to(device)
+    ids = torch.cat([prompt_ids.where(prompt_mask, 0).repeat_interleave(num_samples, 0), prompt_ids.new_zeros(B, R)], 1)
+    sampled = torch.zeros(B, R, dtype=torch.bool, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    logprobs, entropy = (torch.zeros(B, R, device=device) for _ in range(2))
+    running = torch.arange(B, device=device)
+    if packed is None:
+        packed = PackedRollout(model)
+    elif packed.model is not model:
+        raise _check.error(
+            ValueError, "generate", "packed", "that of another model", "PackedRollout(model) of this one"
+        )
+    with decoding(model, role, num_samples, R, packed.base) as decoder:
+        hidden = decoder.read(ids[::num_samples, :P], prompt_mask)
+        logits = packed.logits(hidden)[:, None].expand(-1, num_samples, -1)  # one row for the samples of a prompt
+        for t in range(R):
+            found = sample_tokens(
+                logits,
+                None if uniform is None else uniform[running, t].view(logits.shape[:-1]),
+                temperature=temperature,
+                softcap=packed.softcap,
+                banned_ids=ends if len(ends) and t < min_new_tokens else None,
+            )
+            tokens = found.token_ids.flatten()
+            if bool((tokens < 0).any()):
+                row = int(running[tokens < 0][0])
+                raise ValueError(f"generate: the logits of row {row} at new token {t} are NaN or infinite")
+            ids[running, P + t], sampled[running, t] = tokens, True
+            logprobs[running, t], entropy[running, t] = found.logprobs.flatten(), found.entropy.flatten()
+            if len(ends):
+                ended = torch.isin(tokens, ends)
+                finished[running] = ended
+                running, tokens = running[~ended], tokens[~ended]
+            if t + 1 == R or not len(running):
+                break
+            logits = packed.logits(decoder.step(tokens, running))
+    R = t + 1
+    mask = torch.cat([prompt_mask.repeat_interleave(num_samples, 0), sampled[:, :R]], 1)
+    return Rollout(ids[:, : P + R], mask, sampled[:, :R], finished, logprobs[:, :R], entropy[:, :R])
+
+
+class PackedRollout:
+    """What rollouts of a frozen base prepare: its linear layers and its LM head packed for the CPU kernel, and how its logits are made.
+
+    Holds a second copy of the base's weights while it lives. Adapters may change between rollouts, the base may not.
+    """
+
+    def __init__(self, model: SharedModel) -> None:
+        self.model = model
+        self.base: PackedBase | None = pack(model)
+        self.head: Panels | None = None
+        self.bias: Tensor | None = None
+        self.softcap: float | None = None
+        self.plain = True
+        """Whether the logits are a scaled and capped product with the LM head's weight."""
+        try:
+            weight, self.softcap, self.scale = model.head_weight.detach(), model.final_softcap, model.logit_scale
+        except ValueError:
+            self.plain = False
+            return
+        if model.head_bias is not None:
+            self.bias = model.head_bias.detach().float() * self.scale
+        if self.base is not None and packable(weight) and (weight.shape[1] % 2 == 0 or weight.dtype is torch.float32):
+            self.head = Panels([weight])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, V) of hidden (rows, H), before the soft-cap; fp32 (fp64 for fp64) sums where they are a plain product."""
+        if not self.plain:
+            return self.model.backbone.logits(hidden[:, None])[:, 0]
+        if self.head is not None:
+            return self.head.multiply(hidden, torch.float32, bias=self.bias, scale=self.scale)
+        weight = self.model.head_weight
+        dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+        V = weight.shape[0]
+        out = torch.empty(len(hidden), pitch(V), dtype=dtype, device=hidden.device)[:, :V]
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
+        bias = None if self.bias is None else self.bias.to(dtype)
+        matmul(hidden, weight.t(), out, bias=bias, narrow=hidden.dtype is weight.dtype is torch.bfloat16)
+        return out
+
+
+def _ends(eos_token_id: int | Sequence[int] | None) -> list[int]:
+    if eos_token_id is None:
+        return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+
+def _seeds(seeds: Tensor | None, count: int, generator: torch.Generator | None) -> Tensor:
+    if seeds is None:
+        return torch.randint(2**63 - 1, (count,), generator=generator)
+    _check.integer("generate", "seeds", seeds)
+    if tuple(seeds.shape) != (count,):
+        expected = f"({count},), one per completion"
+        raise _check.error(ValueError, "generate", "seeds", f"shape {tuple(seeds.shape)}", expected)
+    return seeds.to("cpu", torch.int64)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from rlhf_fast.batch import pad
 from rlhf_fast.model import LoraConfig, SharedModel
+from rlhf_fast.ops import sample_tokens
 from rlhf_fast.rollout import generate
-from rlhf_fast.rollout.hf import sample_tokens
 from rlhf_fast.train.scoring import head_logprobs
 
 EOS = 1
@@ -112,7 +112,8 @@ def test_without_eos_every_completion_is_full(model):
 
 def test_item_17_an_impossible_token_is_never_drawn_and_ties_are_fair():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(5000, 4)
-    tokens = sample_tokens(logits, 1.0, torch.Generator().manual_seed(0))
+    uniform = torch.rand(5000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = sample_tokens(logits, uniform).token_ids
     counts = torch.bincount(tokens, minlength=4)
     assert counts[1] == counts[3] == 0
     assert abs(int(counts[0]) - 2500) < 5 * (5000 * 0.25) ** 0.5
@@ -129,7 +130,7 @@ def test_rows_draw_their_own_numbers_and_a_seed_repeats(model):
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"min_new_tokens": 12}, "min_new_tokens"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -0.5}, "temperature"),
     ],
 )
 def test_wrong_arguments_are_named(model, change, message):
@@ -139,6 +140,10 @@ def test_wrong_arguments_are_named(model, change, message):
 
 def test_right_padded_prompts_are_refused(model):
     ids, mask = pad(prompts())
+    with pytest.raises(ValueError, match="left padding"):
+        generate(model, ids, mask, max_new_tokens=2)
+    ids, mask = pad(prompts(), left=True)
+    mask[2, 2] = False  # a hole
     with pytest.raises(ValueError, match="left padding"):
         generate(model, ids, mask, max_new_tokens=2)
 

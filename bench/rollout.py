@@ -1,0 +1,188 @@
+"""Rollouts in process against transformers' generate: `python bench/rollout.py`.
+
+Tokens per second of whole calls (prompts, decoding, log-probs and entropy of every token; packing the weights included) on
+SmolLM2-135M where the demo has put it, else on a random Llama of its shape: 8 prompt and 24 new tokens in bf16. The sides take
+turns in one process, so that both meet the same machine; a ratio is the median over rounds of the two times of a round.
+
+First the gate: in fp32 greedy tokens must be generate's, and log-probs those of a teacher-forced pass. bf16 has ties, and generate
+rounds logits to bf16, so there the share of tokens before the first difference of a row is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import rlhf_fast
+from rlhf_fast.demo.assets import default_cache
+from rlhf_fast.model import LoraConfig, SharedModel
+from rlhf_fast.rollout import PackedRollout, attention_of, generate
+
+BAR = 1.8
+"""Least ratio to generate with sampling."""
+LOGPROBS = 2e-4
+"""Largest difference of a log-prob from a teacher-forced pass of 30 layers in fp32, in nats."""
+OURS, GENERATE = "ours", "generate"
+
+
+def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of the demo, or its shape with random weights."""
+    if folder.is_dir():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def by_generate(base: PreTrainedModel, ids: Tensor, new: int, sample: bool) -> Tensor:
+    """New tokens (B, new) of generate from the whole distribution, or the most likely ones."""
+    options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0} if sample else {"do_sample": False}
+    mask = torch.ones_like(ids)
+    out = base.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **options)
+    return out[:, ids.shape[1] :]
+
+
+def bare(base: PreTrainedModel) -> PreTrainedModel:
+    """Without an end-of-sequence: every completion has all its tokens."""
+    base.generation_config = transformers.GenerationConfig(eos_token_id=None)
+    return base
+
+
+def shared(base: PreTrainedModel) -> SharedModel:
+    """Policy and reference with adapters of rank 16 on all linear layers, whose B is not 0."""
+    model = SharedModel(base, roles=("policy", "reference"), lora=LoraConfig(r=16))
+    with torch.no_grad():
+        for name, p in model.parameters_of("policy").items():
+            if name.endswith("lora_B.weight"):
+                p.normal_(0.0, 1e-3)
+    return model
+
+
+def prompts(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(5, 40_000, (batch, length), generator=torch.Generator().manual_seed(1))
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def gate(folder: Path, length: int, new: int) -> dict[str, object]:
+    """Checks of the outputs; raises SystemExit with the reason."""
+    ids, mask = prompts(8, length)
+    base = bare(load(folder, torch.float32))
+    expected = by_generate(base, ids, new, sample=False)
+    model = shared(base)
+    attention = attention_of(model)
+    found = generate(model, ids, mask, max_new_tokens=new, temperature=0.0, role="reference")
+    if not torch.equal(found.responses, expected):
+        raise SystemExit("gate: in fp32 greedy tokens differ from generate's")
+    rollout = generate(model, ids, mask, max_new_tokens=new, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = model(rollout.input_ids, rollout.attention_mask, roles=("policy",)).policy.logits
+    exact = rlhf_fast.token_logprobs(logits[:, length - 1 : -1], rollout.responses).logprobs
+    assert rollout.logprobs is not None
+    off = float((rollout.logprobs - exact).abs().max())
+    if off > LOGPROBS:
+        raise SystemExit(f"gate: log-probs are {off:.2g} off a teacher-forced pass, expected at most {LOGPROBS:g}")
+    half = bare(load(folder, torch.bfloat16))
+    expected = by_generate(half, ids, new, sample=False)
+    found = generate(shared(half), ids, mask, max_new_tokens=new, temperature=0.0, role="reference")
+    agreeing = (found.responses == expected).int().cumprod(1).float().mean()
+    return {
+        "attention": attention or "ours",
+        "fp32 greedy tokens": "equal",
+        "fp32 log-probs off by": off,
+        "bf16 greedy tokens before the first difference": float(agreeing),
+    }
+
+
+def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds by the clock and of the processors, of every call in every round, after one round that does not count."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for k in range(rounds + 1):
+        for name, call in calls.items():
+            start, used = time.perf_counter(), time.process_time()
+            call()
+            if k:
+                seconds[name].append((time.perf_counter() - start, time.process_time() - used))
+    return seconds
+
+
+def compare(folder: Path, batch: int, length: int, new: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens per second (median and best) and the ratios to generate, by side."""
+    ids, mask = prompts(batch, length)
+    base, model = bare(load(folder, torch.bfloat16)), shared(load(folder, torch.bfloat16))
+    kept = PackedRollout(model)
+    generator = torch.Generator().manual_seed(0)
+
+    def ours(**options: object) -> Callable[[], object]:
+        return lambda: generate(model, ids, mask, max_new_tokens=new, generator=generator, **options)  # type: ignore[arg-type]
+
+    calls: dict[str, Callable[[], object]] = {
+        GENERATE: lambda: by_generate(base, ids, new, sample=True),
+        OURS: ours(),
+        "ours, without an adapter": ours(role="reference"),
+        "ours, packed before": ours(packed=kept),
+        "generate, greedy": lambda: by_generate(base, ids, new, sample=False),
+        "ours, greedy": ours(temperature=0.0),
+    }
+    seconds = timed(calls, rounds)
+    found = {}
+    for name, took in seconds.items():
+        pairs = list(zip(seconds["generate, greedy" if "greedy" in name else GENERATE], took, strict=True))
+        found[name] = {
+            "median tok/s": batch * new / statistics.median(t for t, _ in took),
+            "best tok/s": batch * new / min(t for t, _ in took),
+            "ratio": statistics.median(p[0] / t[0] for p, t in pairs),
+            "processor ratio": statistics.median(p[1] / t[1] for p, t in pairs),
+        }
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=default_cache() / "smollm2-135m-instruct")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--prompt", type=int, default=8)
+    parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    checked = gate(options.model, options.prompt, options.new)
+    results = {b: compare(options.model, b, options.prompt, options.new, options.rounds) for b in options.batch}
+    if options.json:
+        print(json.dumps({"gate": checked, "threads": torch.get_num_threads(), "batch": results}))
+        return 0
+    source = options.model if options.model.is_dir() else "a random Llama of SmolLM2-135M's shape"
+    print(f"{source}, {options.prompt} + {options.new} tokens, bf16, {torch.get_num_threads()} threads")
+    for name, value in checked.items():
+        print(f"gate: {name}: {value if isinstance(value, str) else f'{value:.3g}'}")
+    missed = False
+    for batch, rows in results.items():
+        for name, row in rows.items():
+            text = f"batch {batch:>4}  {name:<26}{row['median tok/s']:>8.0f} tok/s (best {row['best tok/s']:.0f})"
+            print(f"{text:<68}{row['ratio']:>6.2f} x generate{row['processor ratio']:>8.2f} x by processor time")
+        missed |= rows[OURS]["ratio"] < BAR
+    print(f"bar: {BAR} x generate: {'missed' if missed else 'met'}")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
