@@ -98,30 +98,31 @@ class Sampler(ABC):
 
     def rollout(self, prompts: list[list[int]], generator: torch.Generator) -> Rollout:
         """Sample `samples_per_prompt` completions of each prompt from the policy: those of all ranks, each of which samples its own."""
-        prompts = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
-        r = self.settings
+        r, n = self.settings, self.samples_per_prompt
         ids, mask = pad(prompts, left=True)
-        own, found, steps = self.sampled_here(len(ids)), None, 0
+        rows = len(ids) * n
+        # One seed a completion, drawn for those of all ranks: which rank samples it makes no difference.
+        seeds = torch.randint(2**63 - 1, (rows,), generator=generator)
+        own, found = self.sampled_here(rows), None
         if own.start < own.stop:
+            mine = slice(own.start // n, own.stop // n)
             with self.ranks.whole():
                 found = generate(
                     self.model,
-                    ids[own],
-                    mask[own],
+                    ids[mine],
+                    mask[mine],
+                    num_samples=n,
                     max_new_tokens=r.max_new_tokens,
                     min_new_tokens=r.min_new_tokens,
                     temperature=r.temperature,
                     eos_token_id=self.tokenizer.eos_token_id if r.stop_at_eos else None,
-                    generator=generator,
-                    place=(own.start, len(ids)),
+                    seeds=seeds[own],
                 )
             if self.ranks.world == 1:
                 return found
-            steps = found.responses.shape[1]
-        parts = {} if found is None else {n: getattr(found, n) for n in ("responses", "response_mask", "finished")}
-        every = self.ranks.rows(parts)
-        for _ in range(every["responses"].shape[1] - steps):  # the draws of ranks that took longer
-            torch.rand(len(ids), 1, dtype=torch.float64, generator=generator)
+        names = ("responses", "response_mask", "finished", "logprobs", "entropy")
+        every = self.ranks.rows({} if found is None else {name: getattr(found, name) for name in names})
+        ids, mask = (x.repeat_interleave(n, 0) for x in (ids, mask))
         every["input_ids"] = torch.cat([ids.where(mask, 0), every.pop("responses")], 1)
         return Rollout(attention_mask=torch.cat([mask, every["response_mask"]], 1), **every)
 
