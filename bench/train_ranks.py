@@ -153,12 +153,14 @@ def killed(folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=[*SETTINGS, "killed"], choices=[*SETTINGS, "killed"])
+    parser.add_argument("what", nargs="*", choices=[*SETTINGS, "killed"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        found = [killed(folder) if what == "killed" else compare(what, folder) for what in args.what]
+        found = [
+            killed(folder) if what == "killed" else compare(what, folder) for what in args.what or [*SETTINGS, "killed"]
+        ]
     return 0 if all(found) else 1
 
 

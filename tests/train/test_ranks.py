@@ -87,7 +87,7 @@ def of_reward(source: Path, folder: Path, **run: object) -> RewardConfig:
 
 def of_pairs(kind: str) -> Callable:
     def config(source: Path, folder: Path, **run: object) -> PreferenceConfig:
-        size = 3 if kind == "aot" else 1  # aot compares the pairs of all ranks
+        size = 3 if kind == "aot_unpaired" else 1  # it compares the pairs of all ranks
         more = {"batch_size": 3, "micro_batch_size": size, "max_steps": 3, "eval_fraction": 0.25}
         loss, optim = PreferenceLossConfig(kind), OptimConfig(lr=1e-2)
         return PreferenceConfig(**common(source, folder, data="pairs", **run), **more, loss=loss, optim=optim)
@@ -133,7 +133,7 @@ RUNS: dict[str, tuple[Callable, Callable]] = {
     "dpo": (preference.train_preference, of_pairs("dpo")),
     "kto": (preference.train_preference, of_pairs("kto")),
     "bco": (preference.train_preference, of_pairs("bco")),
-    "aot": (preference.train_preference, of_pairs("aot")),
+    "aot": (preference.train_preference, of_pairs("aot_unpaired")),
     "ppo": (ppo.train_ppo, of_ppo(0)),
     # Its rows stay with their trunk: a rank has two, one or none of a minibatch of two.
     "ppo with shared layers": (ppo.train_ppo, of_ppo(1, minibatch_size=2)),
