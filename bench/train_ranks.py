@@ -153,14 +153,15 @@ def killed(folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*SETTINGS, "killed"])
+    known = [*SETTINGS, "killed"]
+    parser.add_argument("what", nargs="*", default=known, help=f"among {', '.join(known)}; all of them when left out")
     args = parser.parse_args()
+    if not {*args.what} <= {*known}:
+        parser.error(f"argument what: got {args.what}, expected among {', '.join(known)}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
-        found = [
-            killed(folder) if what == "killed" else compare(what, folder) for what in args.what or [*SETTINGS, "killed"]
-        ]
+        found = [killed(folder) if what == "killed" else compare(what, folder) for what in args.what]
     return 0 if all(found) else 1
 
 
