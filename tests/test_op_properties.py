@@ -168,6 +168,25 @@ def reward_loss(d: Draw) -> dict[str, Any]:
     }
 
 
+def lora_linear(d: Draw) -> dict[str, Any]:
+    rows, inner, outer = d.rows * d.length, d.pick(1, 8, 33), d.pick(1, 17, 70)
+    ranks = d.pick((3,), (4, 1), (0, 17, 2))
+    cuts = sorted(d.integers(rows + 1, 2 * len(ranks)).tolist())
+    x = d.normal(rows, inner)
+    a, b = d.normal(sum(ranks), inner, scale=inner**-0.5), d.normal(outer, sum(ranks))
+    return {
+        "x": x,
+        "weight": d.normal(outer, inner, scale=inner**-0.5),
+        "lora_a": a,
+        "lora_b": b,
+        "lora_input": d.pick(None, x.flip(0)),
+        "bias": d.pick(None, d.normal(outer)),
+        "scale": [0.5 + i for i in range(len(ranks))],
+        "segments": list(zip(cuts[::2], cuts[1::2], strict=True)),
+        "ranks": list(ranks),
+    }
+
+
 def dpo_loss(d: Draw) -> dict[str, Any]:
     chosen, rejected, refs = d.tokens(), d.tokens(), d.pick(True, False)
     return {
@@ -203,8 +222,9 @@ CONSTANT = {
 
 def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """Results and gradients by name, for a fixed weighting of the results."""
+    constant = CONSTANT | ({"weight", "bias"} if "lora_a" in kwargs else set())  # frozen under adapters
     kwargs = {
-        k: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() and k not in CONSTANT else v
+        k: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() and k not in constant else v
         for k, v in kwargs.items()
     }
     out = function(**kwargs)
@@ -239,6 +259,7 @@ def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tenso
         ppo_loss,
         linear_ppo_loss,
         reward_loss,
+        lora_linear,
         dpo_loss,
     ],
     ids=lambda f: f.__name__,

@@ -137,6 +137,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _update(x: Tensor, a: Tensor, b: Tensor, y: Tensor | None, low: Tensor, scale: float) -> None:
     """low (rows, r) = scale x a, and y += low b; x, y: rows of stride-1 elements; a (in, r), b (r, out): fp32, any strides."""
+    a, b = (factor if 1 in factor.stride() else factor.contiguous() for factor in (a, b))  # as the product packs them
     kernel(OP)(
         x, a, b, low, y, _matmul.workspace(), x.shape[0], x.shape[1], b.shape[1], a.shape[1], x.stride(0), *a.stride(),
         *b.stride(), 0 if y is None else y.stride(0), scale, DTYPES[x.dtype], torch.get_num_threads(),
