@@ -250,7 +250,7 @@ def test_patterns_choose_rows_and_a_pattern_without_one_is_an_error():
     found = list(all_cases())
     assert {c.op for c in chosen(["gae", "reward_loss 64*"], found)} == {"gae", "reward_loss"}
     assert len(chosen(["reward_loss 64*"], found)) == 1
-    with pytest.raises(ValueError, match=r"no case matches 'gea'; ops: advantages, dpo_loss, gae"):
+    with pytest.raises(ValueError, match=r"no case matches 'gea'; ops: advantages, .*gae, "):
         chosen(["gea"], found)
 
 

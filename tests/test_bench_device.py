@@ -212,7 +212,7 @@ ON_DEVICE = sorted(
 
 def test_every_op_has_rows_with_peers_and_the_aims_of_the_card():
     found = list(device_cases.cases(torch.device("meta")))
-    assert sorted({c.op for c in found}) == ON_DEVICE
+    assert set(ON_DEVICE) <= {c.op for c in found} <= set(rlhf_fast.backends())
     assert all(OURS in c.contenders and len(c.contenders) > 1 for c in found)
     names = {name for c in found for name in c.contenders}
     assert {
