@@ -15,6 +15,8 @@ import sys
 import tempfile
 from typing import Any
 
+from shapes import llama, llama_config
+
 SETTINGS = {
     "20 of 30 layers shared": ["--shared-layers", "20"],
     "gradient checkpointing": ["--gradient-checkpointing"],
@@ -31,29 +33,6 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def shape(args: argparse.Namespace) -> Any:
-    """That of SmolLM2-135M unless told otherwise."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 8 // 3,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 192),
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-    )
-
-
-def llama(args: argparse.Namespace) -> Any:
-    """A random model of that shape."""
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM(shape(args))
-
-
 def batch(args: argparse.Namespace) -> Any:
     import torch
 
@@ -65,7 +44,7 @@ def shared(args: argparse.Namespace, roles: tuple[str, ...]) -> Any:
     from rlhf_fast.model import LoraConfig, SharedModel
 
     return SharedModel(
-        llama(args),
+        llama(args.hidden, args.layers, args.vocabulary),
         roles=roles,
         lora=LoraConfig(r=16),
         shared_layers=args.shared_layers,
@@ -149,7 +128,7 @@ def step_classic(args: argparse.Namespace) -> float:
     import torch
     from torch.nn.functional import log_softmax
 
-    policy, reference, value, reward = (llama(args) for _ in range(4))
+    policy, reference, value, reward = (llama(args.hidden, args.layers, args.vocabulary) for _ in range(4))
     heads = [torch.nn.Linear(args.hidden, 1) for _ in range(2)]
     optimizer = torch.optim.AdamW([*policy.parameters(), *value.parameters(), *heads[0].parameters()])
     before = resident()
@@ -242,7 +221,7 @@ def predicted(layout: str, args: argparse.Namespace, extra: list[str]) -> float:
 
     shared_layers = args.shared_layers or (int(extra[1]) if "--shared-layers" in extra else 0)
     with tempfile.TemporaryDirectory() as folder:
-        shape(args).save_pretrained(folder)
+        llama_config(args.hidden, args.layers, args.vocabulary).save_pretrained(folder)
         found = plan(
             PlanConfig(
                 folder,

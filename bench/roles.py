@@ -16,34 +16,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from shapes import llama
 from torch import Tensor
 
 ADAPTED = ("policy", "value", "reward")
 BARS = {"one pass / PEFT": 0.75, "one pass, half the layers shared / PEFT": 0.50, "LoRA step / frozen step": 1.15}
 
 
-def llama(args: argparse.Namespace) -> Any:
-    """A random model with the shape of SmolLM2-135M unless told otherwise."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 8 // 3,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 192),
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(args.dtype).eval()
+def base(args: argparse.Namespace) -> Any:
+    return llama(args.hidden, args.layers, args.vocabulary).to(args.dtype)
 
 
 def shared(args: argparse.Namespace, layers: int) -> Any:
     """A SharedModel whose adapters are no longer zero."""
     from rlhf_fast.model import LoraConfig, SharedModel
 
-    model = SharedModel(llama(args), lora=LoraConfig(r=args.rank), shared_layers=layers)
+    model = SharedModel(base(args), lora=LoraConfig(r=args.rank), shared_layers=layers)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.adapters.named_parameters():
@@ -61,7 +49,7 @@ def of_peft(args: argparse.Namespace, model: Any) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             model.save_adapter(role, folder)
             if wrapped is None:
-                wrapped = peft.PeftModel.from_pretrained(llama(args), folder, adapter_name=role)
+                wrapped = peft.PeftModel.from_pretrained(base(args), folder, adapter_name=role)
             else:
                 wrapped.load_adapter(folder, role)
     return wrapped.eval()
@@ -151,7 +139,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, args.vocabulary, (args.rows, args.length), generator=generator)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    whole, half, plain = shared(args, 0), shared(args, args.layers // 2), llama(args)
+    whole, half, plain = shared(args, 0), shared(args, args.layers // 2), base(args)
     wrapped = of_peft(args, whole)
     worst = check(one_pass(whole, ids, mask), switching(wrapped, ids, mask), args.dtype)
     print(
@@ -161,7 +149,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads; hidden states within {worst:.1g} of PEFT's")
 
     @torch.no_grad()
-    def base() -> None:
+    def four() -> None:
         for _ in range(4):
             plain.model(ids, attention_mask=mask)
 
@@ -170,7 +158,7 @@ def main() -> None:
             "PEFT": lambda: switching(wrapped, ids, mask),
             "one pass": lambda: one_pass(whole, ids, mask),
             "one pass, half the layers shared": lambda: one_pass(half, ids, mask),
-            "four forwards of the plain base": base,
+            "four forwards of the plain base": four,
         },
         args.rounds,
     )

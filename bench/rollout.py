@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from shapes import llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import rlhf_fast
 from rlhf_fast.demo.assets import default_cache
@@ -39,18 +40,7 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of the demo, or its shape with random weights."""
     if folder.is_dir():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return llama(pad_token_id=0).to(dtype)
 
 
 def by_generate(base: PreTrainedModel, ids: Tensor, new: int, sample: bool) -> Tensor:

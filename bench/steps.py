@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import llama
 from torch import Tensor
 
 SIZES = {
@@ -38,27 +39,6 @@ BARS = {
 }
 MEMORY_BAR = 0.7
 PROMPT_TOKENS = 8
-
-
-def llama(args: argparse.Namespace) -> Any:
-    """A random Llama."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    size = SIZES[args.size]
-    config = LlamaConfig(
-        vocab_size=size["vocabulary"],
-        hidden_size=size["hidden"],
-        intermediate_size=size["hidden"] * 8 // 3,
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["hidden"] // 64,
-        num_key_value_heads=max(1, size["hidden"] // 192),
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
 
 
 def tokenizer_of(words: int) -> Any:
@@ -87,7 +67,9 @@ def reward(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def save(args: argparse.Namespace, folder: Path) -> None:
-    llama(args).to(getattr(torch, args.dtype)).save_pretrained(folder / "model")
+    llama(**SIZES[args.size], pad_token_id=0, eos_token_id=1, bos_token_id=None).to(
+        getattr(torch, args.dtype)
+    ).save_pretrained(folder / "model")
     tokenizer_of(SIZES[args.size]["vocabulary"]).save_pretrained(folder / "model")
     lines = (json.dumps({"prompt": p}) for p in prompts(args, 4096))
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")

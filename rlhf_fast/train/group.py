@@ -28,6 +28,12 @@ class Trainer(Sampler):
         self.config = config
         self.recipe = RECIPES[config.group.recipe]
         self.samples_per_prompt = config.group_size
+        group = config.group
+        once = group.epochs == 1 and group.minibatch_size == config.rollout.batch_size
+        # A shortest length shifts probability that training leaves where it is; a KL in the reward and covariances are of the log-probs of
+        # training.
+        compared = group.recipe in COVARIANCE_KINDS or (config.kl.used and self.recipe.kl_placement == "reward")
+        self.on_policy = once and config.rollout.min_new_tokens == 0 and not compared
 
     def advantages(self, e: Experience) -> Tensor:
         """(B,) relative to the group, or (B, R) for returns; a completion without a score has none, and is no one's baseline."""
@@ -98,7 +104,7 @@ class Trainer(Sampler):
         loss, found = policy_loss(
             group.recipe,
             part.spread(stats.logprobs),
-            e.logprobs[rows],
+            None if self.on_policy else e.logprobs[rows],
             each[rows],
             e.mask[rows],
             ref_logprobs=e.ref_logprobs[rows] if in_loss else None,  # type: ignore[index]

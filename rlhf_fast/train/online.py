@@ -73,6 +73,9 @@ class Sampler(ABC):
 
     samples_per_prompt = 1
     """Completions of one prompt, which lie side by side in a batch."""
+    on_policy = False
+    """Whether a batch is learned from in one update, so that no one compares with the log-probs from before it: those of the rollout
+    do for what is logged, and scoring leaves the policy out."""
 
     def __init__(
         self,
@@ -144,19 +147,25 @@ class Sampler(ABC):
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Experience:
-        """Log-probs of policy and reference, values and scores, from one pass of the base per micro-batch."""
-        roles = [role for role in ("policy", "reference", "value", "reward") if role in self.model.roles]
+        """Log-probs of policy and reference, values and scores, from one pass of the base per micro-batch for all that is not known."""
+        known: dict[str, Tensor] = {}
+        if self.on_policy and rollout.logprobs is not None and rollout.entropy is not None:
+            known = {"logprobs": rollout.logprobs, "entropy": rollout.entropy}
+        asked = ("reference", "value", "reward") if known else ("policy", "reference", "value", "reward")
+        roles = [role for role in asked if role in self.model.roles]
         parts: dict[str, list[Tensor]] = {}
         size = self.micro_batch_size
         trunks: list[Tensor] = []
         own = self.sampled_here(len(rollout.input_ids))
-        for i in range(own.start, own.stop, size):
+        for i in range(own.start, own.stop if roles else own.start, size):
             rows = self.rows(rollout, slice(i, min(i + size, own.stop)))
             trunk = rows.trunk_of(self.model)
             trunks += trunk or []
             out = rows.forward(self.model, roles, trunk)
-            policy = self.response_stats(rows, out.policy.hidden)
-            found = {"logprobs": rows.spread(policy.logprobs), "entropy": rows.spread(policy.entropy)}
+            found: dict[str, Tensor] = {}
+            if "policy" in out:
+                policy = self.response_stats(rows, out.policy.hidden)
+                found |= {"logprobs": rows.spread(policy.logprobs), "entropy": rows.spread(policy.entropy)}
             if "reference" in out:
                 found["ref_logprobs"] = rows.spread(self.response_stats(rows, out.reference.hidden).logprobs)
             if "value" in out:
@@ -167,7 +176,7 @@ class Sampler(ABC):
                 found["role_scores"] = out.reward.scores
             for name, value in found.items():
                 parts.setdefault(name, []).append(value)
-        joined = self.ranks.rows({name: torch.cat(values) for name, values in parts.items()})
+        joined = known | (self.ranks.rows({name: torch.cat(values) for name, values in parts.items()}) if roles else {})
         role_scores = joined.pop("role_scores", None)
         prompts, completions = self.prompt_texts(rollout), rollout.texts(self.tokenizer)
         scores, raw = self.rewards(prompts, completions, role_scores)

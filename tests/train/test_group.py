@@ -183,6 +183,32 @@ def test_without_a_kl_there_is_no_reference(folder):
     assert metrics["kl"] > 0 and metrics["kl_coef"] == pytest.approx(0.1)
 
 
+def test_one_update_per_batch_needs_no_scoring_pass_and_has_the_same_gradient(folder, monkeypatch):
+    """The ratio of the first update is 1 whatever the log-probs from before it are, so those of the rollout do for what is logged."""
+    calls = []
+    plain = SharedModel.forward
+    monkeypatch.setattr(SharedModel, "forward", lambda self, *a, **k: calls.append(k["roles"]) or plain(self, *a, **k))
+    once = GroupUpdateConfig(minibatch_size=16, micro_batch_size=16)
+    e, metrics, (found,) = gradients(folder, group=once)
+    assert calls == [("policy",)], "the update alone"
+    twice, _ = make(folder, group=dataclasses.replace(once, epochs=2))
+    scored = experience(twice)
+    torch.testing.assert_close(e.logprobs, scored.logprobs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(e.entropy, scored.entropy, atol=1e-4, rtol=1e-4)
+    assert not twice.on_policy
+    _, expected_metrics, seen = gradients(folder, scored, group=dataclasses.replace(once, epochs=2))
+    assert metrics["score"] == expected_metrics["score"]
+    for name, g in found.items():
+        torch.testing.assert_close(g, seen[0][name], atol=1e-5, rtol=1e-3)
+    for changes in (
+        {"rollout": RolloutConfig(batch_size=16, max_new_tokens=8, min_new_tokens=2)},
+        {"group": GroupUpdateConfig(minibatch_size=8, micro_batch_size=4)},
+        {"group": GroupUpdateConfig("rloo", minibatch_size=16), "kl": GroupKLConfig(coef=0.1)},
+        {"group": GroupUpdateConfig("kl_cov", minibatch_size=16)},
+    ):
+        assert not make(folder, **changes)[0].on_policy
+
+
 def test_training_raises_the_score_and_resumes(folder):
     config = group_config(folder, steps=12, kl=GroupKLConfig(coef=0.01))
     adapter = train_group(config)

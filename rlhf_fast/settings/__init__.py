@@ -1,0 +1,1 @@
+"""The settings of every command as frozen dataclasses; `rlhf_fast.config` reads, checks and writes them."""

@@ -1,0 +1,183 @@
+"""Settings of the trainers that learn from their own samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf_fast import _check
+from rlhf_fast.dialects import dialect
+from rlhf_fast.losses import ADVANTAGES, RECIPES
+from rlhf_fast.settings.common import (
+    Count,
+    Fraction,
+    KLConfig,
+    ModelConfig,
+    Name,
+    NonNegative,
+    OptimConfig,
+    Positive,
+    PromptDataConfig,
+    RewardSource,
+    RolloutConfig,
+    RunConfig,
+    at_most,
+    no_trunk_to_share,
+)
+
+GROUP_ADVANTAGES = tuple(kind for kind in ADVANTAGES if kind not in ("gae", "remax"))
+"""Those of a trainer without a critic and without a greedy answer."""
+
+
+@dataclass(frozen=True)
+class PPOUpdateConfig:
+    """The clipped update (Schulman et al. 2017, arXiv:1707.06347)."""
+
+    epochs: Count = 4
+    """Passes over each rollout batch."""
+    minibatch_size: Count = 16
+    """Completions per optimizer step."""
+    micro_batch_size: Count = 16
+    """Completions per forward pass."""
+    clip: Positive = 0.2
+    """Ratios are clipped to 1 - clip and 1 + clip."""
+    value_clip: Positive | None = 0.2
+    """Values are clipped to this distance from the old ones; none switches it off."""
+    value_coef: NonNegative = 0.1
+    """Weight of the value loss."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+    gamma: Fraction = 1.0
+    """Discount of later rewards, per token."""
+    lam: Fraction = 0.95
+    """GAE's lambda: lower is less variance and more bias."""
+    whiten: bool = True
+    """Advantages get mean 0 and variance 1 over the real tokens."""
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Bound of the loss for negative advantages (3 is usual); none leaves it to the dialect, whose default has none."""
+    dialect: Name = "rlhf_fast"
+    """Conventions of another trainer for scores, gaps, whitening, clamps and values: a row of rlhf_fast.dialects."""
+    target_kl: Positive | None = None
+    """Skip the rest of the epochs when the approximate KL of an update passes this."""
+
+    def __post_init__(self) -> None:
+        at_most(self, "micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size)
+        dialect(type(self).__name__, self.dialect)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO of the policy adapter against a reward, with policy, reference, value and reward on one base."""
+
+    model: ModelConfig
+    data: PromptDataConfig
+    run: RunConfig
+    reward: RewardSource
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-5))
+    value_lr: Positive | None = None
+    """Peak learning rate of the value role (that of the policy when left out)."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    ppo: PPOUpdateConfig = field(default_factory=PPOUpdateConfig)
+    packing: bool | None = None
+    """Completions of a micro-batch end to end, without padding; left out: where that is exact and no slower, which it is on a CPU and
+    with flash-attn."""
+    steps: Count = 100
+    """Rollout batches."""
+
+    def __post_init__(self) -> None:
+        no_trunk_to_share(self, self.model)
+        rollout = self.rollout.batch_size
+        at_most(self, "ppo.minibatch_size", self.ppo.minibatch_size, "rollout.batch_size", rollout)
+
+
+@dataclass(frozen=True)
+class GroupKLConfig(KLConfig):
+    """Penalty on the divergence from the reference policy, in the loss or in the reward as the recipe places it."""
+
+    coef: NonNegative = 0.0
+    """Coefficient of the KL; 0 with kind = fixed leaves the reference out altogether."""
+    estimator: Literal["k1", "k2", "k3", "abs"] | None = None  # type: ignore[assignment]
+    """Per-token estimate (that of the recipe when left out)."""
+
+    @property
+    def used(self) -> bool:
+        """Whether the reference has a part in training."""
+        return self.coef > 0 or self.kind == "adaptive"
+
+
+@dataclass(frozen=True)
+class GroupUpdateConfig:
+    """The update by a recipe of rlhf_fast.losses.RECIPES, with advantages relative to the other completions of a prompt."""
+
+    recipe: Name = "grpo"
+    """Policy loss by name: grpo, dapo, dr_grpo, gspo, cispo, rloo, reinforce++ and others (`python -m rlhf_fast.tables`)."""
+    advantages: Name | None = None
+    """Kind of group advantages, or returns for those without groups (that of the recipe when left out)."""
+    epochs: Count = 1
+    """Passes over each rollout batch."""
+    minibatch_size: Count = 64
+    """Completions per optimizer step."""
+    micro_batch_size: Count = 16
+    """Completions per forward pass; gradients add up to those of the minibatch."""
+    clip: tuple[Positive, Positive] | None = None
+    """Bounds of the ratio below and above 1 (those of the recipe when left out)."""
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Bound of the loss for negative advantages (that of the recipe when left out)."""
+    ratio_cap: Positive | None = None
+    """Largest ratio before it is multiplied by the advantage (that of the recipe when left out)."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        at_most(self, "micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size)
+        owner = type(self).__name__
+        _check.choice(owner, "recipe", self.recipe, tuple(RECIPES))
+        if self.advantages is not None:
+            _check.choice(owner, "advantages", self.advantages, GROUP_ADVANTAGES)
+        elif self.kind not in GROUP_ADVANTAGES:
+            expected = f"one of {', '.join(GROUP_ADVANTAGES)} with recipe = {self.recipe}, whose own ({self.kind}) want a critic"
+            raise _check.error(ValueError, owner, "advantages", None, expected)
+        for name in ("clip", "dual_clip", "ratio_cap"):
+            value = getattr(self, name)
+            if value is not None and name not in RECIPES[self.recipe].reads:
+                raise _check.error(
+                    ValueError, owner, name, value, f"nothing with recipe = {self.recipe}, which has none"
+                )
+
+    @property
+    def kind(self) -> str:
+        """Kind of the advantages."""
+        return self.advantages or RECIPES[self.recipe].advantages
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """GRPO, RLOO, REINFORCE++ and their kin: policy and reference on one base, several completions of each prompt, no critic."""
+
+    model: ModelConfig
+    data: PromptDataConfig
+    run: RunConfig
+    reward: RewardSource
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-5))
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    group_size: Count = 8
+    """Completions of each prompt; rollout.batch_size is a multiple of it."""
+    kl: GroupKLConfig = field(default_factory=GroupKLConfig)
+    group: GroupUpdateConfig = field(default_factory=GroupUpdateConfig)
+    packing: bool | None = None
+    """Completions of a micro-batch end to end, without padding; left out: where that is exact and no slower, which it is on a CPU and
+    with flash-attn."""
+    steps: Count = 100
+    """Rollout batches."""
+
+    def __post_init__(self) -> None:
+        no_trunk_to_share(self, self.model)
+        size = self.rollout.batch_size
+        at_most(self, "group.minibatch_size", self.group.minibatch_size, "rollout.batch_size", size)
+        if size % self.group_size:
+            raise _check.error(
+                ValueError, "GroupConfig", "group_size", self.group_size, f"a divisor of batch_size = {size}"
+            )

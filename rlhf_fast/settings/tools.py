@@ -1,0 +1,80 @@
+"""Settings of the commands that do not train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlhf_fast import _check
+from rlhf_fast.model.lora import LoraConfig
+from rlhf_fast.settings.common import (
+    Count,
+    CountOrZero,
+    Folders,
+    GenerationConfig,
+    ModelConfig,
+    Name,
+    PromptDataConfig,
+    RunConfig,
+)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The memory of a run, part by part, from the shapes of its model."""
+
+    model: Name
+    """Folder with the config of a Hugging Face causal language model; its weights are not read."""
+    trainer: Literal["ppo", "grpo", "dpo", "sft", "reward"] = "ppo"
+    """Which run."""
+    roles: tuple[Literal["policy", "reference", "value", "reward"], ...] = ()
+    """Roles on the base (those of the trainer when left out)."""
+    gpu: Literal["a100-40", "a100", "h100", "h200", "b200", "l40s", "rtx4090", "rtx5090"] | None = None
+    """Device to fit; left out: a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the frozen base."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Shape of the adapters."""
+    shared_layers: CountOrZero = 0
+    """First layers without adapters."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per layer."""
+    batch_size: Count = 64
+    """Completions per step."""
+    micro_batch_size: Count = 16
+    """Sequences (pairs, for dpo and reward) per pass."""
+    group_size: Count = 8
+    """grpo: completions of each prompt."""
+    prompt_tokens: Count = 128
+    """Tokens of a prompt."""
+    response_tokens: Count = 128
+    """Tokens of a completion or an answer."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Completions of several policies on the same prompts, compared by judges."""
+
+    model: ModelConfig
+    data: PromptDataConfig
+    run: RunConfig
+    adapters: Folders = field(default_factory=dict)
+    """Policies to compare with the plain model: a name and an adapter folder each."""
+    baseline: str | None = None
+    """Name of the policy the others are compared with (the plain model, `base`, when left out)."""
+    rollout: GenerationConfig = field(default_factory=GenerationConfig)
+    judges: tuple[Name, ...] = ()
+    """Built-in judges, reward adapter folders, or callables as module:function or file.py:function."""
+    samples_per_prompt: Count = 1
+    """Completions of each prompt by each policy."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples of the confidence intervals."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Coverage of the confidence intervals."""
+
+    def __post_init__(self) -> None:
+        if self.baseline not in (None, "base", *self.adapters):
+            names = ["base", *self.adapters]
+            raise _check.error(ValueError, "EvaluateConfig", "baseline", repr(self.baseline), f"one of {names}")
