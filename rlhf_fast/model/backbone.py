@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,6 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_fast.model.linear import is_linear, weight_of
 from rlhf_fast.model.packing import Packing, attending, implementation_of
+
+PASS_TOKENS = 4096
+"""Tokens over all roles that go through a layer at once on a CPU where nothing is kept: enough for products at full speed, and tensors small
+enough for the C library to use their memory again (above 32 MiB glibc returns it to the system, and every layer faults it in)."""
 
 
 class _LastHidden(BaseModelOutputWithPast):
@@ -134,6 +139,11 @@ class Backbone:
     @torch.no_grad()
     def trunk(self, input_ids: Tensor, mask: Tensor | Packing) -> Tensor:
         """Output (B, T, H) of the shared layers; the later layers do not run."""
+        if isinstance(mask, Tensor):
+            size = self.rows_at_a_time(input_ids.shape[1])
+            if len(mask) > size:
+                parts = zip(input_ids.split(size), mask.split(size), strict=True)
+                return torch.cat([self.trunk(ids, some) for ids, some in parts])
         seen: list[Any] = []
         last = self.layers[self.shared_layers - 1]
         handle = last.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -143,6 +153,12 @@ class Backbone:
         finally:
             handle.remove()
         return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+    def rows_at_a_time(self, tokens: int) -> int:
+        """Rows of a padded pass that keeps nothing, each of so many tokens over all roles: on a CPU as many as PASS_TOKENS allows."""
+        if torch.is_grad_enabled() or self.device.type != "cpu":
+            return sys.maxsize
+        return max(1, PASS_TOKENS // tokens)
 
     def _decode(self, input_ids: Tensor, mask: Tensor | Packing) -> Tensor:
         if isinstance(mask, Packing):

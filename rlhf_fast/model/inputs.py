@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -59,3 +60,15 @@ def packed(
     starts = bounds[:-1].repeat_interleave(bounds.diff(), output_size=tokens)
     positions = torch.arange(tokens, device=input_ids.device) - starts
     return input_ids.unsqueeze(0), Packing(bounds, positions.unsqueeze(0), max(lengths))
+
+
+def checked_roles(roles: Sequence[str], known: Sequence[str], what: str, allow_none: bool = False) -> tuple[str, ...]:
+    """Role names among `known`, none twice, as a tuple."""
+    if isinstance(roles, str):
+        raise _check.error(TypeError, "SharedModel", "roles", repr(roles), "a sequence of role names")
+    for role in roles:
+        if role not in known:
+            raise _check.error(ValueError, "SharedModel", "roles", repr(role), f"{what}: {', '.join(known)}")
+    if len(set(roles)) != len(roles) or not (roles or allow_none):
+        raise _check.error(ValueError, "SharedModel", "roles", list(roles), "at least one role, none twice")
+    return tuple(roles)

@@ -17,7 +17,7 @@ from rlhf_fast import _check
 from rlhf_fast.model.adapters import AdapterFile, concatenate, read_adapter, write_adapter
 from rlhf_fast.model.backbone import Backbone
 from rlhf_fast.model.heads import ScalarHead
-from rlhf_fast.model.inputs import packed, padded
+from rlhf_fast.model.inputs import checked_roles, packed, padded
 from rlhf_fast.model.linear import (
     RowPlan,
     adapt,
@@ -82,13 +82,13 @@ class SharedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = gradient_checkpointing
-        self.roles = _checked_roles(roles, ROLES, "the known roles")
+        self.roles = checked_roles(roles, ROLES, "the known roles")
         self.lora = lora if lora is not None else LoraConfig()
         self.backbone = Backbone(base, shared_layers)
         if any(is_adapted(layer) for layer in self.backbone.all_linears().values()):
             raise ValueError("SharedModel: argument 'base' already belongs to a SharedModel, expected a plain model")
         # Everything is read and checked before the base is touched.
-        _checked_roles(tuple(adapters or ()), self.roles, "the roles of this model", allow_none=True)
+        checked_roles(tuple(adapters or ()), self.roles, "the roles of this model", allow_none=True)
         folded = [read_adapter(folder) for folder in _folders(fold)]
         loaded = {role: read_adapter(folder) for role, folder in (adapters or {}).items()}
         self._linears = self.backbone.linears()
@@ -179,7 +179,7 @@ class SharedModel(nn.Module):
         Raises ValueError for ids outside the vocabulary, a row without a real token, wrong shapes, or an architecture whose
         packed sequences would see each other.
         """
-        roles = self.roles if roles is None else _checked_roles(roles, self.roles, "the roles of this model")
+        roles = self.roles if roles is None else checked_roles(roles, self.roles, "the roles of this model")
         input_ids, mask = self._checked_batch("SharedModel", input_ids, attention_mask, cu_seqlens)
         if isinstance(mask, Packing):
             with self.backbone.packed():
@@ -231,7 +231,7 @@ class SharedModel(nn.Module):
     @contextmanager
     def as_role(self, role: str) -> Iterator[SharedModel]:
         """Inside the context `model.base` (and its generate, with KV cache) is that role for every row."""
-        with self._plan.use(_checked_roles((role,), self.roles, "the roles of this model")):
+        with self._plan.use(checked_roles((role,), self.roles, "the roles of this model")):
             yield self
 
     @property
@@ -269,7 +269,7 @@ class SharedModel(nn.Module):
 
     def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
         """Everything a role can train: LoRA factors (fp32) by module name, and its head."""
-        _checked_roles((role,), self.roles, "the roles of this model")
+        checked_roles((role,), self.roles, "the roles of this model")
         found: dict[str, nn.Parameter] = {}
         for name, pair in self._pairs(role).items():
             found[f"{name}.lora_A.weight"] = pair.lora_A
@@ -302,7 +302,7 @@ class SharedModel(nn.Module):
 
         Raises ValueError if `source` has no adapter.
         """
-        _checked_roles((source, target), self.roles, "the roles of this model")
+        checked_roles((source, target), self.roles, "the roles of this model")
         self._set_adapter(target, self._adapter("SharedModel.copy_role", source))
 
     def save_adapter(self, role: str, folder: PathLike) -> None:
@@ -318,7 +318,7 @@ class SharedModel(nn.Module):
         The folded adapters and the role's become one of summed rank, so plain PEFT on the original base
         computes this role. Raises ValueError if there is neither a fold nor an adapter.
         """
-        _checked_roles((role,), self.roles, "the roles of this model")
+        checked_roles((role,), self.roles, "the roles of this model")
         weights = concatenate([*self._folded, {name: pair.data() for name, pair in self._pairs(role).items()}])
         if not weights:
             raise ValueError(f"SharedModel.export_adapter: nothing folded, and the role {role!r} has no adapter")
@@ -331,7 +331,7 @@ class SharedModel(nn.Module):
         the folder has none; a reward role must find one. Raises ValueError, changing nothing, if it does not
         fit.
         """
-        _checked_roles((role,), self.roles, "the roles of this model")
+        checked_roles((role,), self.roles, "the roles of this model")
         file = read_adapter(folder)
         self._check_fits(file, role)
         self._install(role, file)
@@ -345,6 +345,14 @@ class SharedModel(nn.Module):
         if len(roles) > 1 and self.backbone.mixes_rows:
             return {role: self._pass(input_ids, mask, (role,), trunk)[role] for role in roles}
         n = len(roles)
+        size = self.backbone.rows_at_a_time(n * input_ids.shape[1])
+        if isinstance(mask, Tensor) and len(mask) > size:
+            parts = []
+            for i in range(0, len(mask), size):
+                some = slice(i, i + size)
+                part = None if trunk is None else trunk[some]
+                parts.append(self._pass(input_ids[some], mask[some], roles, part))
+            return {role: torch.cat([part[role] for part in parts]) for role in roles}
         with self._plan.use(roles):
             stacked = None if trunk is None else trunk.repeat(n, 1, 1)
             wrap = self._recomputed(mask) if self.gradient_checkpointing and torch.is_grad_enabled() else None
@@ -438,7 +446,7 @@ class SharedModel(nn.Module):
         return {name: pair for name, pair in on_layers if pair is not None}
 
     def _adapter(self, op: str, role: str) -> dict[str, LowRank]:
-        _checked_roles((role,), self.roles, "the roles of this model")
+        checked_roles((role,), self.roles, "the roles of this model")
         weights = {name: pair.data() for name, pair in self._pairs(role).items()}
         if not weights:
             raise ValueError(f"{op}: the role {role!r} has no adapter")
@@ -490,14 +498,3 @@ def _folders(fold: PathLike | Sequence[PathLike] | None) -> list[PathLike]:
     if fold is None:
         return []
     return [fold] if isinstance(fold, (str, os.PathLike)) else list(fold)
-
-
-def _checked_roles(roles: Sequence[str], known: Sequence[str], what: str, allow_none: bool = False) -> tuple[str, ...]:
-    if isinstance(roles, str):
-        raise _check.error(TypeError, "SharedModel", "roles", repr(roles), "a sequence of role names")
-    for role in roles:
-        if role not in known:
-            raise _check.error(ValueError, "SharedModel", "roles", repr(role), f"{what}: {', '.join(known)}")
-    if len(set(roles)) != len(roles) or not (roles or allow_none):
-        raise _check.error(ValueError, "SharedModel", "roles", list(roles), "at least one role, none twice")
-    return tuple(roles)
