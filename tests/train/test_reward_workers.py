@@ -302,7 +302,7 @@ def test_case_43_the_trainer_ends_at_once_and_takes_its_workers_along(state, num
     if number is not None:
         time.sleep(0.3)
         holder.send_signal(number)
-    assert holder.wait(5.0) == (7 if number is None else -number)
+    assert holder.wait(30.0) == (7 if number is None else -number)
     assert all(gone(pid) for pid in pids)
     holder.communicate()
 
