@@ -86,7 +86,8 @@ def only(e: Experience, rows: list[int]) -> Experience:
     """The experience of some of its completions."""
     pick = lambda x: x[rows] if isinstance(x, Tensor) else x
     fields = {f.name: getattr(e, f.name) for f in dataclasses.fields(e)}
-    rollout = Rollout(*(getattr(e.rollout, f.name)[rows] for f in dataclasses.fields(Rollout)))
+    parts = (getattr(e.rollout, f.name) for f in dataclasses.fields(Rollout))
+    rollout = Rollout(*(None if x is None else x[rows] for x in parts))
     return Experience(**{**{name: pick(x) for name, x in fields.items()}, "rollout": rollout})
 
 
