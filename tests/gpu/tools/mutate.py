@@ -106,10 +106,12 @@ class Report:
 
 def explanation(mutant: Mutant | Barrier) -> str | None:
     """Why it makes no difference, from the committed table."""
-    if isinstance(mutant, Barrier):
-        return None
     table = json.loads(SURVIVORS.read_text(encoding="utf-8")) if SURVIVORS.exists() else []
-    of = mutant.kind, mutant.file, mutant.function, mutant.code
+    if isinstance(mutant, Barrier):
+        module, _, function = mutant.kernel.rpartition(".")
+        of = "bar.sync", f"{module}.py", function, f"{mutant.number + 1} of {mutant.of}"
+    else:
+        of = mutant.kind, mutant.file, mutant.function, mutant.code
     return next((row["why"] for row in table if (row["kind"], row["file"], row["function"], row["code"]) == of), None)
 
 
