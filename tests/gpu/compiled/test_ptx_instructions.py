@@ -389,7 +389,7 @@ def test_a_loop_without_end_is_stopped():
     "body",
     [
         "wgmma.fence.sync.aligned;",
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%r1}, {%r2}, {%r3}, {%r4};",
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r2}, {%r3}, {%r4};",
         "ld.local.b32 %y0, [%rd1];",
         "add.cc.s32 %y0, %x0, %x0;",
         "cvt.rz.bf16.f32 %y0, %x0;",

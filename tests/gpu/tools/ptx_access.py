@@ -33,7 +33,8 @@ def load(batch: Batch, ins: Instruction) -> None:
         source = ins.sources[0]
         if not isinstance(source, Address):
             raise Unsupported(ins.text)
-        starts = np.broadcast_to(batch.read(source.base, "u64"), batch.on.shape)[batch.lanes.index] + source.offset
+        bases = batch.read(source.base, "u64").astype(np.int64)  # offsets may be negative
+        starts = np.broadcast_to(bases, batch.on.shape)[batch.lanes.index] + source.offset
         found, which = np.unique(starts, return_inverse=True)  # blocks may have chosen among parameters
         data = np.stack([batch.parameters.memory[i : i + item * len(targets)] for i in found.astype(int).tolist()])
         columns = data.view(DTYPES[ins.kind])[which]
