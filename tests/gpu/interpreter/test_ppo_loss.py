@@ -93,6 +93,8 @@ def options_at(seed):
         "normalizer": pick(None, None, 7.0, torch.tensor(5.0)), "dialect": pick(*DIALECTS),
         "entropy_coef": 0.01 if "entropy" in kwargs else 0.0, "kl_coef": 0.1 if "ref_logprobs" in kwargs else 0.0,
     }  # fmt: skip
+    if DIALECTS[options["dialect"]].dual_clip_slope and options["dual_clip"] is None:
+        options["clip"] = 0.2  # the bound follows one number
     if pick(True, False):
         ends = torch.randint(0, B * T + 1, (B - 1,), generator=g).sort().values.tolist()
         kwargs = {k: v.reshape(-1) for k, v in kwargs.items()}
