@@ -5,7 +5,7 @@ ppo: `rlhf-fast ppo` against the step that one would put together from Hugging F
 losses. packing: scoring and updates of PPO packed and padded, on completions of mixed lengths.
 
 Every run is a process of its own, so that the highest resident set is that of one of them; contenders take turns. The first step of a
-run warms up and is not timed. Rewards of the first and of the last steps are printed: both sides must learn.
+run warms up and is not timed. Mean rewards of the first and of the last two steps are printed; --steps says how many there are.
 """
 
 from __future__ import annotations

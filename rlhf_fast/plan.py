@@ -8,7 +8,7 @@ are those of the real code. The rest (optimizer, caches, chunks of the head) is 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from rlhf_fast import _check
 from rlhf_fast.config import PlanConfig, resolve_dtype
 from rlhf_fast.ops._lm_head import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 
@@ -90,33 +91,43 @@ class LiveBytes(TorchDispatchMode):
 
 
 def plan(config: PlanConfig) -> Plan:
-    """The memory of one process of a run. Raises ValueError for a folder without a model's config."""
+    """The memory of one process of a run.
+
+    Raises ValueError for a folder without a model's config, for roles of which none trains, and for more shared layers than the
+    model can spare.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rlhf_fast.model import SharedModel
+    from rlhf_fast.model.linear import weight_of
 
     try:
         settings = AutoConfig.from_pretrained(config.model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"plan: argument 'model' got {config.model!r}, expected a folder with a model's config"
-        ) from error
+        expected = "a folder with a model's config"
+        raise _check.error(ValueError, "plan", "model", repr(config.model), expected) from error
     device = "cpu" if config.gpu is None else "cuda"
     dtype = resolve_dtype(config.dtype, device)
     roles, trained = ROLES[config.trainer]
     if config.roles:
         roles, trained = tuple(config.roles), tuple(r for r in trained if r in config.roles)
+        if not trained:
+            expected = f"one of {', '.join(ROLES[config.trainer][1])} among them for {config.trainer}"
+            raise _check.error(ValueError, "plan", "roles", list(config.roles), expected)
     with FakeTensorMode() as fake:
         base = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
         model = SharedModel(base, roles, config.lora, gradient_checkpointing=config.gradient_checkpointing)
     own = {role: sum(p.nbytes for p in model.parameters_of(role).values()) for role in model.roles}
+    depth = len(model.backbone.layers)
+    if config.shared_layers >= depth:
+        expected = f"0 to {depth - 1} for a model of {depth} layers"
+        raise _check.error(ValueError, "plan", "shared_layers", config.shared_layers, expected)
     if config.shared_layers:
-        depth = len(model.backbone.layers)
         # A shared layer has no adapter.
         own = {role: size * (depth - config.shared_layers) // depth for role, size in own.items()}
     length = config.prompt_tokens + config.response_tokens
     found = Plan()
-    found.always["base weights"] = sum({p.data_ptr_key: p.nbytes for p in _storages(base)}.values())
+    found.always["base weights"] = _bytes((*base.parameters(), *base.buffers()))
     found.always["adapters and heads"] = sum(own.values())
     found.always["gradients"] = sum(own[role] for role in trained)
     found.always["Adam's moments"] = 2 * found.always["gradients"]
@@ -134,6 +145,9 @@ def plan(config: PlanConfig) -> Plan:
 
     if config.trainer in ("ppo", "grpo"):
         found.phases["rollout"] = _rollout(settings, config, length, dtype, vocabulary)
+        if config.gpu is None:  # the products of a rollout on a CPU read a packed copy of the weights
+            layers = model.backbone.all_linears().values()
+            found.phases["rollout"] += _bytes([*map(weight_of, layers), weight_of(base.get_output_embeddings())])
         run("scoring", roles, False, True)
     elif "reference" in roles:
         run("reference", ("reference",), False, True)
@@ -142,16 +156,9 @@ def plan(config: PlanConfig) -> Plan:
     return found
 
 
-@dataclass(frozen=True)
-class _Storage:
-    data_ptr_key: int
-    nbytes: int
-
-
-def _storages(base: Any) -> list[_Storage]:
-    """Of the parameters and buffers, tied ones once."""
-    tensors = [*base.parameters(), *base.buffers()]
-    return [_Storage(t.untyped_storage()._cdata, t.untyped_storage().nbytes()) for t in tensors]
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, those that several share counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _pass(model: Any, roles: Sequence[str], rows: int, length: int, shared_layers: int, train: bool) -> int:

@@ -62,19 +62,18 @@ def test_weights_adapters_and_optimizer_are_counted_to_the_byte(folder):
     assert found.always["Adam's moments"] == 2 * found.always["gradients"]
 
 
-def test_the_cache_of_a_rollout_holds_every_key_once(folder):
-    config = tiny_llama().config
-    per_token = (
-        2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * (config.hidden_size // config.num_attention_heads)
-        * 4
-    )
-    logits = 16 * config.vocab_size * 8
-    assert plan(settings(folder)).phases["rollout"] == per_token * 16 * 17 + logits
-    grouped = plan(settings(folder, trainer="grpo", group_size=8)).phases["rollout"]
-    assert grouped == per_token * (2 * 9 + 16 * 8) + logits, "a prompt's keys serve all of its samples"
+@pytest.mark.parametrize("gpu", [None, "h100"])
+def test_a_rollout_holds_every_key_once_and_on_a_cpu_the_packed_weights(folder, gpu):
+    base = tiny_llama()
+    config = base.config
+    width = config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * width * 4
+    layers = [m.weight for m in base.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    packed = sum(w.nbytes for w in (*layers, base.lm_head.weight)) if gpu is None else 0
+    rest = packed + 16 * config.vocab_size * 8
+    assert plan(settings(folder, gpu=gpu)).phases["rollout"] == per_token * 16 * 17 + rest
+    grouped = plan(settings(folder, trainer="grpo", group_size=8, gpu=gpu)).phases["rollout"]
+    assert grouped == per_token * (2 * 9 + 16 * 8) + rest, "a prompt's keys serve all of its samples"
 
 
 def test_what_a_setting_saves(folder):
@@ -107,8 +106,13 @@ def test_the_command_prints_every_part_and_whether_it_fits(folder, capsys):
     assert f"rtx4090: {GPUS['rtx4090']} GiB" in text and "fits" in text
 
 
-def test_a_folder_without_a_model_and_an_unknown_device_are_named(tmp_path):
+def test_what_cannot_be_planned_is_named(tmp_path):
     with pytest.raises(ValueError, match="'model' got"):
         plan(settings(str(tmp_path)))
+    folder = str(save_tiny(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"'shared_layers' got 3, expected 0 to 2 for a model of 3 layers"):
+        plan(settings(folder, shared_layers=3))
+    with pytest.raises(ValueError, match=r"'roles' got \['value'\], expected one of policy among them for sft"):
+        plan(settings(folder, trainer="sft", roles=("value",)))
     with pytest.raises(ConfigError, match="gpu"):
         load_config(PlanConfig, None, ["--model", "x", "--gpu", "h1000"])

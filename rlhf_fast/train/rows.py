@@ -12,9 +12,6 @@ from rlhf_fast.model import SharedModel, SharedOutput
 from rlhf_fast.model.packing import FLASH, SPLIT
 from rlhf_fast.rollout import Rollout
 
-Trunk = Tensor | list[Tensor]
-"""Outputs of the shared layers: (B, P + R, H), or one (tokens, H) per row when packed."""
-
 
 def packs_well(model: SharedModel) -> bool:
     """Whether a packed pass is exact here and costs its tokens and the squares of its sequences: with flash-attn, and on the CPU."""
@@ -49,16 +46,16 @@ class Rows:
             self._valued = slots <= lengths[:, None]
             self._value_places, self._places = places[self._valued], places[:, :-1][self.mask]
 
-    def forward(self, model: SharedModel, roles: Sequence[str], trunk: Trunk | None) -> SharedOutput:
+    def forward(self, model: SharedModel, roles: Sequence[str], trunk: list[Tensor] | None) -> SharedOutput:
         """One pass of the model; `trunk` as `trunk_of` gave it, for these rows."""
         if not self.packed:
-            whole = None if trunk is None else trunk if isinstance(trunk, Tensor) else torch.stack(trunk)
+            whole = None if trunk is None else torch.stack(trunk)
             return model(self.input_ids, self.attention_mask, roles=roles, trunk=whole)
-        joined = torch.cat(trunk) if isinstance(trunk, list) else trunk
+        joined = None if trunk is None else torch.cat(trunk)
         return model(self._ids, roles=roles, trunk=joined, cu_seqlens=self._bounds)
 
     def trunk_of(self, model: SharedModel) -> list[Tensor] | None:
-        """Outputs of the shared layers, one tensor per row; None without shared layers."""
+        """Outputs of the shared layers per row, (P + R, H) padded and (tokens, H) packed; None without shared layers."""
         if not model.shared_layers:
             return None
         if not self.packed:
