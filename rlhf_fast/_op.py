@@ -44,9 +44,9 @@ class Backend:
     """Of the arguments of a call: reason why it does not serve them, or None. A backward op declines what its forward does."""
 
 
-def cpp(fn: Callable[..., Any]) -> Backend:
+def cpp(fn: Callable[..., Any], declines: Callable[..., str | None] | None = None) -> Backend:
     """The cell of a C++ CPU kernel."""
-    return Backend("cpp", "cpu", fn, _native.missing)
+    return Backend("cpp", "cpu", fn, _native.missing, declines)
 
 
 def cuda(module: str, function: str = "forward", declines: Callable[..., str | None] | None = None) -> Backend:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import _check, _native
+from rlhf_fast import _check
 from rlhf_fast._native import DTYPES, contiguous, kernel
-from rlhf_fast._op import Backend, Op
+from rlhf_fast._op import Op, cpp
 from rlhf_fast.reference.cached_attention import cached_attention as reference
 
 WIDTH = 1024
@@ -178,6 +178,6 @@ _cached_attention = Op(
     "Tensor? prefix_rows, Tensor? prefix_start, Tensor? prefix_stop, float scale, float softcap, int window) -> Tensor",
     reference=reference,
     fake=_fake,
-    backends=[Backend("cpp", "cpu", attend, _native.missing, _declines)],
+    backends=[cpp(attend, _declines)],
     strided=True,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast import _check
 from rlhf_fast._native import DTYPES, kernel
-from rlhf_fast._op import Backend, Op, cpp, reference_backward, triton
+from rlhf_fast._op import Op, cpp, no_doubles, reference_backward, triton
 from rlhf_fast.ops import _matmul
 from rlhf_fast.reference.lora_linear import lora_linear as reference
 from rlhf_fast.reference.lora_linear import segments as each_segment
@@ -200,12 +200,6 @@ def _fake_backward(grad, x, weight, lora_a, lora_b, low, other_input, scales, bo
     return tuple(t.new_empty(t.shape if want else 0) for t, want in zip(of, wanted, strict=True))
 
 
-def _no_doubles(*args):  # type: ignore[no-untyped-def]
-    if any(isinstance(t, Tensor) and t.dtype is torch.float64 for t in args[:5]):
-        return "fp64 is left to the reference"
-    return None
-
-
 _FACTORS = "Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b"
 _SEGMENTS = "float[] scales, int[] bounds, int[] ranks"
 
@@ -215,8 +209,8 @@ _lora_linear_backward = Op(
     reference=_backward_reference,
     fake=_fake_backward,
     backends=[
-        triton(OP, "backward", _no_doubles),
-        Backend("cpp", "cpu", _backward_cpp, cpp(_backward_cpp).missing, _no_doubles),
+        triton(OP, "backward", no_doubles),
+        cpp(_backward_cpp, no_doubles),
     ],
     strided=True,
 )
@@ -250,8 +244,8 @@ _lora_linear = Op(
         _kept(lora_a, bounds, ranks),
     ),
     backends=[
-        triton(OP, declines=_no_doubles),
-        Backend("cpp", "cpu", _forward, cpp(_forward).missing, _no_doubles),
+        triton(OP, declines=no_doubles),
+        cpp(_forward, no_doubles),
     ],
     setup_context=_setup,
     backward=_backward,
