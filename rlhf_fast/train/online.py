@@ -15,7 +15,7 @@ from rlhf_fast import TokenStats
 from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import KLConfig, RolloutConfig
 from rlhf_fast.model import SharedModel
-from rlhf_fast.rollout import Rollout, generate
+from rlhf_fast.rollout import Request, Rollout, sample
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
 from rlhf_fast.train.ranks import Ranks
@@ -99,34 +99,37 @@ class Sampler(ABC):
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
         """Learn from one batch; returns the metrics of the step."""
 
+    def request(self, prompts: list[list[int]], generator: torch.Generator) -> Request:
+        """What `samples_per_prompt` completions of each prompt are asked with, for all ranks together."""
+        r, n = self.settings, self.samples_per_prompt
+        return Request(
+            prompts,
+            n,
+            # One seed a completion, drawn for those of all ranks: which rank samples it makes no difference.
+            torch.randint(2**63 - 1, (len(prompts) * n,), generator=generator),
+            r.max_new_tokens,
+            r.min_new_tokens,
+            r.temperature,
+            self.tokenizer.eos_token_id if r.stop_at_eos else None,
+        )
+
     def rollout(self, prompts: list[list[int]], generator: torch.Generator) -> Rollout:
         """Sample `samples_per_prompt` completions of each prompt from the policy: those of all ranks, each of which samples its own."""
-        r, n = self.settings, self.samples_per_prompt
-        ids, mask = pad(prompts, left=True)
-        rows = len(ids) * n
-        # One seed a completion, drawn for those of all ranks: which rank samples it makes no difference.
-        seeds = torch.randint(2**63 - 1, (rows,), generator=generator)
-        own, found = self.sampled_here(rows), None
+        request, found = self.request(prompts, generator), None
+        own = self.sampled_here(len(request.seeds))
         if own.start < own.stop:
-            mine = slice(own.start // n, own.stop // n)
             with self.ranks.whole():
-                found = generate(
-                    self.model,
-                    ids[mine],
-                    mask[mine],
-                    num_samples=n,
-                    max_new_tokens=r.max_new_tokens,
-                    min_new_tokens=r.min_new_tokens,
-                    temperature=r.temperature,
-                    eos_token_id=self.tokenizer.eos_token_id if r.stop_at_eos else None,
-                    seeds=seeds[own],
-                )
-            if self.ranks.world == 1:
-                return found
+                found = sample(self.model, request.part(own))
+        return self.gathered(request, found)
+
+    def gathered(self, request: Request, found: Rollout | None) -> Rollout:
+        """The rollout of all ranks. found: that of this rank's part of the request, None where it has none."""
+        if self.ranks.world == 1 and found is not None:
+            return found
         names = ("responses", "response_mask", "finished", "logprobs", "entropy")
         every = self.ranks.rows({} if found is None else {name: getattr(found, name) for name in names})
-        ids, mask = (x.repeat_interleave(n, 0) for x in (ids, mask))
-        every["input_ids"] = torch.cat([ids.where(mask, 0), every.pop("responses")], 1)
+        ids, mask = (x.repeat_interleave(request.num_samples, 0) for x in pad(request.prompts, left=True))
+        every["input_ids"] = torch.cat([ids, every.pop("responses")], 1)
         return Rollout(attention_mask=torch.cat([mask, every["response_mask"]], 1), **every)
 
     @abstractmethod
