@@ -124,30 +124,57 @@ def describe(error: BaseException) -> tuple[str, str]:
     return f"{type(error).__name__}{at}", text[-MAX_TRACEBACK:]
 
 
-class _Requests:
-    """Lines of the request pipe, read by a thread of their own, which ends the process when the trainer is gone."""
+class Requests:
+    """Messages of the request pipe, read by a thread of their own, which ends the process when the trainer is gone.
+
+    They are as `rlhf_fast._worker.Worker` sends them; a payload is the value of "payload".
+    """
 
     def __init__(self, descriptor: int) -> None:
-        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(descriptor,), daemon=True).start()
 
     def _read(self, descriptor: int) -> None:
         with open(descriptor, "rb", buffering=1 << 16) as pipe:
             for line in pipe:
-                self._lines.put(line)
-        self._lines.put(b"")
+                message = json.loads(line)
+                if "bytes" in message:
+                    message["payload"] = pipe.read(message["bytes"])
+                self._messages.put(message)
+        self._messages.put(None)
         # Idle, the main thread leaves by itself and runs the exit handlers of the user's modules.
         time.sleep(1.0)
         os._exit(0)
 
-    def __iter__(self) -> _Requests:
+    def __iter__(self) -> Requests:
         return self
 
     def __next__(self) -> Any:
-        line = self._lines.get()
-        if not line:
+        message = self._messages.get()
+        if message is None:
             raise StopIteration
-        return json.loads(line)
+        return message
+
+
+def answer(descriptor: int, message: Mapping[str, Any], payload: bytes = b"") -> None:
+    """Write a message to the answer pipe, behind what was printed before it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    head = {**message, "bytes": len(payload)} if payload else message
+    for part in (json.dumps(head).encode() + b"\n", payload):
+        data = memoryview(part)
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+
+def outlive_signals() -> None:
+    """The trainer decides when a worker ends: a signal to the whole job must not cost the completions of a batch.
+
+    These are handlers rather than SIG_IGN, which programs that the worker starts would inherit.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
 
 
 def _limit_processor_time(seconds: float) -> None:
@@ -159,9 +186,9 @@ def _limit_processor_time(seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
 
 
-def _seed(line: Any) -> None:
+def _seed(message: Any) -> None:
     """Draws of a function follow from the texts it gets, so that a resumed run repeats them in a new worker."""
-    number = int.from_bytes(hashlib.sha256(json.dumps(line).encode()).digest()[:4], "little")
+    number = int.from_bytes(hashlib.sha256(json.dumps(message).encode()).digest()[:4], "little")
     random.seed(number)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(number)
@@ -170,20 +197,8 @@ def _seed(line: Any) -> None:
 
 
 def _serve(requests: int, answers: int) -> None:
-    # The trainer decides when a worker ends: a signal to the whole job must not cost the completions of a batch. These are
-    # handlers rather than SIG_IGN, which programs that the function starts would inherit.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    lines = _Requests(requests)
-
-    def answer(message: Mapping[str, Any]) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()
-        data = memoryview(json.dumps(message).encode() + b"\n")
-        while data:
-            data = data[os.write(answers, data) :]
-
+    outlive_signals()
+    lines = Requests(requests)
     hello = next(lines, None)
     if hello is None:
         return
@@ -194,9 +209,9 @@ def _serve(requests: int, answers: int) -> None:
             functions[spec] = load_callable(spec)
     except BaseException as error:
         message = str(error) if isinstance(error, ValueError) else f"reward function {spec!r}: {describe(error)[1]}"
-        answer({"load": message})
+        answer(answers, {"load": message})
         return
-    answer({"load": None})
+    answer(answers, {"load": None})
     for request in lines:
         _limit_processor_time(hello["timeout"])
         _seed(request)
@@ -205,12 +220,12 @@ def _serve(requests: int, answers: int) -> None:
         try:
             scores = call(functions[spec], name, request["prompts"], request["completions"])
         except ContractError as error:
-            answer({"contract": str(error)})
+            answer(answers, {"contract": str(error)})
         except BaseException as error:
             headline, text = describe(error)
-            answer({"raised": headline, "traceback": text})
+            answer(answers, {"raised": headline, "traceback": text})
         else:
-            answer({"scores": [None if math.isnan(x) else x for x in scores]})
+            answer(answers, {"scores": [None if math.isnan(x) else x for x in scores]})
 
 
 if __name__ == "__main__":

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import math
 import os
 import selectors
-import signal
-import subprocess
 import sys
 import time
 import weakref
@@ -17,19 +13,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_fast._worker import EXIT_TIMEOUT, LOAD_TIMEOUT, TICK, Worker
 from rlhf_fast.rewards import functions
 from rlhf_fast.rewards.backends import Answer, Call, Failure
 from rlhf_fast.rewards.functions import ContractError, RewardError
 
 logger = logging.getLogger(__name__)
-
-LOAD_TIMEOUT = 600.0
-"""Seconds in which a worker has to import its functions, models they load included."""
-EXIT_TIMEOUT = 2.0
-"""Seconds an idle worker has to leave by itself."""
-PRINTED = 4000
-"""Bytes kept of what a call prints."""
-_TICK = 0.5
 
 
 class Pool:
@@ -109,12 +98,12 @@ class Pool:
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
                 worker.register(selector)
-            for key, _ in selector.select(max(0.0, min(until - now, _TICK))):
+            for key, _ in selector.select(max(0.0, min(until - now, TICK))):
                 key.data()
         answers = {}
         for i, worker in enumerate(self._workers):
             number, loading = worker.number, worker.loading
-            message = worker.message()
+            message = worker.answer()
             if message is None and not worker.gone() and time.monotonic() < worker.deadline:
                 continue
             if message is None:
@@ -128,8 +117,8 @@ class Pool:
         return answers
 
 
-class _Worker:
-    """One process, its two pipes, and what it printed."""
+class _Worker(Worker):
+    """A process that runs one call after the other."""
 
     def __init__(self, hello: Any) -> None:
         self.loading = True
@@ -137,156 +126,39 @@ class _Worker:
         """Of the call it works on."""
         self.deadline = time.monotonic() + LOAD_TIMEOUT
         self._name = ", ".join(hello["specs"])
-        requests, self._requests = os.pipe()
-        self._answers, answers = os.pipe()
         environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **os.environ}
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-uP", functions.__file__, str(requests), str(answers)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=(requests, answers),
-                start_new_session=True,
-                env=environment,
-            )
-        except BaseException:
-            os.close(self._requests)
-            os.close(self._answers)
-            raise
-        finally:
-            os.close(requests)
-            os.close(answers)
-        self._output = self.process.stdout.fileno()  # type: ignore[union-attr]
-        for descriptor in (self._requests, self._answers, self._output):
-            os.set_blocking(descriptor, False)
-        self._outbox = bytearray(json.dumps(hello).encode() + b"\n")
-        self._inbox, self._printed, self._dropped = bytearray(), bytearray(), 0
-        self._open = {self._answers, self._output}
+        super().__init__([sys.executable, "-uP", functions.__file__], environment)
+        self.send(hello)
 
     @property
     def idle(self) -> bool:
         return self.number is None and not self.loading
 
     def start(self, number: int, call: Call, timeout: float) -> None:
-        request = {"spec": call.name, "prompts": list(call.prompts), "completions": list(call.completions)}
-        self._outbox += json.dumps(request).encode() + b"\n"
+        self.send({"spec": call.name, "prompts": list(call.prompts), "completions": list(call.completions)})
         self.number, self._name = number, call.name
         self.deadline = time.monotonic() + timeout
 
-    def register(self, selector: selectors.BaseSelector) -> None:
-        if self._outbox:
-            selector.register(self._requests, selectors.EVENT_WRITE, self._send)
-        if self._answers in self._open:
-            selector.register(self._answers, selectors.EVENT_READ, self._receive)
-        if self._output in self._open:
-            selector.register(self._output, selectors.EVENT_READ, self._listen)
-
-    def _send(self) -> None:
-        try:
-            del self._outbox[: os.write(self._requests, self._outbox[: 1 << 16])]
-        except BlockingIOError:
-            pass
-        except OSError:  # it is gone, as the other pipe will say
-            self._outbox.clear()
-
-    def _read(self, descriptor: int) -> bytes | None:
-        """None if there is nothing now."""
-        try:
-            chunk = os.read(descriptor, 1 << 16)
-        except BlockingIOError:
-            return None
-        if not chunk:
-            self._open.discard(descriptor)
-        return chunk
-
-    def _receive(self) -> None:
-        self._inbox += self._read(self._answers) or b""
-
-    def _listen(self) -> None:
-        chunk = self._read(self._output) or b""
-        kept = chunk[: PRINTED - len(self._printed)]
-        self._printed += kept
-        self._dropped += len(chunk) - len(kept)
-
-    def message(self) -> Any:
+    def answer(self) -> Any:
         """Its answer, once that is whole; the worker is idle then."""
-        line, end, rest = self._inbox.partition(b"\n")
-        if not end:
+        found = self.message()
+        if found is None:
             return None
-        self._inbox = rest
-        printed = self._take_printed()
+        printed = self.take_printed()
         if printed:
             logger.info("reward function %s printed: %s", self._name, printed)
         self.loading, self.number, self.deadline = False, None, math.inf
-        return {**json.loads(line), "printed": printed}
-
-    def gone(self) -> bool:
-        """Whether it can answer no more."""
-        if self._answers in self._open and self._ended():
-            while chunk := self._read(self._answers):  # what it wrote last
-                self._inbox += chunk
-            return b"\n" not in self._inbox
-        return self._answers not in self._open
-
-    def _ended(self) -> bool:
-        # Without reaping it: while the process is a zombie, no other can get its number, and with it our kill.
-        try:
-            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # reaped by somebody else
-            return True
+        return {**found[0], "printed": printed}
 
     def obituary(self, timeout: float) -> dict[str, Any]:
         """Why there is no answer, in the form of one."""
         late = not self.gone()
-        printed = self._take_printed()
-        if late:
-            headline = f"no answer within {LOAD_TIMEOUT if self.loading else timeout:g} s"
-        else:
-            deadline = time.monotonic() + EXIT_TIMEOUT  # its pipes close a moment before it has ended
-            while not self._ended() and time.monotonic() < deadline:
-                time.sleep(0.001)
-            self.kill()
-            code = self.process.returncode or 0
-            headline = (
-                f"its process was ended by signal {-code}" if code < 0 else f"its process ended with status {code}"
-            )
+        printed = self.take_printed()
+        headline = f"no answer within {LOAD_TIMEOUT if self.loading else timeout:g} s" if late else self.ending()
         if self.loading:
             told = f": {printed}" if printed else ""
             return {"load": f"reward functions {self._name}: {headline} while loading{told}"}
         return {"failure": "timeouts" if late else "crashes", "headline": headline, "printed": printed}
-
-    def _take_printed(self) -> str:
-        for _ in range(16):  # a pipe holds less; a thread of the function may write on and on
-            before = len(self._printed) + self._dropped
-            if self._output in self._open:
-                self._listen()
-            if len(self._printed) + self._dropped == before:
-                break
-        text = self._printed.decode(errors="replace").rstrip()
-        if self._dropped:
-            text += f" ... ({self._dropped} bytes more)"
-        self._printed, self._dropped = bytearray(), 0
-        return text
-
-    def leave(self) -> None:
-        """Ask it to end by itself."""
-        os.close(self._requests)
-        self._requests = -1
-
-    def kill(self) -> None:
-        """End it and what it started."""
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(EXIT_TIMEOUT)
-        for descriptor in (self._requests, self._answers):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._requests = self._answers = -1
-        self._open.clear()
-        self.process.stdout.close()  # type: ignore[union-attr]
 
 
 def _answer(message: dict[str, Any]) -> Answer:
