@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rlhf_fast import _http as module
 from rlhf_fast.config import RewardSource
 from rlhf_fast.rewards import Call, ContractError, Failure, RewardError, Scorer, Server
-from rlhf_fast.rewards import server as module
 from rlhf_fast.train.rewards import Rewards
 
 TEXTS = ["a", "bb", "ccc", "dddd", "eeeee"]
