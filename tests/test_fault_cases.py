@@ -29,7 +29,7 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
     },
     28: {
         "train/test_resume.py": ("test_case_27_28_a_killed_run_resumes_to_the_same_bits",),
-        "train/test_run_faults.py": (
+        "train/test_every_trainer_resumes.py": (
             "test_case_28_37_38_every_trainer_goes_on_bit_for_bit_after_a_kill_and_does_so_twice",
         ),
     },
@@ -100,13 +100,17 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
     37: {
         "train/test_run_faults.py": (
             "test_case_37_twenty_losses_after_a_resume_in_mid_epoch_are_the_same_bits",
+        ),
+        "train/test_every_trainer_resumes.py": (
             "test_case_28_37_38_every_trainer_goes_on_bit_for_bit_after_a_kill_and_does_so_twice",
         ),
         "train/test_resume.py": ("test_a_resumed_run_logs_every_step_once_with_the_same_numbers",),
     },
     38: {
-        "train/test_run_faults.py": (
+        "train/test_every_trainer_resumes.py": (
             "test_case_28_37_38_every_trainer_goes_on_bit_for_bit_after_a_kill_and_does_so_twice",
+        ),
+        "train/test_run_faults.py": (
             "test_case_32_38_53_a_checkpoint_of_another_run_is_refused_by_the_field_that_differs",
             "test_case_38_changed_code_is_told_at_resume",
             "test_case_38_a_changed_reward_function_is_told_at_resume",

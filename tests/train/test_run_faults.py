@@ -23,11 +23,9 @@ from rlhf_fast.config import (
     KLConfig,
     ModelConfig,
     OptimConfig,
-    PairDataConfig,
     PPOConfig,
     PPOUpdateConfig,
     PromptDataConfig,
-    RewardConfig,
     RewardSource,
     RolloutConfig,
     RunConfig,
@@ -35,7 +33,7 @@ from rlhf_fast.config import (
 )
 from rlhf_fast.model import LoraConfig
 from rlhf_fast.rewards import RewardError
-from rlhf_fast.train import loop, ppo, reward, sft
+from rlhf_fast.train import loop, ppo, sft
 from rlhf_fast.train.checkpoint import CheckpointError
 from rlhf_fast.train.loop import TrainingError
 from rlhf_fast.train.micro_batches import MicroBatches, OutOfMemory, is_out_of_memory
@@ -80,17 +78,6 @@ def sft_config(
     return dataclasses.replace(base, **changes)
 
 
-def reward_config(source: Path, folder: Path, *, resume: bool = False, save_every: int = 1000) -> RewardConfig:
-    return RewardConfig(
-        model=model_config(source),
-        data=PairDataConfig(str(source / "pairs.jsonl")),
-        run=RunConfig(str(folder), sample_every=0, save_every=save_every, resume=resume, threads=1),
-        epochs=4,
-        batch_size=4,
-        micro_batch_size=2,
-    )
-
-
 def ppo_config(
     source: Path, folder: Path, *, resume: bool = False, save_every: int = 1000, **changes: object
 ) -> PPOConfig:
@@ -106,28 +93,6 @@ def ppo_config(
         steps=6,
     )
     return dataclasses.replace(base, **changes)
-
-
-RUNS: dict[str, tuple[Callable, Callable]] = {
-    "sft": (sft.train_sft, sft_config),
-    "reward": (reward.train_reward, reward_config),
-    "ppo": (ppo.train_ppo, ppo_config),
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_case_28_37_38_every_trainer_goes_on_bit_for_bit_after_a_kill_and_does_so_twice(source, tmp_path, name):
-    train, config = RUNS[name]
-    assert child(lambda: train(config(source, tmp_path / "whole"))) == 0
-    updates = 4 if name == "ppo" else 1  # of a step
-    killed = child(lambda: train(config(source, tmp_path / "a", save_every=2)), f"train.step:{3 * updates + 1}")
-    assert killed == -signal.SIGKILL and steps(tmp_path / "a") == [0, 2]
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for again in ("a", "b"):
-        folder = tmp_path / again
-        assert child(lambda folder=folder: train(config(source, folder, resume=True))) == 0
-        assert numbers(folder) == numbers(tmp_path / "whole") and len(numbers(folder)) >= 5
-        assert outcome(folder) == outcome(tmp_path / "whole")
 
 
 def test_case_37_twenty_losses_after_a_resume_in_mid_epoch_are_the_same_bits(source, tmp_path):
