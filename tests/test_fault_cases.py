@@ -98,9 +98,7 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
     },
     # exact resume, one run a folder, clocks, sinks
     37: {
-        "train/test_run_faults.py": (
-            "test_case_37_twenty_losses_after_a_resume_in_mid_epoch_are_the_same_bits",
-        ),
+        "train/test_run_faults.py": ("test_case_37_twenty_losses_after_a_resume_in_mid_epoch_are_the_same_bits",),
         "train/test_every_trainer_resumes.py": (
             "test_case_28_37_38_every_trainer_goes_on_bit_for_bit_after_a_kill_and_does_so_twice",
         ),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,19 +26,34 @@ Answer = tuple[list[int], int]
 """Tokens of a prompt with an answer, and where the answer begins."""
 
 
-def answer_logprobs(
-    model: SharedModel, answers: Sequence[Answer], roles: Sequence[str], tail_weight: float = 1.0, packing: bool = False
-) -> dict[str, SequenceLogprobs]:
-    """Log-probs of answers under each role, from one call of the model.
+class AnswerTokens(NamedTuple):
+    """Log-probs of the tokens of answers."""
 
-    With a tail_weight, answers come as those that won followed by those that lost, in the same order.
-    """
+    logprobs: dict[str, Tensor]
+    """Role -> (n, T) in nats, 0 where there is no token."""
+    mask: Tensor
+    """(n, T)."""
+
+    def whole(self, tail_weight: float = 1.0) -> dict[str, SequenceLogprobs]:
+        """Of whole answers. With a tail_weight, answers come as those that won followed by those that lost, in the same order."""
+        common = None if tail_weight == 1 else self.mask.sum(1).view(2, -1).amin(0).repeat(2)
+        return {
+            role: sequence_logprobs(x, self.mask, common_lengths=common, tail_weight=tail_weight)
+            for role, x in self.logprobs.items()
+        }
+
+
+def answer_tokens(
+    model: SharedModel,
+    answers: Sequence[Answer],
+    roles: Sequence[str],
+    *,
+    packing: bool = False,
+    temperature: float = 1.0,
+) -> AnswerTokens:
+    """Log-probs of the tokens of answers under each role, from one call of the model."""
     learn = [[t >= start for t in range(len(ids))] for ids, start in answers]
     batch = collate([ids for ids, _ in answers], learn)
-    targets = batch.target_mask[:, 1:]
-    common = None
-    if tail_weight != 1:
-        common = targets.sum(1).view(2, -1).amin(0).repeat(2)
     if packing:
         ids, bounds = pack(batch.input_ids, batch.attention_mask)
         learned = batch.target_mask[batch.attention_mask]
@@ -50,12 +65,24 @@ def answer_logprobs(
         hidden = out[role].hidden
         if packing:
             # The first token of a sequence is no target, so no state predicts a token of the next one.
-            logprobs = head_logprobs(model, hidden[:-1], ids[1:], learned[1:]).logprobs
-            padded = unpack(torch.cat([logprobs.new_zeros(1), logprobs]), batch.attention_mask)[:, 1:]
+            logprobs = head_logprobs(model, hidden[:-1], ids[1:], learned[1:], temperature).logprobs
+            found[role] = unpack(torch.cat([logprobs.new_zeros(1), logprobs]), batch.attention_mask)[:, 1:]
         else:
-            padded = next_token_logprobs(model, hidden, batch.input_ids, batch.target_mask).logprobs
-        found[role] = sequence_logprobs(padded, targets, common_lengths=common, tail_weight=tail_weight)
-    return found
+            stats = next_token_logprobs(model, hidden, batch.input_ids, batch.target_mask, temperature)
+            found[role] = stats.logprobs
+    return AnswerTokens(found, batch.target_mask[:, 1:])
+
+
+def answer_logprobs(
+    model: SharedModel,
+    answers: Sequence[Answer],
+    roles: Sequence[str],
+    tail_weight: float = 1.0,
+    packing: bool = False,
+    temperature: float = 1.0,
+) -> dict[str, SequenceLogprobs]:
+    """The same of whole answers; tail_weight as in `AnswerTokens.whole`."""
+    return answer_tokens(model, answers, roles, packing=packing, temperature=temperature).whole(tail_weight)
 
 
 def _answers(pairs: Sequence[EncodedPair]) -> list[Answer]:
@@ -68,12 +95,15 @@ def _of_all_ranks(found: SequenceLogprobs, n: int) -> SequenceLogprobs:
 
 
 class Trainer:
-    """The loss on pairs, with what some kinds keep between steps."""
+    """The loss on pairs, with what some kinds keep between steps. temperature: logits are divided by it."""
 
-    def __init__(self, loss: PreferenceLossConfig, model: SharedModel, packing: bool = False) -> None:
-        self.loss, self.model, self.packing, self.ranks = loss, model, packing, Ranks()
+    def __init__(
+        self, loss: PreferenceLossConfig, model: SharedModel, packing: bool = False, temperature: float = 1.0
+    ) -> None:
+        self.loss, self.model, self.packing, self.temperature, self.ranks = loss, model, packing, temperature, Ranks()
         self.roles = ("policy", "reference") if loss.needs_reference else ("policy",)
         self.lengths = any(KINDS[name].per_token or KINDS[name].lengths for name in loss.kinds)
+        """Whether the kinds read the lengths of whole answers."""
         self.across = any(KINDS[name].across for name in loss.kinds)
         self.delta, self.seen = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
@@ -97,7 +127,8 @@ class Trainer:
         ]
         found = [torch.zeros(0)]
         for i in range(0, len(strange), micro_batch_size):
-            each = answer_logprobs(self.model, strange[i : i + micro_batch_size], self.roles, packing=self.packing)
+            part = strange[i : i + micro_batch_size]
+            each = answer_logprobs(self.model, part, self.roles, packing=self.packing, temperature=self.temperature)
             found.append(each["policy"].logprobs - each["reference"].logprobs)
         return self.ranks.rows({"kl": torch.cat(found)})["kl"]
 
@@ -105,35 +136,71 @@ class Trainer:
         self, pairs: Sequence[EncodedPair], total: int, kl_logratios: Tensor | None
     ) -> tuple[Tensor, dict[str, float], Tensor]:
         """(loss, shares of the statistics, implicit rewards (2 n,)) of n of `total` pairs: micro-batches add up to the batch."""
-        found = answer_logprobs(self.model, _answers(pairs), self.roles, self.loss.tail_weight, self.packing)
-        n, own, parts = len(pairs), slice(None), 1
-        if self.across and self.ranks.world > 1:  # every rank finds the loss of all pairs, and the gradient of its own
-            n, own, parts = total, self.ranks.share(total), self.ranks.world
-            found = {role: _of_all_ranks(of_role, len(pairs)) for role, of_role in found.items()}
-        policy, reference = found["policy"], found.get("reference")
-        arguments = self.loss.arguments()
+        found = answer_tokens(
+            self.model, _answers(pairs), self.roles, packing=self.packing, temperature=self.temperature
+        )
+        return self.of(found, total, kl_logratios)
+
+    def of(
+        self, found: AnswerTokens, total: int, kl_logratios: Tensor | None
+    ) -> tuple[Tensor, dict[str, float], Tensor]:
+        """The same from the log-probs of n answers that won followed by the n that lost against them."""
+        n, own, parts = len(found.mask) // 2, slice(None), 1
+        policy, reference = found.logprobs["policy"], found.logprobs.get("reference")
+        options = self.loss.arguments()
         if "bco" in self.loss.kinds:
-            arguments["delta"] = self.delta.to(policy.logprobs.dtype)
+            options["delta"] = self.delta.to(policy.dtype)
+        gathered = self.across and self.ranks.world > 1
+        if gathered or self.loss.tail_weight != 1:
+            whole = found.whole(self.loss.tail_weight)
+            if gathered:  # every rank finds the loss of all pairs, and the gradient of its own
+                whole = {role: _of_all_ranks(of_role, n) for role, of_role in whole.items()}
+                n, own, parts = total, self.ranks.share(total), self.ranks.world
+            policy = whole["policy"].logprobs
+            reference = None if reference is None else whole["reference"].logprobs
+            lengths = whole["policy"].lengths
+            if self.lengths:
+                options |= {"chosen_lengths": lengths[:n], "rejected_lengths": lengths[n:]}
+        else:
+            options |= {"chosen_mask": found.mask[:n], "rejected_mask": found.mask[n:]}
         loss, chosen, rejected = preference_loss(
-            policy.logprobs[:n],
-            policy.logprobs[n:],
-            None if reference is None else reference.logprobs[:n],
-            None if reference is None else reference.logprobs[n:],
-            chosen_lengths=policy.lengths[:n] if self.lengths else None,
-            rejected_lengths=policy.lengths[n:] if self.lengths else None,
+            policy[:n],
+            policy[n:],
+            None if reference is None else reference[:n],
+            None if reference is None else reference[n:],
             kl_logratios=kl_logratios,
             normalizer=total,
-            **arguments,
+            **options,
         )
         shares = {
             "loss": float(loss.detach()) / parts,
             "accuracy": float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()) / total / parts,
             "reward_chosen": float(chosen.sum()) / total / parts,
             "reward_rejected": float(rejected.sum()) / total / parts,
-            "logprob_chosen": float(policy.logprobs[:n].detach().sum()) / total / parts,
-            "logprob_rejected": float(policy.logprobs[n:].detach().sum()) / total / parts,
+            "logprob_chosen": float(policy[:n].detach().sum()) / total / parts,
+            "logprob_rejected": float(policy[n:].detach().sum()) / total / parts,
         }
         return loss, shares, torch.cat([chosen[own], rejected[own]])
+
+    def step(
+        self,
+        run: Run,
+        rows: int,
+        micro_batches: MicroBatches,
+        backward: Callable[[slice], tuple[dict[str, float], Tensor]],
+    ) -> dict[str, float]:
+        """One update from `rows` pairs of this rank, and what it says of the pairs of all.
+
+        backward: the shares and the implicit rewards of some of them, with their gradients.
+        """
+        parts = micro_batches.map(rows, backward)
+        implicit = torch.cat([rewards for _, rewards in parts] or [torch.zeros(0)])
+        self.seen_rewards(self.ranks.rows({"rewards": implicit})["rewards"])
+        every = self.ranks.join([shares for shares, _ in parts])
+        sums = {name: sum(shares[name] for shares in every) for name in every[0]}
+        sums["margin"] = sums["reward_chosen"] - sums["reward_rejected"]
+        sums["grad_norm"] = run.update(sums["loss"])
+        return sums
 
     def seen_rewards(self, rewards: Tensor) -> None:
         """Take the implicit rewards of a batch into bco's delta."""
@@ -205,13 +272,7 @@ def train_preference(config: PreferenceConfig) -> Path:
                 loss.backward()
                 return shares, rewards
 
-            parts = micro_batches.map(len(batch[own]), backward)
-            implicit = torch.cat([rewards for _, rewards in parts] or [torch.zeros(0)])
-            trainer.seen_rewards(run.ranks.rows({"rewards": implicit})["rewards"])
-            every = run.ranks.join([shares for shares, _ in parts])
-            sums = {name: sum(shares[name] for shares in every) for name in every[0]}
-            sums["margin"] = sums["reward_chosen"] - sums["reward_rejected"]
-            sums["grad_norm"] = run.update(sums["loss"])
+            sums = trainer.step(run, len(batch[own]), micro_batches, backward)
             if held_out and step + 1 == total:
                 model.eval()
                 accuracy = lambda pairs: trainer.accuracy(pairs, micro_batches.size)

@@ -47,6 +47,8 @@ def _head(model: SharedModel, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
     return hidden, {"bias": bias, "softcap": model.final_softcap}
 
 
-def next_token_logprobs(model: SharedModel, hidden: Tensor, input_ids: Tensor, target_mask: Tensor) -> TokenStats:
+def next_token_logprobs(
+    model: SharedModel, hidden: Tensor, input_ids: Tensor, target_mask: Tensor, temperature: float = 1.0
+) -> TokenStats:
     """(B, T - 1) stats of tokens 1 ... T - 1 of input_ids (B, T), from hidden (B, T, H) and target_mask (B, T)."""
-    return head_logprobs(model, hidden[:, :-1], input_ids[:, 1:], target_mask[:, 1:])
+    return head_logprobs(model, hidden[:, :-1], input_ids[:, 1:], target_mask[:, 1:], temperature)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import letter_tokenizer, save_tiny, tiny_llama
 
+from rlhf_fast import preference
 from rlhf_fast.config import (
     ConfigError,
     ModelConfig,
@@ -144,6 +145,21 @@ def test_every_kind_trains_and_its_micro_batches_add_up(kind):
     size = max(float(g.abs().max()) for g in whole.values())  # the squares of ipo have gradients in the hundreds
     for name, g in parts.items():
         torch.testing.assert_close(g, whole[name], atol=1e-5 * max(size, 1.0), rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_of_dpo_loss_computes_the_kinds_it_covers_from_the_tokens(kind, monkeypatch):
+    calls, plain = [], preference.pair_loss
+    monkeypatch.setattr(preference, "pair_loss", lambda *a: calls.append(a[1].logprobs.dim()) or plain(*a))
+    config = options_of(kind)
+    model, pairs = model_of(config), encoded()
+    trainer = Trainer(config, model)
+    loss, _, _ = trainer(pairs, len(pairs), trainer.mismatched(pairs, 4))
+    assert calls == ([2] if KINDS[kind].fused else [])
+    tailed = Trainer(dataclasses.replace(config, tail_weight=1 - 1e-12), model)  # whose answers are summed first
+    expected, _, _ = tailed(pairs, len(pairs), tailed.mismatched(pairs, 4))
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == KINDS[kind].fused
 
 
 def test_training_widens_the_margin_and_keeps_the_held_out_accuracy(folder):
