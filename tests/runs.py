@@ -11,6 +11,7 @@ import torch
 from rlhf_fast.train.monitor import read_json_lines
 
 SCORERS = Path(__file__).parent / "train" / "scorers.py"
+CLOCK = ("time", "tokens_per_second", "seconds_waited")
 TEXTS = ["the film was good.", "a good film, we saw it.", "this is a story of a film.", "it was good.", "we saw"]
 
 
@@ -21,7 +22,7 @@ def write_lines(path: Path, records: list[dict]) -> None:
 def numbers(folder: Path) -> list[dict]:
     """Metrics without the clock's."""
     rows = read_json_lines(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
 def outcome(folder: Path) -> dict[str, bytes]:

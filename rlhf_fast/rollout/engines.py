@@ -9,7 +9,11 @@ from torch import Tensor
 
 from rlhf_fast.batch import pad
 from rlhf_fast.model import SharedModel
-from rlhf_fast.rollout.hf import Rollout, generate
+from rlhf_fast.rollout.hf import PackedRollout, Rollout, generate
+
+
+class EngineError(RuntimeError):
+    """An engine cannot sample; the message has its last words."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Engine(ABC):
     def update(self, model: SharedModel, version: int) -> None:
         """Hand over the policy's adapter as it is now: the next `submit` samples with it. Nothing is restarted.
 
-        version: optimiser steps of training batches that made it; what `collect` tells of a rollout.
+        version: steps of training behind it; what `collect` tells of a rollout.
         """
 
     @abstractmethod
@@ -63,9 +67,9 @@ class Engine(ABC):
         self.close()
 
 
-def sample(model: SharedModel, request: Request) -> Rollout:
-    """The completions of a request by the policy of a model in this process; see `generate`."""
-    ids, mask = pad(request.prompts, left=True)
+def sample(model: SharedModel, request: Request, packed: PackedRollout | None = None) -> Rollout:
+    """The completions of a request by the policy of a model in this process, on its device; see `generate`."""
+    ids, mask = (x.to(model.backbone.device) for x in pad(request.prompts, left=True))
     return generate(
         model,
         ids,
@@ -76,4 +80,5 @@ def sample(model: SharedModel, request: Request) -> Rollout:
         temperature=request.temperature,
         eos_token_id=request.eos_token_id,
         seeds=request.seeds,
+        packed=packed,
     )

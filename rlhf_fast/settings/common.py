@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from rlhf_fast import _check
+from rlhf_fast import _check, corrections
 from rlhf_fast.model.lora import LoraConfig
 
 Name = Annotated[str, Field(min_length=1)]
@@ -234,6 +234,18 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
+class ProcessConfig:
+    """A second process that samples."""
+
+    threads: Count | None = None
+    """Its CPU threads (PyTorch's choice when left out)."""
+    device: Name = "cpu"
+    """Where it samples: cpu, cuda:N, or cuda for the GPU of the local rank."""
+    timeout: Positive = 600.0
+    """Seconds to wait for a batch; then the run stops, and can be resumed."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig(GenerationConfig):
     """Sampling of completions, and what one that never ends is worth."""
 
@@ -241,6 +253,36 @@ class RolloutConfig(GenerationConfig):
     """A completion that never ends: keep its score, replace it by -penalty, or subtract the penalty."""
     missing_eos_penalty: NonNegative = 1.0
     """The penalty of missing_eos."""
+    engine: Literal["local", "process"] = "local"
+    """Who samples: the training process, or a second one with the base and the newest adapter (under torchrun one for each rank)."""
+    staleness: CountOrZero = 0
+    """Batches that an engine samples ahead while others are trained on, each by the policy of so many steps before; 0 waits."""
+    correction: Name | None = None
+    """Importance weights for what an older policy or another engine sampled: none, or a kind of rlhf_fast.corrections (token-tis when
+    left out and the sampling policy is not the one in training, bit for bit)."""
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    """The second process of engine = process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        owner = type(self).__name__
+        if self.correction is not None:
+            _check.choice(owner, "correction", self.correction, ("none", *corrections.KINDS))
+        if self.staleness and self.engine == "local":
+            expected = "0 with engine = local, which samples with the model in training"
+            raise _check.error(ValueError, owner, "staleness", self.staleness, expected)
+
+    @property
+    def same_policy(self) -> bool:
+        """Whether completions come from the policy in training, by the same arithmetic."""
+        alike = self.engine == "local" or (self.engine == "process" and self.process.device == "cpu")
+        return alike and not self.staleness
+
+    @property
+    def weighted(self) -> str | None:
+        """Kind of the importance weights, None for none."""
+        kind = self.correction or ("none" if self.same_policy else "token-tis")
+        return None if kind == "none" else kind
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ class Trainer(Sampler):
         # A shortest length shifts probability that training leaves where it is; a KL in the reward and covariances are of the log-probs of
         # training.
         compared = group.recipe in COVARIANCE_KINDS or (config.kl.used and self.recipe.kl_placement == "reward")
-        self.on_policy = once and config.rollout.min_new_tokens == 0 and not compared
+        self.on_policy = once and config.rollout.same_policy and config.rollout.min_new_tokens == 0 and not compared
+        if config.rollout.correction is None and not config.rollout.same_policy:
+            self.correction = self.recipe.correction or self.correction
 
     def advantages(self, e: Experience) -> Tensor:
         """(B,) relative to the group, or (B, R) for returns; a completion without a score has none, and is no one's baseline."""
@@ -115,6 +117,8 @@ class Trainer(Sampler):
             ratio_cap=group.ratio_cap,
             entropy=part.spread(stats.entropy) if group.entropy_coef else None,
             entropy_coef=group.entropy_coef,
+            importance_weights=e.weights_of(rows),
+            # Of a recipe with a correction of its own: that is in the weights already.
             rollout_logprobs=e.logprobs[rows] if self.recipe.correction else None,
             selected=None if selected is None else selected[rows],
             denominators=None if self.recipe.local else counts,

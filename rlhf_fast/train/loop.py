@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 State = Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]]
 """Further JSON state of a run: how to read it for a checkpoint, and how to put it back."""
 
+Buffers = Mapping[str, tuple[Callable[[int], Mapping[str, Tensor]], Callable[[Mapping[str, Tensor]], None]]]
+"""Further tensors: how to read those that a run needs to go on at a step, and how to put them back."""
+
 MAX_BAD_STEPS = 5
 """Updates in a row with a non-finite loss or gradient before the run stops."""
 BAD_UPDATES = "bad_updates.jsonl"
@@ -141,7 +144,7 @@ class Run:
 
     rates: {role: peak learning rate} of the roles that train. identity: what must not change on resume (data fingerprint
     and the like), beyond the settings. state: {name: (get, set)} of further JSON state that a resume restores; read before every
-    step. flags: what may change on resume, but not without a warning.
+    step. flags: what may change on resume, but not without a warning. buffers: {file stem: (get, set)} of further tensors.
 
     Under torchrun every rank has its Run. `ranks` is what they do together: each calls backward for its share of a step, with the
     denominators of the whole, and `update` adds the gradients up. The first rank alone writes.
@@ -157,12 +160,13 @@ class Run:
         identity: Mapping[str, str],
         state: State | None = None,
         flags: Mapping[str, str] | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
         self.title, self.config, self.model, self.total_steps = title, config, model, total_steps
         self.settings: RunConfig = config.run
         self.optim: OptimConfig = config.optim
         self.folder = Path(self.settings.output_dir)
-        self.rates, self.state = dict(rates), dict(state or {})
+        self.rates, self.state, self.buffers = dict(rates), dict(state or {}), dict(buffers or {})
         self.parameters = {f"{role}.{n}": p for role in rates for n, p in model.parameters_of(role).items()}
         groups = [
             {"params": [p for n, p in self.parameters.items() if n.startswith(f"{role}.")], "peak": rate, "lr": rate}
@@ -334,6 +338,7 @@ class Run:
         tensors: dict[str, dict[str, Tensor]] = {
             "model": {name: p.detach() for name, p in self.parameters.items()},
             "optim": optimizer_tensors(self.optimizer, list(self.parameters)),
+            **{stem: dict(get(step)) for stem, (get, _) in self.buffers.items()},
         }
         if self.store.save(step, tensors, {"identity": self.identity, "flags": self.flags, **state}) is not None:
             self._saved_at = step
@@ -360,6 +365,8 @@ class Run:
         self.bad_steps = state["bad_steps"]
         for name, (_, put) in self.state.items():
             put(state["extra"][name])
+        for stem, (_, put_tensors) in self.buffers.items():
+            put_tensors(of(f"{stem}/"))
         self._saved_at = step
         return step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor
 from rlhf_fast import TokenStats
 from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import KLConfig, RolloutConfig
+from rlhf_fast.corrections import RolloutCorrection, rollout_correction
 from rlhf_fast.model import SharedModel
 from rlhf_fast.rollout import Request, Rollout, sample
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.pipeline import Pipeline, engine_of
 from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
 from rlhf_fast.train.rows import Rows, packs_well
@@ -47,6 +50,11 @@ class Experience:
     entropy: Tensor
     start: int = 0
     """Row of the batch that trunk begins with."""
+    correction: RolloutCorrection | None = None
+    """Importance weights (B, R) of `logprobs` over those that sampled, and what they say of both policies."""
+
+    def weights_of(self, rows: Tensor) -> Tensor | None:
+        return None if self.correction is None else self.correction.weights[rows]
 
     def trunk_of(self, rows: Tensor) -> list[Tensor] | None:
         """Of rows that this rank sampled."""
@@ -91,6 +99,8 @@ class Sampler(ABC):
         self.settings, self.model, self.tokenizer, self.rewards = settings, model, tokenizer, rewards
         self.controller, self.micro_batch_size = KLController(kl), micro_batch_size
         self.packed = packs_well(model) if packed is None else packed
+        self.correction = settings.weighted
+        """Kind of the importance weights of what another policy sampled, None for none."""
         self.micro_batches = MicroBatches(micro_batch_size, halve=halve, clear=model.zero_grad)
         self.ranks = Ranks()
         """Those that share the work; train_online sets it."""
@@ -185,11 +195,16 @@ class Sampler(ABC):
         scores, raw = self.rewards(prompts, completions, role_scores)
         scores = apply_missing_eos(scores, rollout.finished, self.settings)
         scored = ~scores.isnan()
+        mask, correction = rollout.response_mask & scored[:, None], None
+        if self.correction is not None:
+            # Decoupled PPO (Hilton et al. 2021, arXiv 2110.00641, eq. 3): who sampled and who bounds the update are two policies.
+            assert rollout.logprobs is not None
+            correction = rollout_correction(joined["logprobs"], rollout.logprobs, mask, kind=self.correction)
         return Experience(
             rollout=rollout,
             trunk=trunks or None,
             start=own.start,
-            mask=rollout.response_mask & scored[:, None],
+            mask=mask,
             scores=scores.nan_to_num(0.0),
             raw_scores=raw,
             logprobs=joined["logprobs"],
@@ -197,6 +212,7 @@ class Sampler(ABC):
             ref_logprobs=joined.get("ref_logprobs"),
             values=joined.get("values"),
             next_values=joined.get("next_values"),
+            correction=correction,
         )
 
     def rows(self, rollout: Rollout, rows: slice | Tensor) -> Rows:
@@ -211,8 +227,10 @@ class Sampler(ABC):
     def metrics(self, e: Experience) -> dict[str, float]:
         """What a batch of completions says of the policy."""
         kl = {} if e.ref_logprobs is None else {"kl": e.mean_kl(), "kl_coef": self.controller.coef}
+        weights = {} if e.correction is None else e.correction.stats.floats()
         return {
             **kl,
+            **{f"correction/{name}": value for name, value in weights.items() if name != "tokens"},
             "score": float(e.raw_scores[~e.raw_scores.isnan()].mean()),
             "entropy": float(e.entropy.sum() / e.rollout.response_mask.sum()),
             "length": float(e.rollout.response_mask.sum(1).float().mean()),
@@ -312,7 +330,12 @@ def train_online(
         "micro_batch_size": (trainer.micro_batches.get, trainer.micro_batches.put),
     }
     identity, flags = {"data": fingerprint}, rewards.fingerprints()
-    with rewards, Run(title, config, model, rates, config.steps, identity, state, flags) as run:
+    pipeline = Pipeline(trainer, draw, config.steps)
+    with (
+        rewards,
+        engine_of(config.model, config.rollout) or nullcontext() as pipeline.engine,
+        Run(title, config, model, rates, config.steps, identity, state, flags, pipeline.buffers) as run,
+    ):
         trainer.ranks = rewards.ranks = run.ranks
         run.shard(trainer.micro_batches, **{"rollout.batch_size": size, **trainer.shared_sizes()})
         if config.reward.normalize == "reference" and run.start == 0:
@@ -320,9 +343,9 @@ def train_online(
             rewards.observe(trainer.score(trainer.rollout(*draw(config.steps))).raw_scores)
         for step in run.steps():
             run.records = [encoded[i].record.source for i in shuffle.batch(step, size)]
-            batch, generator = draw(step)
-            experience = trainer.score(trainer.rollout(batch, generator))
-            metrics = trainer.update(run, experience, generator)
+            batch = pipeline.take(step)
+            experience = trainer.score(batch.rollout)
+            metrics = trainer.update(run, experience, batch.generator) | batch.metrics
             if observe is not None and run.ranks.first:
                 metrics |= observe(experience.rollout.texts(tokenizer))
             run.log(step, metrics, *trainer.summary(experience))

@@ -103,6 +103,7 @@ class Trainer(Sampler):
         part = self.rows(rollout, rows)
         trunk = e.trunk_of(rows)
         hidden = part.forward(self.model, ("policy",), trunk).policy.hidden
+        weights = e.weights_of(rows)
         policy = head_ppo_loss(
             self.model,
             part.logprob_states(hidden),
@@ -114,6 +115,7 @@ class Trainer(Sampler):
             clip=ppo.clip,
             dual_clip=ppo.dual_clip,
             entropy_coef=ppo.entropy_coef,
+            importance_weights=None if weights is None else part.tokens(weights),
             normalizer=max(tokens, 1),
             dialect=ppo.dialect,
         )
