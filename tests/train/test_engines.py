@@ -6,14 +6,20 @@ import dataclasses
 import os
 import signal
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
-from models import save_tiny
+from checkpoints import child
+from models import letter_tokenizer, save_tiny, tiny_llama
+from ranks_of import start
 from runs import SCORERS, TEXTS, numbers, outcome, write_lines
+from runs import steps as steps_of
 
+from rlhf_fast import advantages
 from rlhf_fast.config import (
+    ConfigError,
     GroupConfig,
     GroupKLConfig,
     GroupUpdateConfig,
@@ -27,12 +33,18 @@ from rlhf_fast.config import (
     RewardSource,
     RolloutConfig,
     RunConfig,
+    validate,
 )
 from rlhf_fast.model import LoraConfig, SharedModel
-from rlhf_fast.rollout import EngineError, Request, Rollout, sample
+from rlhf_fast.rollout import Engine, EngineError, Request, Rollout, sample
 from rlhf_fast.rollout.process import ProcessEngine
+from rlhf_fast.train import online
+from rlhf_fast.train.group import Trainer as GroupTrainer
 from rlhf_fast.train.group import train_group
+from rlhf_fast.train.online import Sampler
+from rlhf_fast.train.ppo import Trainer as PPOTrainer
 from rlhf_fast.train.ppo import train_ppo
+from rlhf_fast.train.rewards import Rewards
 
 AHEAD = RolloutConfig(batch_size=8, max_new_tokens=6, engine="process", staleness=1, process=ProcessConfig(threads=1))
 TENSORS = ("input_ids", "attention_mask", "response_mask", "finished", "logprobs", "entropy")
@@ -62,6 +74,11 @@ def disturb(model: SharedModel, seed: int) -> SharedModel:
 def settings(source: Path, **changes: object) -> ModelConfig:
     base = ModelConfig(str(source / "model"), "float32", 1, LoraConfig(r=2, alpha=8.0))
     return dataclasses.replace(base, **changes)
+
+
+def beside(source: Path) -> ModelConfig:
+    """With a fold, and an adapter that no pipe holds."""
+    return settings(source, fold=(str(source / "fold"),), lora=LoraConfig(r=256, alpha=8.0))
 
 
 def common(source: Path, folder: Path, rollout: RolloutConfig, **run: object) -> dict:
@@ -113,14 +130,14 @@ def alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def engine(source):
-    with ProcessEngine(settings(source, fold=(str(source / "fold"),)), threads=1, timeout=60.0) as engine:
+    with ProcessEngine(beside(source), threads=1, timeout=60.0) as engine:
         yield engine
 
 
 @pytest.fixture
 def model(source) -> SharedModel:
-    fold = source / "fold"
-    return SharedModel.from_pretrained(source / "model", ("policy",), LoraConfig(r=2, alpha=8.0), 1, fold=fold)
+    config = beside(source)
+    return SharedModel.from_pretrained(config.path, ("policy",), config.lora, 1, fold=config.fold)
 
 
 def test_a_second_process_samples_the_bits_of_this_one_with_the_newest_adapter(engine, model):
@@ -163,27 +180,22 @@ def test_what_a_batch_raises_is_told_and_the_next_one_is_sampled(engine, model):
         engine.collect()
 
 
-def test_a_large_adapter_is_taken_while_the_process_samples(source):
-    wide = dataclasses.replace(settings(source), lora=LoraConfig(r=2048, alpha=8.0))
-    model = SharedModel.from_pretrained(source / "model", ("policy",), wide.lora, 1)
-    size = sum(x.numel() * x.element_size() for x in model.state_of("policy").values())
-    assert size > 4e6  # far beyond what a pipe holds
-    with ProcessEngine(wide, threads=1, timeout=60.0) as engine:
-        engine.update(model, 0)
-        many = request([[5] * 8] * 64, 4, max_new_tokens=100, eos_token_id=None)
-        engine.submit(many)
-        for version in (1, 2):
-            engine.update(disturb(model, version), version)
-        handed_over = time.monotonic()
-        engine.submit(request(PROMPTS))
-        engine.collect()
-        assert engine.span[1] > handed_over  # it was at work all the time
-        rollout, version = engine.collect()
-        assert version == 2 and same(rollout, sample(model, request(PROMPTS)))
+def test_an_adapter_is_taken_while_the_process_samples(engine, model):
+    assert sum(x.numel() * x.element_size() for x in model.state_of("policy").values()) >= 1 << 20  # a pipe holds 64 KiB
+    engine.update(model, 0)
+    engine.submit(request([[5] * 8] * 64, 4, max_new_tokens=100, eos_token_id=None))
+    for version in (1, 2):
+        engine.update(disturb(model, version), version)
+    handed_over = time.monotonic()
+    engine.submit(request(PROMPTS))
+    engine.collect()
+    assert engine.span[1] > handed_over  # it was at work all the time
+    rollout, version = engine.collect()
+    assert version == 2 and same(rollout, sample(model, request(PROMPTS)))
 
 
 def test_the_end_of_the_process_is_noticed_with_its_last_words(source, model):
-    engine = ProcessEngine(settings(source, fold=(str(source / "fold"),)), threads=1, timeout=60.0)
+    engine = ProcessEngine(beside(source), threads=1, timeout=60.0)
     engine.update(model, 0)
     engine.submit(request([[5] * 8] * 64, 4, max_new_tokens=100, eos_token_id=None))
     os.kill(engine._worker.process.pid, signal.SIGKILL)
@@ -195,7 +207,7 @@ def test_the_end_of_the_process_is_noticed_with_its_last_words(source, model):
 
 
 def test_a_late_batch_and_an_unreadable_base_are_errors(source, tmp_path, model):
-    with ProcessEngine(settings(source, fold=(str(source / "fold"),)), threads=1, timeout=0.3) as engine:
+    with ProcessEngine(beside(source), threads=1, timeout=0.3) as engine:
         engine.update(model, 0)
         pid = engine._worker.process.pid
         os.kill(pid, signal.SIGSTOP)
@@ -219,3 +231,266 @@ def test_without_staleness_a_run_is_the_local_one_bit_for_bit(source, tmp_path, 
     assert local == beside and local
     rows = [{k: v for k, v in row.items() if k != "staleness"} for row in numbers(tmp_path / "process")]
     assert rows == numbers(tmp_path / "local")
+
+
+class Inside(Engine):
+    """Holds a copy of the policy in this process and samples when a batch is asked for, as an engine does in the end."""
+
+    def __init__(self, model: ModelConfig, rollout: RolloutConfig) -> None:
+        self.model = SharedModel.from_pretrained(model.path, ("policy",), model.lora, model.shared_layers)
+        self.done: deque[tuple[Rollout, int]] = deque()
+        self.log: list[tuple[str, int]] = []
+
+    def update(self, model: SharedModel, version: int) -> None:
+        self.version = version
+        self.model.load_state_of("policy", model.state_of("policy"))
+
+    def submit(self, request: Request) -> None:
+        self.log.append(("submit", self.version))
+        self.done.append((sample(self.model, request), self.version))
+
+    def collect(self) -> tuple[Rollout, int]:
+        self.log.append(("collect", self.done[0][1]))
+        return self.done.popleft()
+
+    def close(self) -> None:
+        self.log.append(("close", len(self.done)))
+
+
+@pytest.fixture
+def inside(monkeypatch) -> list[Inside]:
+    """Engines in this process instead of others."""
+    made: list[Inside] = []
+
+    def engine_of(model: ModelConfig, rollout: RolloutConfig) -> Inside | None:
+        made.append(Inside(model, rollout))
+        return made[-1]
+
+    monkeypatch.setattr(online, "engine_of", engine_of)
+    return made
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 4, 9])
+def test_no_batch_is_older_than_the_bound_and_none_is_asked_for_in_vain(source, tmp_path, inside, staleness):
+    train_ppo(of_ppo(source, tmp_path / "run", dataclasses.replace(AHEAD, staleness=staleness)))
+    (engine,) = inside
+    steps = range(5)
+    assert [row["staleness"] for row in numbers(tmp_path / "run")] == [min(staleness, step) for step in steps]
+    sampled = [version for what, version in engine.log if what == "submit"]
+    assert sampled == [max(0, step - staleness) for step in steps]
+    assert [version for what, version in engine.log if what == "collect"] == sampled
+    assert engine.log[-1] == ("close", 0)
+    # Batches that are under way while a step is trained on.
+    ahead, most = 0, 0
+    for what, _ in engine.log[:-1]:
+        ahead += 1 if what == "submit" else -1
+        most = max(most, ahead)
+    assert most == min(staleness, 4) + 1
+
+
+def test_the_policy_that_samples_ahead_is_that_of_the_step_before(source, tmp_path, inside):
+    """Batch 1 is sampled before the first update: its tokens are those of the untrained policy, whose rollout of it is here."""
+    seen: list[list[str]] = []
+    config = of_group(source, tmp_path / "run", dataclasses.replace(AHEAD, staleness=1))
+    train_group(config, observe=lambda texts: seen.append(texts) or {})
+    fresh: list[list[str]] = []
+    one = dataclasses.replace(config, run=RunConfig(str(tmp_path / "frozen"), threads=1), optim=OptimConfig(lr=1e-30))
+    train_group(one, observe=lambda texts: fresh.append(texts) or {})
+    assert seen[:2] == fresh[:2] and seen[2:] != fresh[2:]
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_case_27_a_run_resumes_with_what_was_under_way(source, tmp_path, inside, staleness, stop):
+    """Also where fewer batches than that were left, and in the middle of the first ones, which share a policy."""
+    ahead = dataclasses.replace(AHEAD, staleness=staleness)
+    train_ppo(of_ppo(source, tmp_path / "whole", ahead))
+
+    def stops(texts: list[str], calls: list[int] = [0]) -> dict[str, float]:  # noqa: B006
+        calls[0] += 1
+        if calls[0] == stop + 1:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo(of_ppo(source, tmp_path / "halves", ahead), observe=stops)
+    train_ppo(of_ppo(source, tmp_path / "halves", ahead, resume=True))
+    assert outcome(tmp_path / "halves") == outcome(tmp_path / "whole")
+    assert numbers(tmp_path / "halves") == numbers(tmp_path / "whole")
+    first, *_, last = inside
+    again = [version for what, version in last.log if what == "submit"]
+    assert again == [version for what, version in first.log if what == "submit"][stop:]
+
+
+def test_an_error_before_the_first_update_of_a_step_leaves_what_a_resume_needs(source, tmp_path, inside, monkeypatch):
+    """A step that fails is saved as it was before it, though its engine already has the next policy."""
+    ahead = dataclasses.replace(AHEAD, staleness=2)
+    train_ppo(of_ppo(source, tmp_path / "whole", ahead))
+    collect, calls = Inside.collect, [0]
+
+    def dies(self: Inside) -> tuple[Rollout, int]:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise EngineError("the sampling process: its process was ended by signal 9")
+        return collect(self)
+
+    monkeypatch.setattr(Inside, "collect", dies)
+    with pytest.raises(EngineError, match="signal 9"):
+        train_ppo(of_ppo(source, tmp_path / "halves", ahead, save_every=1000))
+    assert steps_of(tmp_path / "halves") == [0, 3]
+    train_ppo(of_ppo(source, tmp_path / "halves", ahead, resume=True))
+    assert outcome(tmp_path / "halves") == outcome(tmp_path / "whole")
+
+
+def test_case_27_28_a_killed_run_takes_its_process_along_and_resumes_to_the_same_bits(
+    source, tmp_path, inside, monkeypatch
+):
+    """The whole run has its engine inside: that both are the same is seen on the way."""
+    train_ppo(of_ppo(source, tmp_path / "whole"))
+    monkeypatch.undo()
+
+    def killed() -> None:
+        found = online.engine_of
+
+        def engine_of(*settings: object) -> Engine | None:
+            engine = found(*settings)
+            (tmp_path / "pid").write_text(str(engine._worker.process.pid))
+            return engine
+
+        online.engine_of = engine_of
+        train_ppo(of_ppo(source, tmp_path / "killed", save_every=2))
+
+    assert child(killed, "train.step:13") == -signal.SIGKILL  # in the fourth step
+    assert steps_of(tmp_path / "killed") == [0, 2]
+    train_ppo(of_ppo(source, tmp_path / "killed", save_every=2, resume=True))
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_two_ranks_with_a_process_each_train_like_one(source, tmp_path, inside, monkeypatch):
+    update = GroupUpdateConfig(minibatch_size=12, micro_batch_size=2)
+    rollout = dataclasses.replace(AHEAD, batch_size=12)  # three prompts: two for a rank, one for the other
+    config = lambda name: dataclasses.replace(
+        of_group(source, tmp_path / name, rollout), group=update, optim=OptimConfig(lr=1e-3)
+    )
+    train_group(config("one"))
+    monkeypatch.undo()
+    ranks = start(lambda rank: train_group(config("two")), tmp_path / "ranks")
+    assert ranks.wait(120) == [0, 0], ranks.words(0) + ranks.words(1)
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    assert [row["staleness"] for row in two] == [0.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def trainer_of(kind: str, source: Path, **changes: object) -> tuple[Sampler, SharedModel]:
+    """A trainer whose adapters do something, with one update for a batch."""
+    rollout = dataclasses.replace(AHEAD, temperature=0.7, **changes)
+    config, trainer, roles = {
+        "ppo": (of_ppo(source, source / "run", rollout), PPOTrainer, ("policy", "reference", "value")),
+        "grpo": (of_group(source, source / "run", rollout), GroupTrainer, ("policy", "reference")),
+    }[kind]
+    if kind == "ppo":
+        config = dataclasses.replace(config, ppo=PPOUpdateConfig(epochs=1, minibatch_size=8, micro_batch_size=3))
+    model = disturb(SharedModel(tiny_llama(), roles, LoraConfig(r=2, alpha=8.0), 1), 1)
+    return trainer(config, model, letter_tokenizer(), Rewards(config.reward)), model
+
+
+class Updates:
+    """Stands in for a Run: keeps the gradients of the policy."""
+
+    def __init__(self, model: SharedModel) -> None:
+        self.model, self.gradients = model, {}
+
+    def update(self, loss: float) -> float:
+        self.gradients = {n: p.grad.clone() for n, p in self.model.parameters_of("policy").items()}
+        self.model.zero_grad()
+        return 0.0
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("correction", [None, "token", "sequence-mis", "none"])
+def test_an_older_policys_tokens_are_weighted_as_in_plain_pytorch(source, kind, correction):
+    trainer, model = trainer_of(kind, source, correction=correction)
+    prompts = [trainer.tokenizer(p, add_special_tokens=False).input_ids for p in ("the film", "we saw", "this", "it")]
+    prompts = prompts * 2 if kind == "ppo" else prompts[:2]
+    rollout = trainer.rollout(prompts, torch.Generator().manual_seed(0))
+    disturb(model, 2)  # what trains is another policy now
+    e = trainer.score(rollout)
+    updates = Updates(model)
+    metrics = trainer.update(updates, e, torch.Generator().manual_seed(1))
+
+    out, P = model(rollout.input_ids, rollout.attention_mask, roles=("policy", "reference")), rollout.prompt_length
+    of = lambda role: (
+        (out[role].logits[:, P - 1 : -1] / 0.7).log_softmax(-1).gather(-1, rollout.responses[..., None]).squeeze(-1)
+    )
+    logprobs, mask = of("policy"), rollout.response_mask
+    proximal, behaviour = logprobs.detach(), rollout.logprobs
+    ratio = (proximal - behaviour).exp()
+    assert float((ratio - 1).abs()[mask].max()) > 0.1
+    product = (proximal - behaviour).where(mask, 0.0).sum(1, keepdim=True).exp().expand_as(ratio)
+    weights = {
+        None: ratio.clamp(max=2.0),
+        "token": ratio,
+        "sequence-mis": product.where(product <= 3.0, 0.0),
+        "none": torch.ones_like(ratio),
+    }[correction]
+    if kind == "ppo":
+        each = advantages(
+            e.scores, e.values, mask, logprobs=e.logprobs, ref_logprobs=e.ref_logprobs,
+            kl_coef=trainer.controller.coef, gamma=1.0, lam=0.95, whiten=True, truncated=~rollout.finished,
+        ).advantages  # fmt: skip
+        loss = -((logprobs - proximal).exp() * each * weights)[mask].sum() / mask.sum()
+    else:
+        d = of("reference").detach() - logprobs
+        loss = (
+            -(logprobs - proximal).exp() * trainer.advantages(e)[:, None] * weights + 0.05 * (d.exp() - 1 - d)
+        ) * mask
+        loss = (loss.sum(1) / mask.sum(1)).mean()
+    loss.backward()
+    wanted = {n: p.grad for n, p in model.parameters_of("policy").items()}
+    for name, gradient in updates.gradients.items():
+        scale = float(wanted[name].abs().max())
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-4 * scale + 1e-8)
+    if correction == "none":
+        assert not any(name.startswith("correction/") for name in metrics)
+    else:
+        assert metrics["correction/weight_max"] == pytest.approx(float(weights[mask].max()), rel=1e-4)
+        assert metrics["correction/weight_mean"] == pytest.approx(float(weights[mask].mean()), rel=1e-4)
+        assert 0 < metrics["correction/effective_samples"] < 1
+
+
+def test_what_another_policy_sampled_is_scored_again(source):
+    trainer, _ = trainer_of("grpo", source)
+    assert not trainer.on_policy and trainer.correction == "token-tis"
+    trainer, _ = trainer_of("grpo", source, staleness=0)
+    assert trainer.on_policy and trainer.correction is None
+    elsewhere = ProcessConfig(device="cuda")
+    trainer, _ = trainer_of("grpo", source, staleness=0, process=elsewhere)
+    assert not trainer.on_policy and trainer.correction == "token-tis"
+
+
+def test_a_recipe_with_a_correction_of_its_own_keeps_it(source):
+    config = of_group(source, source / "run")
+    recipe = dataclasses.replace(config.group, recipe="decoupled_ppo", advantages="grpo")
+    for correction, expected in ((None, "token"), ("none", None), ("token-mis", "token-mis")):
+        rollout = dataclasses.replace(config.rollout, correction=correction)
+        changed = dataclasses.replace(config, group=recipe, rollout=rollout)
+        model = SharedModel(tiny_llama(), ("policy", "reference"), LoraConfig(r=2), 1)
+        assert GroupTrainer(changed, model, letter_tokenizer(), Rewards(config.reward)).correction == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "local"}, "staleness.*got 1.*engine = local"),
+        ({"correction": "tis"}, "correction.*'tis'.*token-tis"),
+        ({"staleness": -1}, "staleness"),
+        ({"engine": "elsewhere"}, "engine"),
+    ],
+)
+def test_settings_of_an_engine_that_cannot_be(changes, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        validate(dataclasses.replace(AHEAD, **changes))
