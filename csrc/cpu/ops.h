@@ -11,7 +11,7 @@
 
 namespace rlhf_fast {
 
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 
 struct GaeArgs {
   const void* rewards;        // (rows, length) or (cu_seqlens[rows],), wide
@@ -271,6 +271,67 @@ struct LoraLinearArgs {
   int threads;
 };
 
+// y = x rstd (weight + offset) of rows; everything of `dtype` but rstd.
+struct RmsNormArgs {
+  const void* x;       // (rows, width), rows x_row apart
+  const void* weight;  // (width,)
+  void* y;             // (rows, width)
+  float* rstd;         // (rows,), or null
+  int64_t rows, width, x_row;
+  double eps, offset;
+  int dtype;  // Dtype, not kFloat64
+  int threads;
+};
+
+struct RmsNormBackwardArgs {
+  const void* grad;    // (rows, width), rows grad_row apart
+  const void* x;       // as in the forward
+  const void* weight;  // as in the forward
+  const float* rstd;   // as the forward left it
+  void* grad_x;        // (rows, width)
+  int64_t rows, width, grad_row, x_row;
+  double offset;
+  int dtype;
+  int threads;
+};
+
+struct SiluMulArgs {
+  const void* gate;  // (rows, width), rows gate_row apart, dtype
+  const void* up;    // the same with up_row
+  void* out;         // (rows, width), dtype
+  int64_t rows, width, gate_row, up_row;
+  int dtype;  // Dtype, not kFloat64
+  int threads;
+};
+
+struct SiluMulBackwardArgs {
+  const void* grad;  // (rows, width), rows grad_row apart, dtype
+  const void* gate;  // as in the forward
+  const void* up;    // as in the forward
+  void* grad_gate;   // (rows, width), dtype
+  void* grad_up;     // the same
+  int64_t rows, width, grad_row, gate_row, up_row;
+  int dtype;
+  int threads;
+};
+
+// Queries (and likewise keys): element (row, head, position, d) at row * query_row + head * query_head + position *
+// query_position + d. The results are (batch, length, heads, width) without gaps.
+struct RotaryArgs {
+  const void* query;   // `dtype`, heads of them
+  const void* key;     // `dtype`, kv_heads of them; may be none
+  const void* cosine;  // (row, position, width), `dtype`, strides cosine_row and cosine_position
+  const void* sine;    // the same with its own strides
+  void* query_out;
+  void* key_out;
+  int64_t batch, length, heads, kv_heads, width;  // width: even
+  int64_t query_row, query_head, query_position, key_row, key_head, key_position;
+  int64_t cosine_row, cosine_position, sine_row, sine_position;
+  bool transposed;  // turn back: the backward
+  int dtype;        // Dtype, not kFloat64
+  int threads;
+};
+
 enum Limit { kRead, kCopy, kExp };
 
 struct MachineLimitArgs {
@@ -388,7 +449,12 @@ struct TokenLogprobsBackwardArgs {
   KERNEL(packed_linear, PackedLinearArgs)                    \
   KERNEL(ppo_loss, PpoLossArgs)                              \
   KERNEL(reward_loss, RewardLossArgs)                        \
+  KERNEL(rms_norm, RmsNormArgs)                              \
+  KERNEL(rms_norm_backward, RmsNormBackwardArgs)             \
+  KERNEL(rotary, RotaryArgs)                                 \
   KERNEL(sample_tokens, SampleTokensArgs)                    \
+  KERNEL(silu_mul, SiluMulArgs)                              \
+  KERNEL(silu_mul_backward, SiluMulBackwardArgs)             \
   KERNEL(token_logprobs, TokenLogprobsArgs)                  \
   KERNEL(token_logprobs_backward, TokenLogprobsBackwardArgs) \
   KERNEL(whiten, WhitenArgs)                                 \

@@ -102,6 +102,17 @@ inline void stream(double* p, Double a) { *p = a.v; }
 inline double maximum(Double a) { return a.v; }
 inline double first(Double a) { return a.v; }
 
+// The first `lanes` numbers, 0 in the other lanes. A whole vector takes no mask, nor a branch where the compiler knows
+// it.
+template <class T>
+inline RLHF_FAST_INLINE Float load_lanes(const T* p, int lanes) {
+  return lanes == kLanes ? load(p) : load(p, lanes);
+}
+template <class T>
+inline RLHF_FAST_INLINE void store_lanes(T* p, const Float& x, int lanes) {
+  lanes == kLanes ? store(p, x) : store(p, x, lanes);
+}
+
 template <class T>
 inline auto load_pair(const T* p) {
   using V = decltype(load(p));

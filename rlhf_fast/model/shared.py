@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_fast import _check
 from rlhf_fast.model.adapters import AdapterFile, concatenate, read_adapter, write_adapter
 from rlhf_fast.model.backbone import Backbone
+from rlhf_fast.model.fused import fuse
 from rlhf_fast.model.heads import ScalarHead
 from rlhf_fast.model.inputs import checked_roles, packed, padded
 from rlhf_fast.model.linear import (
@@ -103,6 +104,7 @@ class SharedModel(nn.Module):
 
         self.base = base.requires_grad_(False)
         self._folded = [self._fold(file) for file in folded]
+        fuse(self.backbone.decoder)
         self._plan = RowPlan()
         for layer in self.backbone.all_linears().values():
             if is_known(layer):  # without adapters, its product is still the op's

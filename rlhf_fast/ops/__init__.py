@@ -13,7 +13,10 @@ from rlhf_fast.ops.linear_token_logprobs import linear_token_logprobs
 from rlhf_fast.ops.lora_linear import lora_linear
 from rlhf_fast.ops.ppo_loss import ppo_loss
 from rlhf_fast.ops.reward_loss import reward_loss
+from rlhf_fast.ops.rms_norm import rms_norm
+from rlhf_fast.ops.rotary import rotary
 from rlhf_fast.ops.sample_tokens import sample_tokens
+from rlhf_fast.ops.silu_mul import silu_mul
 from rlhf_fast.ops.token_logprobs import token_logprobs
 from rlhf_fast.ops.whiten import whiten
 
@@ -29,7 +32,10 @@ __all__ = [
     "lora_linear",
     "ppo_loss",
     "reward_loss",
+    "rms_norm",
+    "rotary",
     "sample_tokens",
+    "silu_mul",
     "token_logprobs",
     "whiten",
 ]
