@@ -37,6 +37,11 @@ COMMANDS = {
         "PreferenceConfig",
         "rlhf_fast.train.preference:train_preference",
     ),
+    "online-dpo": Command(
+        "DPO and its kin on pairs of the policy's own completions",
+        "OnlineDPOConfig",
+        "rlhf_fast.train.online_dpo:train_online_dpo",
+    ),
     "evaluate": Command(
         "compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"
     ),

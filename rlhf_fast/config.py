@@ -47,6 +47,8 @@ from rlhf_fast.settings.online import (
     GroupConfig,
     GroupKLConfig,
     GroupUpdateConfig,
+    OnlineDPOConfig,
+    OnlineDPOUpdateConfig,
     PPOConfig,
     PPOUpdateConfig,
 )
@@ -70,6 +72,8 @@ __all__ = [
     "KLConfig",
     "LoraConfig",
     "ModelConfig",
+    "OnlineDPOConfig",
+    "OnlineDPOUpdateConfig",
     "OptimConfig",
     "PPOConfig",
     "PPOUpdateConfig",

@@ -173,7 +173,11 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         at_most(self, "micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
-        across = [name for name in self.loss.kinds if KINDS[name].across]
-        if across and self.micro_batch_size != self.batch_size:
-            expected = f"batch_size = {self.batch_size} with {across[0]}, which looks across the batch"
-            raise _check.error(ValueError, "PreferenceConfig", "micro_batch_size", self.micro_batch_size, expected)
+        whole_batches(self, "micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size, self.loss)
+
+
+def whole_batches(owner: object, name: str, size: int, limit_name: str, limit: int, loss: PreferenceLossConfig) -> None:
+    across = [kind for kind in loss.kinds if KINDS[kind].across]
+    if across and size != limit:
+        expected = f"{limit_name} = {limit} with {across[0]}, which looks across the batch"
+        raise _check.error(ValueError, type(owner).__name__, name, size, expected)

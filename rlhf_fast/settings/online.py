@@ -24,8 +24,10 @@ from rlhf_fast.settings.common import (
     RolloutConfig,
     RunConfig,
     at_most,
+    no_shards,
     no_trunk_to_share,
 )
+from rlhf_fast.settings.offline import PreferenceLossConfig, whole_batches
 
 GROUP_ADVANTAGES = tuple(kind for kind in ADVANTAGES if kind not in ("gae", "remax"))
 """Those of a trainer without a critic and without a greedy answer."""
@@ -175,9 +177,59 @@ class GroupConfig:
 
     def __post_init__(self) -> None:
         no_trunk_to_share(self, self.model)
-        size = self.rollout.batch_size
-        at_most(self, "group.minibatch_size", self.group.minibatch_size, "rollout.batch_size", size)
-        if size % self.group_size:
-            raise _check.error(
-                ValueError, "GroupConfig", "group_size", self.group_size, f"a divisor of batch_size = {size}"
-            )
+        at_most(self, "group.minibatch_size", self.group.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
+        _whole_groups(self, self.group_size, self.rollout)
+
+
+def _whole_groups(owner: object, group_size: int, rollout: RolloutConfig) -> None:
+    size = rollout.batch_size
+    if size % group_size:
+        expected = f"a divisor of batch_size = {size}"
+        raise _check.error(ValueError, type(owner).__name__, "group_size", group_size, expected)
+
+
+@dataclass(frozen=True)
+class OnlineDPOUpdateConfig:
+    """The updates on the pairs of a rollout batch."""
+
+    epochs: Count = 1
+    """Passes over the pairs of each rollout batch."""
+    minibatch_size: Count | None = None
+    """Pairs per optimizer step (all of a batch when left out)."""
+    micro_batch_size: Count = 8
+    """Pairs per forward pass; gradients add up to those of the minibatch."""
+
+    def __post_init__(self) -> None:
+        at_most(self, "micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size)
+
+
+@dataclass(frozen=True)
+class OnlineDPOConfig:
+    """Online DPO (arXiv:2402.04792): the best and the worst of several completions of a prompt are a preference pair."""
+
+    model: ModelConfig
+    data: PromptDataConfig
+    run: RunConfig
+    reward: RewardSource
+    """What ranks the completions. A judge that compares those of a prompt is a callable with whole_batch, which gets them side by
+    side, and scores the winner above the loser."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-5))
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    group_size: Annotated[int, Field(ge=2)] = 2
+    """Completions of each prompt, of which two become a pair; rollout.batch_size is a multiple of it."""
+    loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
+    dpo: OnlineDPOUpdateConfig = field(default_factory=OnlineDPOUpdateConfig)
+    packing: bool | None = None
+    """Completions of a micro-batch end to end, without padding; left out: where that is exact and no slower, which it is on a CPU and
+    with flash-attn."""
+    steps: Count = 100
+    """Rollout batches."""
+
+    def __post_init__(self) -> None:
+        no_shards(self, self.model, "the number of pairs of a batch varies")
+        _whole_groups(self, self.group_size, self.rollout)
+        prompts = self.rollout.batch_size // self.group_size
+        minibatch = prompts if self.dpo.minibatch_size is None else self.dpo.minibatch_size
+        at_most(self, "dpo.minibatch_size", minibatch, "rollout.batch_size / group_size", prompts)
+        sizes = self.dpo.micro_batch_size, "dpo.minibatch_size", minibatch
+        whole_batches(self, "dpo.micro_batch_size", *sizes, self.loss)

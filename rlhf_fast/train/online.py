@@ -105,6 +105,13 @@ class Sampler(ABC):
         self.ranks = Ranks()
         """Those that share the work; train_online sets it."""
 
+    def state(self) -> State:
+        """What the trainer keeps between batches, for a checkpoint."""
+        return {
+            "kl_coef": (self.controller.get, self.controller.put),
+            "micro_batch_size": (self.micro_batches.get, self.micro_batches.put),
+        }
+
     @abstractmethod
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
         """Learn from one batch; returns the metrics of the step."""
@@ -152,11 +159,15 @@ class Sampler(ABC):
         return slice(own.start * n, own.stop * n)
 
     def part(self, e: Experience, minibatch: Tensor) -> Tensor:
-        """Rows (b,) of a minibatch that this rank learns from: an equal share, or those that it sampled where it keeps their trunk."""
+        """Rows (b,) of a minibatch that this rank learns from: an equal share, or those that it sampled where it keeps their trunk.
+
+        (b, 2) are pairs of rows of one prompt.
+        """
         if not self.model.shared_layers:
             return minibatch[self.ranks.share(len(minibatch))]
         own = self.sampled_here(len(e.mask))
-        return minibatch[(minibatch >= own.start) & (minibatch < own.stop)]
+        first = minibatch if minibatch.dim() == 1 else minibatch[:, 0]
+        return minibatch[(first >= own.start) & (first < own.stop)]
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Experience:
@@ -324,11 +335,7 @@ def train_online(
         generator = torch.Generator().manual_seed(config.run.seed * 1_000_003 + step)
         return [prompts[i] for i in shuffle.batch(step, size)], generator
 
-    state: State = {
-        "kl_coef": (trainer.controller.get, trainer.controller.put),
-        "rewards": (rewards.get, rewards.put),
-        "micro_batch_size": (trainer.micro_batches.get, trainer.micro_batches.put),
-    }
+    state: State = {**trainer.state(), "rewards": (rewards.get, rewards.put)}
     identity, flags = {"data": fingerprint}, rewards.fingerprints()
     pipeline = Pipeline(trainer, draw, config.steps)
     with (

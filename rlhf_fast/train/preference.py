@@ -85,6 +85,30 @@ def answer_logprobs(
     return answer_tokens(model, answers, roles, packing=packing, temperature=temperature).whole(tail_weight)
 
 
+@torch.no_grad()
+def mismatched_logratios(
+    model: SharedModel,
+    answers: Sequence[Answer],
+    ranks: Ranks,
+    micro_batch_size: int,
+    *,
+    packing: bool = False,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(n,) log-ratios policy / reference of the answers of a batch to each other's prompts (arXiv 2402.01306, section 4.1).
+
+    Prompt i gets the answer to prompt i + 1, the last one that to the first. answers: those of all ranks, which share the work.
+    """
+    own, others = ranks.share(len(answers)), [*answers[1:], *answers[:1]]
+    strange = [(ids[:n] + other[m:], n) for (ids, n), (other, m) in zip(answers[own], others[own], strict=True)]
+    roles, found = ("policy", "reference"), [torch.zeros(0)]
+    for i in range(0, len(strange), micro_batch_size):
+        part = strange[i : i + micro_batch_size]
+        each = answer_logprobs(model, part, roles, packing=packing, temperature=temperature)
+        found.append(each["policy"].logprobs - each["reference"].logprobs)
+    return ranks.rows({"kl": torch.cat(found)})["kl"]
+
+
 def _answers(pairs: Sequence[EncodedPair]) -> list[Answer]:
     return [(p.chosen_ids, p.prompt_length) for p in pairs] + [(p.rejected_ids, p.prompt_length) for p in pairs]
 
@@ -115,22 +139,13 @@ class Trainer:
         """Those of a checkpoint."""
         self.delta, self.seen = (torch.tensor(x, dtype=torch.float64) for x in state)
 
-    @torch.no_grad()
-    def mismatched(self, pairs: Sequence[EncodedPair], micro_batch_size: int) -> Tensor | None:
-        """(n,) log-ratios of answers to the prompts of other pairs, which kto compares with; None for the other kinds."""
+    def mismatched(self, answers: Sequence[Answer], micro_batch_size: int) -> Tensor | None:
+        """(n,) log-ratios that kto compares with, from the answers that won, of all ranks; None for the other kinds."""
         if "kto" not in self.loss.kinds:
             return None
-        own, others = self.ranks.share(len(pairs)), [*pairs[1:], *pairs[:1]]
-        strange = [
-            (p.chosen_ids[: p.prompt_length] + o.chosen_ids[o.prompt_length :], p.prompt_length)
-            for p, o in zip(pairs[own], others[own], strict=True)
-        ]
-        found = [torch.zeros(0)]
-        for i in range(0, len(strange), micro_batch_size):
-            part = strange[i : i + micro_batch_size]
-            each = answer_logprobs(self.model, part, self.roles, packing=self.packing, temperature=self.temperature)
-            found.append(each["policy"].logprobs - each["reference"].logprobs)
-        return self.ranks.rows({"kl": torch.cat(found)})["kl"]
+        return mismatched_logratios(
+            self.model, answers, self.ranks, micro_batch_size, packing=self.packing, temperature=self.temperature
+        )
 
     def __call__(
         self, pairs: Sequence[EncodedPair], total: int, kl_logratios: Tensor | None
@@ -260,7 +275,7 @@ def train_preference(config: PreferenceConfig) -> Path:
             batch = [kept[i] for i in shuffle.batch(step, config.batch_size)]
             run.records = [pair.record.source for pair in batch]
             own = run.ranks.share(len(batch))
-            kl_logratios = trainer.mismatched(batch, micro_batches.size)
+            kl_logratios = trainer.mismatched([(p.chosen_ids, p.prompt_length) for p in batch], micro_batches.size)
 
             def backward(
                 part: slice,

@@ -7,6 +7,11 @@ def count_e(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(text.count("e")) for text in completions]
 
 
+def spread(prompts: list[str], completions: list[str]) -> list[float]:
+    """Hardly any two texts score the same."""
+    return [sum(i * ord(letter) for i, letter in enumerate(text, 1)) % 997 / 997 for text in completions]
+
+
 def constant(prompts: list[str], completions: list[str]) -> list[float]:
     return [1.0] * len(completions)
 

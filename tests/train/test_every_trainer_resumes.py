@@ -22,6 +22,8 @@ from rlhf_fast.config import (
     GroupUpdateConfig,
     KLConfig,
     ModelConfig,
+    OnlineDPOConfig,
+    OnlineDPOUpdateConfig,
     OptimConfig,
     PairDataConfig,
     PPOConfig,
@@ -36,7 +38,7 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.model import LoraConfig
-from rlhf_fast.train import group, ppo, preference, reward, sft
+from rlhf_fast.train import group, online_dpo, ppo, preference, reward, sft
 
 STEPS = 6
 DATA = {
@@ -134,6 +136,21 @@ RUNS = {
         GroupConfig,
         PromptDataConfig,
         {**ONLINE, "group_size": 3, "group": GroupUpdateConfig("clip_cov", minibatch_size=3, micro_batch_size=3)},
+        2,
+    ),
+    "online-dpo": Kind(
+        online_dpo.train_online_dpo,
+        OnlineDPOConfig,
+        PromptDataConfig,
+        {
+            **ONLINE,
+            "reward": RewardSource(
+                f"{SCORERS}:spread", normalize="running", workers=0
+            ),  # no ties, so that all batches have pairs
+            "group_size": 3,
+            "loss": PreferenceLossConfig(mix={"dpo": 0.5, "kto": 0.2, "bco": 0.3}),
+            "dpo": OnlineDPOUpdateConfig(epochs=2, micro_batch_size=1),
+        },
         2,
     ),
 }

@@ -63,6 +63,10 @@ def encoded():
     return [EncodedPair(*encode_pair(tokenizer, record), record) for record in records]
 
 
+def chosen(pairs):
+    return [(p.chosen_ids, p.prompt_length) for p in pairs]
+
+
 def model_of(loss: PreferenceLossConfig) -> SharedModel:
     roles = ("policy", "reference") if loss.needs_reference else ("policy",)
     model = SharedModel(tiny_llama(), roles=roles, lora=LoraConfig(r=4, alpha=8.0), shared_layers=1)
@@ -127,7 +131,7 @@ def test_every_kind_trains_and_its_micro_batches_add_up(kind):
 
     def gradient(sizes):
         trainer = Trainer(config, model)
-        kl, done, total = trainer.mismatched(pairs, 3), 0, 0.0
+        kl, done, total = trainer.mismatched(chosen(pairs), 3), 0, 0.0
         for size in sizes:
             loss, _, _ = trainer(pairs[done : done + size], len(pairs), kl)
             loss.backward()
@@ -154,10 +158,10 @@ def test_the_kernel_of_dpo_loss_computes_the_kinds_it_covers_from_the_tokens(kin
     config = options_of(kind)
     model, pairs = model_of(config), encoded()
     trainer = Trainer(config, model)
-    loss, _, _ = trainer(pairs, len(pairs), trainer.mismatched(pairs, 4))
+    loss, _, _ = trainer(pairs, len(pairs), trainer.mismatched(chosen(pairs), 4))
     assert calls == ([2] if KINDS[kind].fused else [])
     tailed = Trainer(dataclasses.replace(config, tail_weight=1 - 1e-12), model)  # whose answers are summed first
-    expected, _, _ = tailed(pairs, len(pairs), tailed.mismatched(pairs, 4))
+    expected, _, _ = tailed(pairs, len(pairs), tailed.mismatched(chosen(pairs), 4))
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     assert len(calls) == KINDS[kind].fused
 

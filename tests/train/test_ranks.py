@@ -27,6 +27,8 @@ from rlhf_fast.config import (
     GroupUpdateConfig,
     KLConfig,
     ModelConfig,
+    OnlineDPOConfig,
+    OnlineDPOUpdateConfig,
     OptimConfig,
     PairDataConfig,
     PPOConfig,
@@ -41,7 +43,7 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.model import LoraConfig, SharedModel
-from rlhf_fast.train import group, loop, ppo, preference, reward, sft
+from rlhf_fast.train import group, loop, online_dpo, ppo, preference, reward, sft
 from rlhf_fast.train.checkpoint import CheckpointStore
 from rlhf_fast.train.ranks import LETTER, ProcessRanks, RankError, Ranks, join
 
@@ -127,6 +129,22 @@ def of_group(recipe: str, shared_layers: int = 0, **reward: object) -> Callable:
     return config
 
 
+def of_online_dpo(shared_layers: int) -> Callable:
+    def config(source: Path, folder: Path, **run: object) -> OnlineDPOConfig:
+        return OnlineDPOConfig(
+            **common(source, folder, shared_layers, **run),
+            reward=SCORE,
+            rollout=RolloutConfig(batch_size=12, max_new_tokens=6),
+            group_size=4,
+            loss=PreferenceLossConfig(mix={"dpo": 0.5, "kto": 0.3, "bco": 0.2}),
+            dpo=OnlineDPOUpdateConfig(epochs=2, minibatch_size=2, micro_batch_size=1),
+            optim=OptimConfig(lr=1e-3),
+            steps=3,
+        )
+
+    return config
+
+
 RUNS: dict[str, tuple[Callable, Callable]] = {
     "sft": (sft.train_sft, of_sft),
     "reward": (reward.train_reward, of_reward),
@@ -140,6 +158,8 @@ RUNS: dict[str, tuple[Callable, Callable]] = {
     "grpo": (group.train_group, of_group("grpo", shared_layers=1)),
     # Three prompts on two ranks, advantages that look at all of them, scores from one call for all of them.
     "lite_ppo": (group.train_group, of_group("lite_ppo", whole_batch=True)),
+    "online-dpo": (online_dpo.train_online_dpo, of_online_dpo(0)),
+    "online-dpo with shared layers": (online_dpo.train_online_dpo, of_online_dpo(1)),
 }
 
 
