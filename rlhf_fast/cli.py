@@ -37,6 +37,7 @@ COMMANDS = {
         "PreferenceConfig",
         "rlhf_fast.train.preference:train_preference",
     ),
+    "kto": Command("KTO on answers that are judged alone, without pairs", "KTOConfig", "rlhf_fast.train.kto:train_kto"),
     "online-dpo": Command(
         "DPO and its kin on pairs of the policy's own completions",
         "OnlineDPOConfig",

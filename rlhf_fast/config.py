@@ -30,6 +30,7 @@ from rlhf_fast.settings.common import (
     DataConfig,
     GenerationConfig,
     KLConfig,
+    LabelDataConfig,
     ModelConfig,
     OptimConfig,
     PairDataConfig,
@@ -41,7 +42,7 @@ from rlhf_fast.settings.common import (
     is_callable_spec,
     is_url,
 )
-from rlhf_fast.settings.offline import PreferenceConfig, PreferenceLossConfig, RewardConfig, SFTConfig
+from rlhf_fast.settings.offline import KTOConfig, PreferenceConfig, PreferenceLossConfig, RewardConfig, SFTConfig
 from rlhf_fast.settings.online import (
     GROUP_ADVANTAGES,
     GroupConfig,
@@ -70,6 +71,8 @@ __all__ = [
     "GroupKLConfig",
     "GroupUpdateConfig",
     "KLConfig",
+    "KTOConfig",
+    "LabelDataConfig",
     "LoraConfig",
     "ModelConfig",
     "OnlineDPOConfig",

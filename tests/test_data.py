@@ -291,7 +291,7 @@ def test_missing_file_is_named_and_not_looked_up_as_a_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "texts"}, "'kind' got 'texts', expected one of text, prompt, chat, pair"),
+        ({"kind": "texts"}, "'kind' got 'texts', expected one of text, prompt, chat, pair, label"),
         ({"on_error": "ignore"}, "'on_error' got 'ignore'"),
         ({"limit": 0}, "'limit' got 0"),
         ({"split": "train"}, "'split' got 'train' for a file"),

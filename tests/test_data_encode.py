@@ -5,10 +5,12 @@ import pytest
 from rlhf_fast.data import (
     ChatRecord,
     DataError,
+    LabelRecord,
     PairRecord,
     PromptRecord,
     TextRecord,
     encode_chat,
+    encode_label,
     encode_pair,
     encode_prompt,
     encode_records,
@@ -136,3 +138,20 @@ def test_pairs_cut_the_prompt_from_the_left_then_the_answers_from_the_right(toke
     assert cut.counts == {"overlong truncated": 1}
     same = PairRecord("p", "xa", "xb", "f:1")
     assert encode_records([same], tokenizer, max_tokens=3, overlong="truncate").counts == {"overlong skipped": 1}
+
+
+def test_a_labelled_answer_has_the_tokens_of_one_in_a_pair(tokenizer):
+    for prompt, answer, other in (("p", "a", "b"), ([USER], [REPLY], [OTHER])):
+        chosen, _, length = encode_pair(tokenizer, PairRecord(prompt, answer, other, "f:1"))
+        assert encode_label(tokenizer, LabelRecord(prompt, answer, True, "f:1")) == (chosen, length)
+    assert text_of(tokenizer, encode_label(tokenizer, LabelRecord("p", "a", True, "f:1"), eos=False)[0]) == "<s>pa"
+
+
+def test_labelled_answers_are_cut_like_pairs_and_left_out_when_nothing_is_left(tokenizer):
+    record = LabelRecord("abcdef", "xyz", False, "f:1")
+    cut = encode_records([record], tokenizer, max_prompt_tokens=2, max_tokens=4, overlong="truncate")
+    assert text_of(tokenizer, cut[0].input_ids) == "efxy" and cut[0].prompt_length == 2
+    assert cut.counts == {"overlong truncated": 1}
+    assert encode_records([record], tokenizer, max_tokens=7, overlong="truncate").counts == {"overlong skipped": 1}
+    with pytest.raises(DataError, match=r"^f:1: sequence of 11 tokens, expected at most 10$"):
+        encode_records([record], tokenizer, max_tokens=10)

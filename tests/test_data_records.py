@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_fast.data import (
     DataError,
+    LabelRecord,
     PairRecord,
     PromptRecord,
     read_records,
@@ -143,3 +144,46 @@ def test_malformed_pair_says_what_is_expected(write, row, message):
     with pytest.raises(DataError) as caught:
         read_records(write(rows(row)), "pair")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "completion": "a", "label": True, "id": 7}, ("p", "a", True, {"id": 7})),
+        ({"prompt": [USER], "completion": [REPLY], "label": False}, ([USER], [REPLY], False, {})),
+        ({"prompt": [USER], "completion": "a", "label": 0}, ([USER], [REPLY], False, {})),
+        ({"prompt": "q", "completion": [REPLY], "label": 1.0}, ([USER], [REPLY], True, {})),
+    ],
+)
+def test_every_form_of_a_labelled_answer(write, row, expected):
+    path = write(rows(row))
+    prompt, completion, label, meta = expected
+    found = read_records(path, "label")[0]
+    assert found == LabelRecord(prompt, completion, label, f"{path}:1", meta) and found.label is label
+
+
+def test_labels_of_tables_are_texts_and_columns_may_have_other_names(write):
+    path = write("question,answer,good\np,a,True\np,b,false\np,c,1\np,d, 0\n", "d.csv")
+    fields = {"prompt": "question", "completion": "answer", "label": "good"}
+    assert [r.label for r in read_records(path, "label", fields=fields)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "completion": "a"}, "field 'label' is missing (expected prompt, completion, label; got"),
+        ({"prompt": "p", "completion": "a", "label": 2}, "field 'label' got 2, expected true or false"),
+        ({"prompt": "p", "completion": "a", "label": "good"}, "field 'label' got 'good', expected true or false"),
+        ({"prompt": "p", "completion": "a", "label": None}, "field 'label' got nothing"),
+        ({"prompt": "p", "completion": "a", "label": [True]}, "field 'label' got a list"),
+        ({"prompt": "p", "completion": " ", "label": True}, "field 'completion' is empty"),
+        ({"completion": "a", "label": True}, "field 'prompt' is missing"),
+        ({"prompt": [USER], "completion": [USER], "label": True}, "completion does not end with an assistant message"),
+    ],
+)
+def test_malformed_label_says_what_is_expected_and_where(write, row, message):
+    path = write(rows({"prompt": "p", "completion": "a", "label": True}, row))
+    with pytest.raises(DataError) as caught:
+        read_records(path, "label")
+    assert message in str(caught.value) and str(caught.value).startswith(f"{path}:2")
+    assert sum(read_records(path, "label", on_error="skip").skipped.values()) == 1

@@ -10,6 +10,7 @@ from rlhf_fast.data.files import DataError
 from rlhf_fast.data.records import (
     ChatRecord,
     Conversation,
+    LabelRecord,
     Message,
     PairRecord,
     PromptRecord,
@@ -48,6 +49,15 @@ class EncodedPair:
     rejected_ids: list[int]
     prompt_length: int
     record: PairRecord
+
+
+@dataclass(frozen=True)
+class EncodedLabel:
+    """Prompt followed by an answer that begins at prompt_length."""
+
+    input_ids: list[int]
+    prompt_length: int
+    record: LabelRecord
 
 
 @dataclass
@@ -163,26 +173,36 @@ def encode_pair(
     A reward model reads its score at the last token. That is the end-of-turn token of the chat template for
     messages; for texts it is end-of-sequence, or the last token of the text where eos is False.
     """
-    if isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str):
-        texts = (pair.chosen, pair.rejected)
-        if not pair.prompt:
-            chosen, rejected = (encode_text(tokenizer, text, eos=eos) for text in texts)
-            return chosen, rejected, 0
-        prompt = encode_prompt(tokenizer, pair.prompt)
-        answers = [_ids(tokenizer, text, special=False) for text in texts]
-        answers = [_closed(tokenizer, ids) for ids in answers] if eos else answers
-    else:
-        messages = [m for m in pair.prompt if isinstance(m, dict)]
-        before = render(tokenizer, messages, add_generation_prompt=True) if messages else ""
-        prompt = _ids(tokenizer, before, special=False)
-        answers = []
-        for answer in (pair.chosen, pair.rejected):
-            text = render(tokenizer, [*messages, *(m for m in answer if isinstance(m, dict))])
-            if not text.startswith(before):
-                raise ValueError("encode_pair: the chat template rewrites the prompt when an answer is added")
-            answers.append(_until_eos(tokenizer, _ids(tokenizer, text[len(before) :], special=False)))
+    if not pair.prompt and isinstance(pair.chosen, str) and isinstance(pair.rejected, str):
+        chosen, rejected = (encode_text(tokenizer, text, eos=eos) for text in (pair.chosen, pair.rejected))
+        return chosen, rejected, 0
+    prompt, answers = _answered("encode_pair", tokenizer, pair.prompt, (pair.chosen, pair.rejected), eos)
     chosen, rejected = ([*prompt, *ids] for ids in answers)
     return chosen, rejected, len(prompt)
+
+
+def encode_label(tokenizer: PreTrainedTokenizerBase, record: LabelRecord, *, eos: bool = True) -> tuple[list[int], int]:
+    """Tokens of prompt + completion, and the length of the prompt; ends as in `encode_pair`."""
+    prompt, (answer,) = _answered("encode_label", tokenizer, record.prompt, (record.completion,), eos)
+    return [*prompt, *answer], len(prompt)
+
+
+def _answered(
+    op: str, tokenizer: PreTrainedTokenizerBase, asked: Conversation, given: Sequence[Conversation], eos: bool
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens of a prompt, and of each of the answers to it: all are texts, or all are message lists."""
+    if isinstance(asked, str) and all(isinstance(answer, str) for answer in given):
+        answers = [_ids(tokenizer, str(text), special=False) for text in given]
+        return encode_prompt(tokenizer, asked), [_closed(tokenizer, ids) for ids in answers] if eos else answers
+    messages = [m for m in asked if isinstance(m, dict)]
+    before = render(tokenizer, messages, add_generation_prompt=True) if messages else ""
+    answers = []
+    for answer in given:
+        text = render(tokenizer, [*messages, *(m for m in answer if isinstance(m, dict))])
+        if not text.startswith(before):
+            raise ValueError(f"{op}: the chat template rewrites the prompt when an answer is added")
+        answers.append(_until_eos(tokenizer, _ids(tokenizer, text[len(before) :], special=False)))
+    return _ids(tokenizer, before, special=False), answers
 
 
 def encode_records(
@@ -195,7 +215,7 @@ def encode_records(
     response_only: bool = True,
     eos: bool = True,
 ) -> Encoded:
-    """EncodedText, EncodedPrompt or EncodedPair for each record.
+    """EncodedText, EncodedPrompt, EncodedPair or EncodedLabel for each record.
 
     overlong: what happens over a limit. "error" raises DataError, "skip" leaves the record out, "truncate"
     keeps the last max_prompt_tokens of a prompt and the first max_tokens of a sequence; both are counted. A
@@ -248,6 +268,11 @@ class _Limits:
         self.truncated = True
         return True
 
+    def cut(self, source: str, prompt_length: int) -> int:
+        """Tokens to take off the beginning of a prompt."""
+        over = self.exceeded(source, "prompt", prompt_length, self.max_prompt_tokens)
+        return prompt_length - (self.max_prompt_tokens or 0) if over else 0
+
 
 def _encode_prompt(record: PromptRecord, tokenizer: PreTrainedTokenizerBase, fit: _Limits, *_: bool) -> EncodedPrompt:
     ids = encode_prompt(tokenizer, record.prompt)
@@ -281,9 +306,7 @@ def _encode_pair(
     record: PairRecord, tokenizer: PreTrainedTokenizerBase, fit: _Limits, _: bool, eos: bool
 ) -> EncodedPair:
     chosen, rejected, length = encode_pair(tokenizer, record, eos=eos)
-    cut = 0
-    if fit.exceeded(record.source, "prompt", length, fit.max_prompt_tokens):
-        cut = length - (fit.max_prompt_tokens or 0)
+    cut = fit.cut(record.source, length)
     chosen, rejected, length = chosen[cut:], rejected[cut:], length - cut
     if fit.exceeded(record.source, "pair", max(len(chosen), len(rejected)), fit.max_tokens):
         chosen, rejected = chosen[: fit.max_tokens], rejected[: fit.max_tokens]
@@ -292,9 +315,23 @@ def _encode_pair(
     return EncodedPair(chosen, rejected, length, record)
 
 
+def _encode_label(
+    record: LabelRecord, tokenizer: PreTrainedTokenizerBase, fit: _Limits, _: bool, eos: bool
+) -> EncodedLabel:
+    ids, length = encode_label(tokenizer, record, eos=eos)
+    cut = fit.cut(record.source, length)
+    ids, length = ids[cut:], length - cut
+    if fit.exceeded(record.source, "sequence", len(ids), fit.max_tokens):
+        ids = ids[: fit.max_tokens]
+    if length >= len(ids):  # nothing of the answer is left
+        raise _Skip
+    return EncodedLabel(ids, length, record)
+
+
 _ENCODERS: dict[type, Callable[..., Any]] = {
     TextRecord: _encode_sequence,
     ChatRecord: _encode_sequence,
     PromptRecord: _encode_prompt,
     PairRecord: _encode_pair,
+    LabelRecord: _encode_label,
 }

@@ -15,7 +15,7 @@ from rlhf_fast.data.files import DataError, Row, Source
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
 Conversation = str | list[Message]
-Kind = Literal["text", "prompt", "chat", "pair"]
+Kind = Literal["text", "prompt", "chat", "pair", "label"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,20 @@ class PairRecord:
     meta: Row = field(default_factory=dict)
 
 
-Record = TextRecord | PromptRecord | ChatRecord | PairRecord
-R = TypeVar("R", TextRecord, PromptRecord, ChatRecord, PairRecord)
+@dataclass(frozen=True)
+class LabelRecord:
+    """One answer to a prompt, judged alone. Both are texts, or both are message lists."""
+
+    prompt: Conversation
+    completion: Conversation
+    label: bool
+    """True = desirable."""
+    source: str
+    meta: Row = field(default_factory=dict)
+
+
+Record = TextRecord | PromptRecord | ChatRecord | PairRecord | LabelRecord
+R = TypeVar("R", TextRecord, PromptRecord, ChatRecord, PairRecord, LabelRecord)
 
 
 class Records(Sequence[Any]):
@@ -95,6 +107,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt",),
     "chat": ("messages", "prompt", "completion"),
     "pair": ("chosen", "rejected", "prompt", "margin"),
+    "label": ("prompt", "completion", "label"),
 }
 
 
@@ -115,6 +128,8 @@ def read_records(
       "chat"    messages; or prompt and completion
       "pair"    chosen, rejected, and optionally prompt and margin; without a prompt, the messages that both
                 lists begin with are the prompt (whole texts have the empty prompt)
+      "label"   prompt, completion, label: true or false (0, 1 and their texts too), for a desirable answer or another;
+                TRL's columns of unpaired preference data
     Other fields go to `meta`. fields: expected name -> name in the file. limit: stop after so many records.
     on_error "raise" stops at the first malformed record; "skip" leaves it out and counts it. Pairs whose
     answers are equal, or of which one is empty, carry no preference: both modes skip and count them.
@@ -306,9 +321,28 @@ def _margin(row: _Fields) -> float | None:
     return margin
 
 
+def _label(place: str, row: _Fields) -> LabelRecord:
+    prompt, completion = row.conversation("prompt"), row.conversation("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        prompt, completion = _turn(prompt, "user"), _turn(completion, "assistant")
+        if completion[-1]["role"] != "assistant":
+            raise row.fail("completion does not end with an assistant message", "unanswered completion")
+    value = row.get("label")
+    key = value.strip().lower() if isinstance(value, str) else value
+    # 1.0 == 1 == True, so this takes columns of any of these types; a list is no key.
+    label = _LABELS.get(key) if isinstance(key, str | int | float) else None
+    if label is None:
+        got = repr(value) if isinstance(value, str | int | float) else _type(value)
+        raise row.fail(f"field 'label' got {got}, expected true or false", "wrong label")
+    return LabelRecord(prompt, completion, label, place, row.meta)
+
+
+_LABELS: dict[object, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+
 _MAKERS: dict[str, Callable[[str, _Fields], Record]] = {
     "text": _text,
     "prompt": _prompt,
     "chat": _chat,
     "pair": _pair,
+    "label": _label,
 }

@@ -68,8 +68,8 @@ class DataConfig:
 
     path: Name
     """A .jsonl, .json, .csv, .tsv or .parquet file, or the name of a dataset known to `datasets`."""
-    kind: Literal["text", "chat", "prompt", "pair"] = "text"
-    """Shape of the records: text, chat (messages), prompt, or pair (prompt, chosen, rejected)."""
+    kind: Literal["text", "chat", "prompt", "pair", "label"] = "text"
+    """Shape of the records: text, chat (messages), prompt, pair (prompt, chosen, rejected), or label (prompt, completion, label)."""
     split: str | None = None
     """Split of a dataset given by name (train when left out)."""
     fields: Columns = field(default_factory=dict)
@@ -105,6 +105,14 @@ class PairDataConfig(DataConfig):
 
     kind: Literal["pair"] = "pair"
     """Shape of the records: prompt, chosen, rejected."""
+
+
+@dataclass(frozen=True)
+class LabelDataConfig(DataConfig):
+    """Answers that are judged alone: a prompt, a completion, and whether it is a desirable one."""
+
+    kind: Literal["label"] = "label"
+    """Shape of the records: prompt, completion, label."""
 
 
 @dataclass(frozen=True)

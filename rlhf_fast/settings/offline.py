@@ -15,6 +15,7 @@ from rlhf_fast.settings.common import (
     Count,
     DataConfig,
     Fraction,
+    LabelDataConfig,
     ModelConfig,
     Name,
     NonNegative,
@@ -181,3 +182,37 @@ def whole_batches(owner: object, name: str, size: int, limit_name: str, limit: i
     if across and size != limit:
         expected = f"{limit_name} = {limit} with {across[0]}, which looks across the batch"
         raise _check.error(ValueError, type(owner).__name__, name, size, expected)
+
+
+@dataclass(frozen=True)
+class KTOConfig:
+    """KTO (arXiv:2402.01306) on answers that are judged alone; `dpo` with the kind kto takes them from pairs."""
+
+    model: ModelConfig
+    data: LabelDataConfig
+    run: RunConfig
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5, warmup_ratio=0.1))
+    beta: Positive = 0.1
+    """Inverse temperature: lower lets the policy leave the reference further behind."""
+    desirable_weight: Positive = 1.0
+    """Weight of the losses of desirable answers."""
+    undesirable_weight: Positive = 1.0
+    """Weight of the losses of the others. The paper keeps desirable_weight n_desirable / (undesirable_weight n_undesirable) in
+    [1, 4/3]; a run outside says so."""
+    balance: bool = False
+    """Raise one of the weights until that holds for the data of the run."""
+    epochs: Count = 1
+    """Passes over the answers."""
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    """Answers per optimizer step; the baseline comes from those of a batch put to each other's prompts."""
+    micro_batch_size: Count = 8
+    """Answers per forward pass; gradients add up to the one-shot gradient."""
+    packing: bool | None = None
+    """The answers of a micro-batch end to end, without padding; left out: where that is exact and no slower."""
+    eval_fraction: ProperFraction = 0.1
+    """Share of the answers held out for their implicit rewards."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps."""
+
+    def __post_init__(self) -> None:
+        at_most(self, "micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)

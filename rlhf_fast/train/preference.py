@@ -95,7 +95,7 @@ def mismatched_logratios(
     packing: bool = False,
     temperature: float = 1.0,
 ) -> Tensor:
-    """(n,) log-ratios policy / reference of the answers of a batch to each other's prompts (arXiv 2402.01306, section 4.1).
+    """(n,) log-ratios policy / reference of the answers of a batch to each other's prompts, for z0 of KTO (arXiv 2402.01306).
 
     Prompt i gets the answer to prompt i + 1, the last one that to the first. answers: those of all ranks, which share the work.
     """

@@ -21,6 +21,8 @@ from rlhf_fast.config import (
     GroupKLConfig,
     GroupUpdateConfig,
     KLConfig,
+    KTOConfig,
+    LabelDataConfig,
     ModelConfig,
     OnlineDPOConfig,
     OnlineDPOUpdateConfig,
@@ -38,7 +40,7 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.model import LoraConfig
-from rlhf_fast.train import group, online_dpo, ppo, preference, reward, sft
+from rlhf_fast.train import group, kto, online_dpo, ppo, preference, reward, sft
 
 STEPS = 6
 DATA = {
@@ -47,6 +49,10 @@ DATA = {
     PairDataConfig: (
         "pairs.jsonl",
         [{"prompt": "", "chosen": f"a good film {c}.", "rejected": f"a bad story {c}."} for c in "abcdefghijkl"],
+    ),
+    LabelDataConfig: (
+        "labels.jsonl",
+        [{"prompt": t[:5], "completion": t[5:], "label": n % 3 == 0} for n, t in enumerate(TEXTS * 2) if t[5:]],
     ),
 }
 
@@ -107,6 +113,7 @@ RUNS = {
         PairDataConfig,
         {**OFFLINE, "loss": PreferenceLossConfig(mix={"kto": 0.5, "bco": 0.5})},
     ),
+    "kto": Kind(kto.train_kto, KTOConfig, LabelDataConfig, {**OFFLINE, "balance": True}),
     "ppo": Kind(
         ppo.train_ppo,
         PPOConfig,

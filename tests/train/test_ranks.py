@@ -26,6 +26,8 @@ from rlhf_fast.config import (
     GroupKLConfig,
     GroupUpdateConfig,
     KLConfig,
+    KTOConfig,
+    LabelDataConfig,
     ModelConfig,
     OnlineDPOConfig,
     OnlineDPOUpdateConfig,
@@ -43,7 +45,7 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.model import LoraConfig, SharedModel
-from rlhf_fast.train import group, loop, online_dpo, ppo, preference, reward, sft
+from rlhf_fast.train import group, kto, loop, online_dpo, ppo, preference, reward, sft
 from rlhf_fast.train.checkpoint import CheckpointStore
 from rlhf_fast.train.ranks import LETTER, ProcessRanks, RankError, Ranks, join
 
@@ -60,6 +62,10 @@ def source(tmp_path_factory) -> Path:
     write_lines(folder / "prompts.jsonl", [{"prompt": t[:8]} for t in TEXTS])
     pairs = [{"prompt": "", "chosen": f"a good film {c}.", "rejected": f"a bad story {c}."} for c in "abcdefghijkl"]
     write_lines(folder / "pairs.jsonl", pairs)
+    labels = [
+        {"prompt": "a ", "completion": p[c], "label": c == "chosen"} for p in pairs for c in ("chosen", "rejected")
+    ]
+    write_lines(folder / "labels.jsonl", labels)
     return folder
 
 
@@ -73,8 +79,8 @@ def common(source: Path, folder: Path, shared_layers: int = 0, data: str = "prom
     """Without dropout, whose draws are a rank's own."""
     run = {"sample_every": 0, "save_every": 1000, "threads": 1, **run}
     model = ModelConfig(str(source / "model"), "float32", shared_layers, LoraConfig(r=2, alpha=8.0))
-    kind = {"texts": DataConfig, "prompts": PromptDataConfig, "pairs": PairDataConfig}[data]
-    return {"model": model, "data": kind(str(source / f"{data}.jsonl")), "run": RunConfig(str(folder), **run)}
+    kinds = {"texts": DataConfig, "prompts": PromptDataConfig, "pairs": PairDataConfig, "labels": LabelDataConfig}
+    return {"model": model, "data": kinds[data](str(source / f"{data}.jsonl")), "run": RunConfig(str(folder), **run)}
 
 
 def of_sft(source: Path, folder: Path, changes: dict | None = None, **run: object) -> SFTConfig:
@@ -95,6 +101,17 @@ def of_pairs(kind: str) -> Callable:
         return PreferenceConfig(**common(source, folder, data="pairs", **run), **more, loss=loss, optim=optim)
 
     return config
+
+
+def of_kto(source: Path, folder: Path, **run: object) -> KTOConfig:
+    more = {
+        "batch_size": 3,
+        "micro_batch_size": 1,
+        "max_steps": 3,
+        "eval_fraction": 0.25,
+        "optim": OptimConfig(lr=1e-2),
+    }
+    return KTOConfig(**common(source, folder, data="labels", **run), **more)
 
 
 def of_ppo(shared_layers: int, minibatch_size: int = 3) -> Callable:
@@ -150,6 +167,7 @@ RUNS: dict[str, tuple[Callable, Callable]] = {
     "reward": (reward.train_reward, of_reward),
     "dpo": (preference.train_preference, of_pairs("dpo")),
     "kto": (preference.train_preference, of_pairs("kto")),
+    "kto without pairs": (kto.train_kto, of_kto),
     "bco": (preference.train_preference, of_pairs("bco")),
     "aot": (preference.train_preference, of_pairs("aot_unpaired")),
     "ppo": (ppo.train_ppo, of_ppo(0)),
