@@ -228,15 +228,7 @@ def forward(  # type: ignore[no-untyped-def]
 ):
     """The cell of token_logprobs: (logprobs, entropy, logsumexp, kl or None, state or None)."""
     rows, vocab = token_ids.numel(), logits.shape[-1]
-    logits, ref_logits, layout = _layout(logits, ref_logits)
-    vector = LINE // logits.element_size()
-    if vocab % vector:  # a vocabulary has one width of load, and so one order of sums, wherever its rows are
-        vectors = {"VECTOR": 1, "REF_VECTOR": 1}
-    else:
-        vectors = _vectors(logits, ref_logits, layout)
-        if vectors["VECTOR"] == 1 or (ref_logits is not None and vectors["REF_VECTOR"] == 1):
-            logits, ref_logits, layout = _layout(_moved(logits), None if ref_logits is None else _moved(ref_logits))
-            vectors = _vectors(logits, ref_logits, layout)
+    logits, ref_logits, layout, vectors = aligned(logits, ref_logits)
     token_ids, mask, temperature = _ids(token_ids), _bytes(mask), contiguous(temperature)
     logprobs, entropy, logsumexp = (torch.empty_like(token_ids, dtype=torch.float32) for _ in range(3))
     kl = None if ref_logits is None else torch.empty_like(logprobs)
@@ -435,6 +427,24 @@ def backward(  # type: ignore[no-untyped-def]
     return backward_into(
         grad, logits, token_ids, state, mask, temperature, ref_logits, grads, temperature_value, softcap
     )
+
+
+def aligned(
+    logits: Tensor, ref_logits: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, list[int], dict[str, int]]:
+    """(logits, ref_logits, their layout, their `_vectors`), copied where their addresses would change the width of a load.
+
+    A vocabulary has one width of load, and so one order of sums, wherever its rows are.
+    """
+    vocab = logits.shape[-1]
+    logits, ref_logits, layout = _layout(logits, ref_logits)
+    if vocab % (LINE // logits.element_size()):
+        return logits, ref_logits, layout, {"VECTOR": 1, "REF_VECTOR": 1}
+    vectors = _vectors(logits, ref_logits, layout)
+    if vectors["VECTOR"] == 1 or (ref_logits is not None and vectors["REF_VECTOR"] == 1):
+        logits, ref_logits, layout = _layout(_moved(logits), None if ref_logits is None else _moved(ref_logits))
+        vectors = _vectors(logits, ref_logits, layout)
+    return logits, ref_logits, layout, vectors
 
 
 def _moved(x: Tensor) -> Tensor:

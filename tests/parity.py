@@ -12,9 +12,13 @@ def assert_parity(
 ) -> None:
     """`got` is at most FACTOR times as far from `truth` (fp64) as `plain` (PyTorch, same dtype as got), plus the floor.
 
-    scale: what the floor is a share of, when the result is a difference of larger numbers. Non-finite values must agree in place and kind.
+    scale: what the floor is a share of, when the result is a difference of larger numbers. Non-finite values must agree in place and kind,
+    integers everywhere.
     """
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    if not got.is_floating_point():
+        assert torch.equal(got, truth), f"{what}: {got[got != truth][:4]}, expected {truth[got != truth][:4]}"
+        return
     finite = truth.isfinite()
     same = torch.equal(got.isfinite(), finite) and torch.equal(
         got.double()[~finite].nan_to_num(7.0), truth.double()[~finite].nan_to_num(7.0)

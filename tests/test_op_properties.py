@@ -60,6 +60,30 @@ def token_logprobs(d: Draw) -> dict[str, Any]:
     }
 
 
+def sample_tokens(d: Draw) -> dict[str, Any]:
+    """With numbers in the middle of what a class of some probability has, so that rounding decides nothing."""
+    vocab = d.pick(1, 2, 17, 64, 1001, 1025)
+    d.length = min(d.length, 9)
+    logits = d.normal(d.rows * d.length, vocab, scale=4.0).contiguous().view(d.rows, d.length, vocab)
+    temperature, softcap = d.pick(1.0, 0.7, 3.0), d.pick(None, 5.0)
+    banned_ids = d.pick(None, torch.tensor([0])) if vocab > 1 else None
+    y = logits.double()
+    y = y if softcap is None else softcap * torch.tanh(y / softcap)
+    y = y if banned_ids is None else y.index_fill(-1, banned_ids, -torch.inf)
+    p = (y / temperature).softmax(-1)
+    token = torch.multinomial((p.clamp_min(1e-3) - 1e-3).flatten(0, 1) + 1e-30, 1, generator=d.generator)
+    token = token.view(d.rows, d.length, 1)
+    own = p.gather(-1, token)
+    return {
+        "logits": logits,
+        "uniform": (p.cumsum(-1).gather(-1, token) - 0.5 * own).squeeze(-1).clamp(0.0, 1.0 - 1e-9),
+        "temperature": d.pick(temperature, torch.full((d.rows, d.length), temperature, dtype=torch.float64)),
+        "softcap": softcap,
+        "banned_ids": banned_ids,
+        "mask": d.pick(None, d.mask()),
+    }
+
+
 def linear_token_logprobs(d: Draw) -> dict[str, Any]:
     vocab, width = d.pick(3, 17, 130), d.pick(1, 8, 33)
     d.length = min(d.length, 9)
@@ -250,6 +274,7 @@ def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tenso
     "inputs",
     [
         token_logprobs,
+        sample_tokens,
         linear_token_logprobs,
         kl_estimate,
         gae,

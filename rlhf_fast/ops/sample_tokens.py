@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _check
 from rlhf_fast._native import DTYPES, contiguous, kernel
-from rlhf_fast._op import Op, cpp
+from rlhf_fast._op import Op, cpp, triton
 from rlhf_fast._types import SampledTokens
 from rlhf_fast.ops.token_logprobs import _layout, wide
 from rlhf_fast.reference.sample_tokens import refused
@@ -48,7 +48,7 @@ def sample_tokens(
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range; names the argument. Numbers and temperatures in tensors are
-            looked at on the CPU alone.
+            looked at on the CPU alone; elsewhere such a row has no token.
     """
     _check.floating("sample_tokens", "logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
@@ -137,12 +137,18 @@ def _fake(logits, uniform, mask, temperature, banned_ids, temperature_value, sof
     return logits.new_empty(rows, dtype=torch.int64), logprobs, torch.empty_like(logprobs)
 
 
+def _declines(logits: Tensor, *args: object) -> str | None:
+    if logits.dtype is torch.float64:
+        return "fp64 is left to the reference"
+    return None
+
+
 _sample_tokens = Op(
     "sample_tokens",
     "(Tensor logits, Tensor? uniform, Tensor? mask, Tensor? temperature, Tensor? banned_ids, float temperature_value, "
     "float softcap) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends=[cpp(_forward)],
+    backends=[triton("sample_tokens", declines=_declines), cpp(_forward)],
     strided=True,
 )

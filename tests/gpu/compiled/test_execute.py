@@ -10,7 +10,7 @@ from gpu.tools.on_cpu import on_cpu
 from gpu.tools.ptx_memory import traffic
 
 import rlhf_fast
-from rlhf_fast.reference import advantages, lora_linear, ppo_loss, token_logprobs
+from rlhf_fast.reference import advantages, lora_linear, ppo_loss, sample_tokens, token_logprobs
 
 ARCHS = [80, 90, 100]
 CASES = cases_of(*triton_ops())
@@ -42,17 +42,21 @@ def test_no_launch_for_empty_input(op):
     assert all(not x.isnan().any() for x in found.values())
 
 
-def test_rows_may_lie_further_apart_than_32_bits_count():
+@pytest.mark.parametrize("op", ["token_logprobs", "sample_tokens"])
+def test_rows_may_lie_further_apart_than_32_bits_count(op):
     step, vocab = 2**30 + 8, 515
 
     def inputs():
-        small = token_logprobs.sample((3,), vocab, dtype=torch.bfloat16, ref=False)
-        del small["mask"]
+        small = {"token_logprobs": token_logprobs.sample, "sample_tokens": sample_tokens.sample}[op]
+        found = small((3,), vocab, dtype=torch.bfloat16)
         # 4 GiB of address space, of which three rows are touched.
         far = torch.empty(2 * step + vocab, dtype=torch.bfloat16).as_strided((3, vocab), (step, 1))
-        return {"logits": far.copy_(small["logits"]), "token_ids": small["token_ids"].clamp_min(0)}
+        logits = far.copy_(found["logits"])
+        if op == "sample_tokens":
+            return {"logits": logits, "uniform": found["uniform"]}
+        return {"logits": logits, "token_ids": found["token_ids"].clamp_min(0)}
 
-    case = Case("token_logprobs", "far", inputs, ("logits",))
+    case = Case(op, "far", inputs, ("logits",) if op == "token_logprobs" else ())
     held = inputs()
     with install(90) as driver:
         got = case.kernels(held)
@@ -106,6 +110,18 @@ def test_token_logprobs_reads_the_logits_once_and_writes_the_gradient_once(vocab
     assert 1.0 <= traffic(backward) / minimum <= 1.02
     # A second pass over the logits that stays in the caches would be no traffic, but twice the bytes asked for.
     assert sum(r.load_bytes for r in forward) <= 1.25 * size(*inputs.values())
+
+
+@pytest.mark.parametrize("vocab", [8192, 151_936], ids=str)
+def test_sample_tokens_reads_the_logits_once(vocab):
+    inputs = sample_tokens.sample((2,), vocab, dtype=torch.bfloat16)
+    with install(90) as driver, on_cpu("triton"):
+        out, launches = measured(driver, lambda: rlhf_fast.sample_tokens(**inputs))
+    assert len(launches) == 2
+    sums = 2 * 2 * 12 * -(-vocab // 4096)  # of two rows, written and read
+    part = 2 * 2 * 4096  # of each row, read again
+    assert traffic(launches[:1]) == pytest.approx(inputs["logits"].nbytes + sums / 2, rel=0.01)
+    assert traffic(launches[1:]) <= size(inputs["uniform"], *out) + sums / 2 + part + 256
 
 
 def test_advantages_move_little_more_than_they_must_in_two_launches():

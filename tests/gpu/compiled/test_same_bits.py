@@ -10,7 +10,7 @@ from rlhf_fast.kernels import ppo_loss as ppo_kernels
 
 import rlhf_fast
 from rlhf_fast._counters import counters_for
-from rlhf_fast.reference import advantages, gae, lora_linear, ppo_loss, reward_loss, whiten
+from rlhf_fast.reference import advantages, gae, lora_linear, ppo_loss, reward_loss, sample_tokens, whiten
 
 ARCHS = [80, 90]
 
@@ -76,6 +76,20 @@ def test_a_row_passes_through_its_adapter_alike_alone_and_beside_others(arch, dt
             part = {"x": kwargs["x"][rows], "lora_a": a, "lora_b": b, "scale": kwargs["scale"][1]}
             assert torch.equal(rlhf_fast.lora_linear(weight=kwargs["weight"], **part), whole[rows])
     assert not whole[40:80].any()  # rows without an adapter
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("vocab", [2048, 2051, 5000])
+def test_a_row_of_logits_gives_its_token_alike_alone_and_beside_others_at_any_address(vocab, arch):
+    x = sample_tokens.sample((4,), vocab, dtype=torch.bfloat16)
+    moved = torch.nn.functional.pad(x["logits"], (1, 4))[:, 1:-4]
+    with install(arch) as driver, on_cpu("triton"):
+        whole = rlhf_fast.sample_tokens(**x)
+        assert all(torch.equal(a, b) for a, b in zip(whole, rlhf_fast.sample_tokens(moved, x["uniform"]), strict=True))
+        for i in range(4):
+            alone = rlhf_fast.sample_tokens(moved[i : i + 1], x["uniform"][i : i + 1])
+            assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, whole, strict=True))
+    assert all(launch.findings == [] for launch in driver.launches)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

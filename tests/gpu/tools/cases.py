@@ -31,6 +31,7 @@ from rlhf_fast.reference import (
     lora_linear,
     ppo_loss,
     reward_loss,
+    sample_tokens,
     token_logprobs,
     whiten,
 )
@@ -237,6 +238,35 @@ def _token_logprobs() -> Iterator[Case]:
     yield Case("token_logprobs", "large-fp32", _logits((2,), 10_240, FP32, masked=False), leaf)
 
 
+def _sampled() -> Iterator[Case]:
+    def rows(vocab: int, dtype: torch.dtype, *names: str, **more: Tensor) -> Callable[[], Tensors]:
+        found = sample_tokens.sample((4,), vocab, dtype=dtype)
+        return lambda: {**{k: v for k, v in found.items() if k in ("logits", *names)}, **more}
+
+    def shared() -> Tensors:
+        """The samples of a prompt have one row of logits, and those of prompts lie apart."""
+        found = sample_tokens.sample((2, 3), 1003, dtype=BF16)
+        wide = torch.full((2, 2, 1003), float("nan"), dtype=BF16)
+        wide[:, 0] = found["logits"][:, 0]
+        return {**found, "logits": wide[:, :1].expand(2, 3, 1003)}
+
+    some = torch.tensor([True, False, True, True])
+    for dtype, name in ((FP32, "fp32"), (BF16, "bf16"), (FP16, "fp16")):
+        yield Case("sample_tokens", f"{name}-aligned", rows(2048, dtype, "uniform"))
+        yield Case("sample_tokens", f"{name}-odd", rows(1003, dtype, "uniform", mask=some))
+    options = {"softcap": 5.0, "temperature": 0.7}
+    yield Case("sample_tokens", "cap", rows(1503, BF16, "uniform", mask=some), options=options)
+    temperature = torch.tensor([0.5, 1.0, 0.0, 2.0])
+    yield Case("sample_tokens", "temperatures", rows(1503, BF16, "uniform", temperature=temperature, mask=some))
+    yield Case("sample_tokens", "greedy", rows(1503, FP32), options={"temperature": 0.0})
+    banned = torch.tensor([1502, 0, 1023, 1024, 77])
+    yield Case("sample_tokens", "banned", rows(1503, BF16, "uniform", banned_ids=banned, mask=some))
+    yield Case("sample_tokens", "shared", shared)
+    yield Case("sample_tokens", "one-class", rows(1, BF16, "uniform"))
+    yield Case("sample_tokens", "large", rows(20_001, BF16, "uniform"))
+    yield Case("sample_tokens", "large-aligned", rows(20_000, FP32, "uniform"))
+
+
 def _linear() -> Iterator[Case]:
     for dtype, name in ((FP32, "fp32"), (BF16, "bf16")):
         for trained in (("hidden",), ("hidden", "weight", "bias")):
@@ -335,7 +365,7 @@ def _per_token() -> Iterator[Case]:
         yield Case("reward_loss", name, inputs, ("chosen_scores", "rejected_scores"), options)
 
 
-CASES = [*_token_logprobs(), *_linear(), *_lora(), *_per_token()]
+CASES = [*_token_logprobs(), *_sampled(), *_linear(), *_lora(), *_per_token()]
 
 
 def cases_of(*ops: str) -> list[Case]:
