@@ -109,6 +109,7 @@ _UNHASHED_KEYS = {
     "model": {"shard"},
     "run": {f.name for f in dataclasses.fields(RunConfig)} - {"seed"},
     "reward": {"workers", "timeout", "retries", "call_size", "max_unscorable"},
+    "rollout.process": {"threads", "timeout"},
 }
 
 
@@ -178,8 +179,11 @@ def config_hash(config: Any) -> str:
     """SHA-256 (hex) of the settings that can change a run's numbers; of `run` only the seed counts."""
     tree = _plain(validate(config))
     for section, keys in _UNHASHED_KEYS.items():
+        owner = tree
+        for part in section.split("."):
+            owner = owner.get(part, {})
         for key in keys:
-            tree.get(section, {}).pop(key, None)
+            owner.pop(key, None)
     text = json.dumps([type(config).__name__, tree], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -344,6 +344,9 @@ def test_hash_ignores_where_and_how_a_run_is_shown(load):
     words = "--reward.workers 4 --reward.timeout 5 --reward.retries 0 --reward.call-size 2 --reward.max-unscorable 0.5"
     assert config_hash(load(FILE, *words.split())) == plain
     assert config_hash(load(FILE, "--reward.whole-batch")) != plain
+    words = "--rollout.process.threads 1 --rollout.process.timeout 5"
+    assert config_hash(load(FILE, *words.split())) == plain
+    assert config_hash(load(FILE, "--rollout.process.device", "cuda")) != plain
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,8 @@ def test_what_a_batch_raises_is_told_and_the_next_one_is_sampled(engine, model):
 
 
 def test_an_adapter_is_taken_while_the_process_samples(engine, model):
-    assert sum(x.numel() * x.element_size() for x in model.state_of("policy").values()) >= 1 << 20  # a pipe holds 64 KiB
+    size = sum(x.numel() * x.element_size() for x in model.state_of("policy").values())
+    assert size >= 1 << 20  # a pipe holds 64 KiB
     engine.update(model, 0)
     engine.submit(request([[5] * 8] * 64, 4, max_new_tokens=100, eos_token_id=None))
     for version in (1, 2):
@@ -418,8 +419,8 @@ def test_an_older_policys_tokens_are_weighted_as_in_plain_pytorch(source, kind, 
     prompts = prompts * 2 if kind == "ppo" else prompts[:2]
     rollout = trainer.rollout(prompts, torch.Generator().manual_seed(0))
     disturb(model, 2)  # what trains is another policy now
-    e = trainer.score(rollout)
-    updates = Updates(model)
+    e = dataclasses.replace(trainer.score(rollout), scores=torch.tensor([3.0, 1.0, 0.0, 2.0, 5.0, 1.0, 1.0, 4.0]))
+    updates, coef = Updates(model), trainer.controller.coef
     metrics = trainer.update(updates, e, torch.Generator().manual_seed(1))
 
     out, P = model(rollout.input_ids, rollout.attention_mask, roles=("policy", "reference")), rollout.prompt_length
@@ -440,7 +441,7 @@ def test_an_older_policys_tokens_are_weighted_as_in_plain_pytorch(source, kind, 
     if kind == "ppo":
         each = advantages(
             e.scores, e.values, mask, logprobs=e.logprobs, ref_logprobs=e.ref_logprobs,
-            kl_coef=trainer.controller.coef, gamma=1.0, lam=0.95, whiten=True, truncated=~rollout.finished,
+            kl_coef=coef, gamma=1.0, lam=0.95, whiten=True, truncated=~rollout.finished,
         ).advantages  # fmt: skip
         loss = -((logprobs - proximal).exp() * each * weights)[mask].sum() / mask.sum()
     else:
