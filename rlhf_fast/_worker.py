@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_fast._guarded import has_ended
+
 LOAD_TIMEOUT = 600.0
 """Seconds in which a process has to import and load what it needs."""
 EXIT_TIMEOUT = 2.0
@@ -128,23 +130,16 @@ class Worker:
 
     def gone(self) -> bool:
         """Whether it can answer no more."""
-        if self._answers in self._open and self._ended():
+        if self._answers in self._open and has_ended(self.process):
             while chunk := self._read(self._answers):  # what it wrote last
                 self._inbox += chunk
             return not self._whole()
         return self._answers not in self._open
 
-    def _ended(self) -> bool:
-        # Without reaping it: while the process is a zombie, no other can get its number, and with it our kill.
-        try:
-            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # reaped by somebody else
-            return True
-
     def ending(self) -> str:
         """How a process that is gone has ended."""
         deadline = time.monotonic() + EXIT_TIMEOUT  # its pipes close a moment before it has ended
-        while not self._ended() and time.monotonic() < deadline:
+        while not has_ended(self.process) and time.monotonic() < deadline:
             time.sleep(0.001)
         self.kill()
         code = self.process.returncode or 0

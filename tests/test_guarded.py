@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast import _guarded
+from rlhf_fast._guarded import Guarded
+
+# A program with a child of its own, which keeps its parent's end to itself.
+PROGRAM = (
+    "import os, subprocess, sys, time\n"
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
+    "print('pids', os.getpid(), child.pid, flush=True)\n"
+    "time.sleep(100)\n"
+)
+
+
+def pids(log: Path) -> list[int]:
+    deadline = time.monotonic() + 20
+    while "pids" not in (text := log.read_text() if log.exists() else "") or not text.endswith("\n"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return [int(word) for word in text.split("pids")[1].split()[:2]]
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"process {pid} is still there")
+
+
+def start(tmp_path: Path, *command: str) -> Guarded:
+    return Guarded(command, log=tmp_path / "log", environment=os.environ)
+
+
+def test_end_leaves_nothing_of_the_group(tmp_path):
+    program = start(tmp_path, sys.executable, "-c", PROGRAM)
+    found = pids(tmp_path / "log")
+    assert not program.ended
+    started = time.monotonic()
+    program.end()
+    assert program.ended and time.monotonic() - started < 5
+    for pid in found:
+        wait_until_gone(pid)
+    program.end()  # once more does nothing
+
+
+def test_a_program_that_does_not_listen_is_killed(tmp_path, monkeypatch):
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + PROGRAM
+    monkeypatch.setattr(_guarded, "GRACE", -1.5)  # of this side; the guard's own is longer
+    program = start(tmp_path, sys.executable, "-c", deaf)
+    found = pids(tmp_path / "log")
+    program.end()
+    for pid in found:
+        wait_until_gone(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_it_ends_with_its_parent_however_that_dies(tmp_path, number):
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom rlhf_fast._guarded import Guarded\n"
+        f"program = Guarded([sys.executable, '-c', {PROGRAM!r}], log=Path({str(tmp_path / 'log')!r}), environment=os.environ)\n"
+        "if os.fork() == 0:\n    os.execvp('sleep', ['sleep', '60'])\n"  # a child that outlives it has no hold on the program
+        "print('ready', flush=True)\nsys.stdin.read()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(_guarded.__file__).parents[1])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    ) as parent:
+        assert parent.stdout.readline() == b"ready\n"
+        found = pids(tmp_path / "log")
+        parent.send_signal(number)
+        parent.wait()
+        for pid in found:
+            wait_until_gone(pid)
+        os.killpg(parent.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("raise SystemExit(3)", "ended with status 3"), ("import os; os.kill(os.getpid(), 11)", "was ended by signal 11")],
+)
+def test_the_log_ends_with_how_it_ended(tmp_path, code, told):
+    program = start(tmp_path, sys.executable, "-c", "print('hello', flush=True); " + code)
+    while not program.ended:
+        time.sleep(0.01)
+    assert program.last_words(2) == f"the end of {tmp_path / 'log'}:\nhello\nthe program {told}"
+
+
+def test_a_program_that_is_not_there(tmp_path):
+    program = start(tmp_path, "/no/such/program")
+    while not program.ended:
+        time.sleep(0.01)
+    assert "/no/such/program: No such file or directory" in program.last_words()
