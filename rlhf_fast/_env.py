@@ -10,6 +10,7 @@ VARIABLES = {
     "CUDA_LIB": "use the CUDA kernels of one CUDA major (12, 13) or of a file, whatever this torch is built for",
     "FAULT": "kill the process at a named point, for tests of crash safety",
     "REWARD_TOKEN": "bearer token that requests to a reward server carry",
+    "VLLM_TOKEN": "bearer token that requests to a vLLM server elsewhere carry",
 }
 
 

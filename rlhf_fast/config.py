@@ -39,6 +39,7 @@ from rlhf_fast.settings.common import (
     RewardSource,
     RolloutConfig,
     RunConfig,
+    VLLMConfig,
     is_callable_spec,
     is_url,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SFTConfig",
+    "VLLMConfig",
     "config_hash",
     "config_help",
     "is_callable_spec",
@@ -103,12 +105,14 @@ __all__ = [
 
 # Settings that name code or a server. A file that was handed over must not choose what runs, nor where completions go: only the
 # command line may.
-_CODE_KEYS = ("reward.source", "reward.mix", "judges")
+_CODE_KEYS = ("reward.source", "reward.mix", "judges", "rollout.vllm.server")
+_PROGRAM_KEYS = ("rollout.vllm.python", "rollout.vllm.arguments")
 # Settings that move, show or guard a run without changing its numbers.
 _UNHASHED_KEYS = {
     "model": {"shard"},
     "run": {f.name for f in dataclasses.fields(RunConfig)} - {"seed"},
     "reward": {"workers", "timeout", "retries", "call_size", "max_unscorable"},
+    "rollout": {"vllm"},
     "rollout.process": {"threads", "timeout"},
 }
 
@@ -152,12 +156,12 @@ def load_config(
 
 
 def _refuse_code(file: Tree) -> None:
-    for key in _CODE_KEYS:
+    for key in (*_CODE_KEYS, *_PROGRAM_KEYS):
         value: Any = file.values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         for source in [value] if isinstance(value, str) else value or ():
-            if isinstance(source, str) and (is_callable_spec(source) or is_url(source)):
+            if isinstance(source, str) and (key in _PROGRAM_KEYS or is_callable_spec(source) or is_url(source)):
                 what = "a server to send completions to" if is_url(source) else "code to run"
                 raise ConfigError(
                     f"{file.places[key]}{key}: got {source!r}, but a settings file may not name {what}; "

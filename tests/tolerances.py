@@ -41,6 +41,10 @@ TEACHER_FORCED = {torch.float32: 1e-5, torch.bfloat16: 0.08}
 """Log-probs of a rollout against those of one pass over the finished text, absolute and relative: the same sums in another order, and
 in bf16 activations that are rounded at other places (0.05 seen on three layers of width 32)."""
 
+ANOTHER_ENGINE = 1e-4
+"""Log-probs in nats of an engine beside the trainer in fp32 against those of training: every sum in another order, and the folds an
+adapter there and weights here (1e-5 seen on two layers of width 128)."""
+
 SPLIT = 1e-12
 """Losses and gradients of the parts of an fp64 batch against those of the whole, as a share of the largest magnitude."""
 

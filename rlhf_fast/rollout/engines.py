@@ -41,6 +41,9 @@ class Request:
 class Engine(ABC):
     """A second process or a server that holds the base and the newest policy adapter it was given. Use as a context manager."""
 
+    for_all_ranks = False
+    """Whether the first rank's engine samples for all of them; otherwise each rank has one."""
+
     @abstractmethod
     def update(self, model: SharedModel, version: int) -> None:
         """Hand over the policy's adapter as it is now: the next `submit` samples with it. Nothing is restarted.

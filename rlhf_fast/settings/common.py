@@ -259,6 +259,30 @@ class ProcessConfig:
 
 
 @dataclass(frozen=True)
+class VLLMConfig:
+    """A vLLM server that samples: one that the run starts, or one that runs elsewhere, on another host for instance."""
+
+    python: Name | None = None
+    """Python of the environment that vLLM is installed in: the run starts a server with it, which ends with the run."""
+    server: Name | None = None
+    """Instead, a server that runs: http://host:port. It serves model.path without folds, with --enable-lora, a --max-lora-rank for
+    adapter and folds together, --logprobs-mode processed_logprobs and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1."""
+    arguments: tuple[Name, ...] = ()
+    """Further arguments for the server that the run starts, for example --gpu-memory-utilization=0.4."""
+    adapters: Name | None = None
+    """Folder through which adapters are handed over, which a server elsewhere sees under the same path (vllm in run.output_dir when
+    left out)."""
+    requests: Count = 256
+    """Completions asked for at once."""
+    start_timeout: Positive = 900.0
+    """Seconds in which the server that the run starts has to answer."""
+    timeout: Positive = 600.0
+    """Seconds that a completion may take, with the time it waits for others."""
+    retries: CountOrZero = 3
+    """Further attempts, with growing pauses, after a connection that fails, a timeout or a busy server."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig(GenerationConfig):
     """Sampling of completions, and what one that never ends is worth."""
 
@@ -266,8 +290,9 @@ class RolloutConfig(GenerationConfig):
     """A completion that never ends: keep its score, replace it by -penalty, or subtract the penalty."""
     missing_eos_penalty: NonNegative = 1.0
     """The penalty of missing_eos."""
-    engine: Literal["local", "process"] = "local"
-    """Who samples: the training process, or a second one with the base and the newest adapter (under torchrun one for each rank)."""
+    engine: Literal["local", "process", "vllm"] = "local"
+    """Who samples: the training process, a second one with the base and the newest adapter (under torchrun one for each rank), or a
+    vLLM server (one for all ranks)."""
     staleness: CountOrZero = 0
     """Batches that an engine samples ahead while others are trained on, each by the policy of so many steps before; 0 waits."""
     correction: Name | None = None
@@ -275,6 +300,8 @@ class RolloutConfig(GenerationConfig):
     left out and the sampling policy is not the one in training, bit for bit)."""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     """The second process of engine = process."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """The server of engine = vllm."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -284,6 +311,9 @@ class RolloutConfig(GenerationConfig):
         if self.staleness and self.engine == "local":
             expected = "0 with engine = local, which samples with the model in training"
             raise _check.error(ValueError, owner, "staleness", self.staleness, expected)
+        if self.engine == "vllm" and (self.vllm.python is None) == (self.vllm.server is None):
+            got = f"{self.vllm.python!r} and server {self.vllm.server!r}"
+            raise _check.error(ValueError, owner, "vllm.python", got, "exactly one of the two")
 
     @property
     def same_policy(self) -> bool:

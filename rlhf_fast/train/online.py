@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import TokenStats
+from rlhf_fast import TokenStats, kl_estimate
 from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import KLConfig, RolloutConfig
 from rlhf_fast.corrections import RolloutCorrection, rollout_correction
@@ -70,6 +70,19 @@ class Experience:
         """Over the completions that count; 0 if none does."""
         counted = self.mask.any(1)
         return float(self.kl_per_sequence()[counted].mean()) if counted.any() else 0.0
+
+    def mismatch(self) -> dict[str, float]:
+        """How far the log-probs of who sampled are from those of training, over the sampled tokens in nats: mean and largest absolute
+        difference, and the k3 estimate of KL(sampler || policy). Nothing where both are the same numbers.
+
+        A shortest length makes them two distributions: the sampler's is without end-of-sequence there.
+        """
+        there, mask = self.rollout.logprobs, self.rollout.response_mask
+        if there is None or there is self.logprobs or not mask.any():
+            return {}
+        off = (self.logprobs - there)[mask].abs()
+        kl = kl_estimate(there, self.logprobs, "k3", mask=mask)[mask]
+        return {"mismatch/mean": float(off.mean()), "mismatch/max": float(off.max()), "mismatch/kl": float(kl.mean())}
 
 
 class Sampler(ABC):
@@ -144,7 +157,8 @@ class Sampler(ABC):
         if self.ranks.world == 1 and found is not None:
             return found
         names = ("responses", "response_mask", "finished", "logprobs", "entropy")
-        every = self.ranks.rows({} if found is None else {name: getattr(found, name) for name in names})
+        known = {} if found is None else {name: getattr(found, name) for name in names}
+        every = self.ranks.rows({name: x for name, x in known.items() if x is not None})
         ids, mask = (x.repeat_interleave(request.num_samples, 0) for x in pad(request.prompts, left=True))
         every["input_ids"] = torch.cat([ids, every.pop("responses")], 1)
         return Rollout(attention_mask=torch.cat([mask, every["response_mask"]], 1), **every)
@@ -241,6 +255,7 @@ class Sampler(ABC):
         weights = {} if e.correction is None else e.correction.stats.floats()
         return {
             **kl,
+            **e.mismatch(),
             **{f"correction/{name}": value for name, value in weights.items() if name != "tokens"},
             "score": float(e.raw_scores[~e.raw_scores.isnan()].mean()),
             "entropy": float(e.entropy.sum() / e.rollout.response_mask.sum()),
@@ -338,9 +353,11 @@ def train_online(
     state: State = {**trainer.state(), "rewards": (rewards.get, rewards.put)}
     identity, flags = {"data": fingerprint}, rewards.fingerprints()
     pipeline = Pipeline(trainer, draw, config.steps)
+    context = max(map(len, prompts)) + config.rollout.max_new_tokens
     with (
         rewards,
-        engine_of(config.model, config.rollout) or nullcontext() as pipeline.engine,
+        engine_of(config.model, config.rollout, Path(config.run.output_dir), context)
+        or nullcontext() as pipeline.engine,
         Run(title, config, model, rates, config.steps, identity, state, flags, pipeline.buffers) as run,
     ):
         trainer.ranks = rewards.ranks = run.ranks

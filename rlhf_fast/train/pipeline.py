@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,10 +22,17 @@ Draw = Callable[[int], tuple[list[list[int]], torch.Generator]]
 """Step -> its prompts, and the generator of all that is drawn in it."""
 
 
-def engine_of(model: ModelConfig, rollout: RolloutConfig) -> Engine | None:
-    """What samples beside the trainer by these settings; None where the trainer does it."""
+def engine_of(model: ModelConfig, rollout: RolloutConfig, folder: Path, context: int) -> Engine | None:
+    """What samples beside the trainer by these settings; None where the trainer does it.
+
+    folder: of the run. context: tokens of the longest prompt and completion together.
+    """
     if rollout.engine == "local":
         return None
+    if rollout.engine == "vllm":
+        from rlhf_fast.rollout.vllm import VLLMEngine
+
+        return VLLMEngine(rollout.vllm, model, context=context, folder=folder / "vllm")
     from rlhf_fast.rollout.process import ProcessEngine
 
     p = rollout.process
@@ -103,9 +111,16 @@ class Pipeline:
         model.load_state_of("policy", current)
 
     def _give(self, version: int) -> None:
-        if version != self._given:
-            self.engine.update(self.trainer.model, version)  # type: ignore[union-attr]
-            self._given = version
+        assert self.engine is not None
+        if version == self._given:
+            return
+        if not self.engine.for_all_ranks:
+            self.engine.update(self.trainer.model, version)
+        else:
+            with self.trainer.ranks.whole():  # an engine may run the model, to compare
+                if self.trainer.ranks.first:
+                    self.engine.update(self.trainer.model, version)
+        self._given = version
 
     def _ask(self, last: int) -> None:
         """For all batches up to that of step `last`."""
@@ -120,6 +135,9 @@ class Pipeline:
 
     def _own(self, request: Request) -> Request | None:
         """What this rank samples of it."""
+        assert self.engine is not None
+        if self.engine.for_all_ranks:
+            return request if self.trainer.ranks.first else None
         rows = self.trainer.sampled_here(len(request.seeds))
         return request.part(rows) if rows.start < rows.stop else None
 

@@ -263,7 +263,7 @@ def inside(monkeypatch) -> list[Inside]:
     """Engines in this process instead of others."""
     made: list[Inside] = []
 
-    def engine_of(model: ModelConfig, rollout: RolloutConfig) -> Inside | None:
+    def engine_of(model: ModelConfig, rollout: RolloutConfig, *_: object) -> Inside | None:
         made.append(Inside(model, rollout))
         return made[-1]
 
