@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_fast._guarded import has_ended
 from rlhf_fast.config import RewardSource
 from rlhf_fast.rewards import Call, ContractError, Failure, InProcess, Pool, RewardError, Scorer, load_callable
 from rlhf_fast.train.rewards import Rewards
@@ -212,7 +213,7 @@ def test_idle_workers_that_die_are_replaced_unnoticed(hasty):
         hasty._turn()
     for worker in hasty._workers:
         os.kill(worker.process.pid, signal.SIGKILL)
-        while not worker._ended():
+        while not has_ended(worker.process):
             time.sleep(0.01)
     assert Scorer(hasty).scores(spec("on_cue"), [""] * 4, ["a"] * 4, allowed=0) == [1.0] * 4
 
