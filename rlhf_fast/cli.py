@@ -43,6 +43,11 @@ COMMANDS = {
         "OnlineDPOConfig",
         "rlhf_fast.train.online_dpo:train_online_dpo",
     ),
+    "raft": Command(
+        "best-of-n fine-tuning: the best of the policy's own completions are learned",
+        "RaftConfig",
+        "rlhf_fast.train.raft:train_raft",
+    ),
     "evaluate": Command(
         "compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"
     ),

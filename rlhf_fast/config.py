@@ -53,6 +53,8 @@ from rlhf_fast.settings.online import (
     OnlineDPOUpdateConfig,
     PPOConfig,
     PPOUpdateConfig,
+    RaftConfig,
+    RaftUpdateConfig,
 )
 from rlhf_fast.settings.tools import EvaluateConfig, PlanConfig
 
@@ -87,6 +89,8 @@ __all__ = [
     "PreferenceLossConfig",
     "ProcessConfig",
     "PromptDataConfig",
+    "RaftConfig",
+    "RaftUpdateConfig",
     "RewardConfig",
     "RewardSource",
     "RolloutConfig",

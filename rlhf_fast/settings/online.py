@@ -12,6 +12,7 @@ from rlhf_fast.dialects import dialect
 from rlhf_fast.losses import ADVANTAGES, RECIPES
 from rlhf_fast.settings.common import (
     Count,
+    Finite,
     Fraction,
     KLConfig,
     ModelConfig,
@@ -233,3 +234,49 @@ class OnlineDPOConfig:
         at_most(self, "dpo.minibatch_size", minibatch, "rollout.batch_size / group_size", prompts)
         sizes = self.dpo.micro_batch_size, "dpo.minibatch_size", minibatch
         whole_batches(self, "dpo.micro_batch_size", *sizes, self.loss)
+
+
+@dataclass(frozen=True)
+class RaftUpdateConfig:
+    """Which completions are learned, and the updates on them."""
+
+    best: Count | None = 1
+    """At most so many completions of each prompt, those with the highest scores; none: all that reach the threshold."""
+    threshold: Finite | None = None
+    """Completions that score less are not learned; scores as they are after reward.normalize and rollout.missing_eos."""
+    epochs: Count = 1
+    """Passes over what a rollout batch keeps."""
+    minibatch_size: Count | None = None
+    """Completions per optimizer step (all that are kept when left out)."""
+    micro_batch_size: Count = 8
+    """Completions per forward pass; gradients add up to those of the minibatch."""
+
+    def __post_init__(self) -> None:
+        at_most(self, "micro_batch_size", self.micro_batch_size, "minibatch_size", self.minibatch_size)
+        if self.best is None and self.threshold is None:
+            raise _check.error(ValueError, type(self).__name__, "best", None, "a number, or a threshold")
+
+
+@dataclass(frozen=True)
+class RaftConfig:
+    """Best-of-n fine-tuning (RAFT, arXiv:2304.06767; rejection sampling, arXiv:2307.09288): learn the best of several completions."""
+
+    model: ModelConfig
+    data: PromptDataConfig
+    run: RunConfig
+    reward: RewardSource
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    group_size: Count = 8
+    """Completions of each prompt; rollout.batch_size is a multiple of it."""
+    raft: RaftUpdateConfig = field(default_factory=RaftUpdateConfig)
+    packing: bool | None = None
+    """Completions of a micro-batch end to end, without padding; left out: where that is exact and no slower, which it is on a CPU and
+    with flash-attn."""
+    steps: Count = 100
+    """Rollout batches."""
+
+    def __post_init__(self) -> None:
+        no_shards(self, self.model, "how many completions are kept varies")
+        _whole_groups(self, self.group_size, self.rollout)
+        at_most(self, "raft.best", self.raft.best, "group_size", self.group_size)

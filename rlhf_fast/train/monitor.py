@@ -58,6 +58,7 @@ class Monitor:
         self.start_step = start_step
         self._console, self._silent = console, silent
         self._sinks: dict[str, Any] = {}
+        self._files: set[str] = set()
         self._step = start_step
         self._note = ""
         self._shown = -math.inf
@@ -130,6 +131,14 @@ class Monitor:
         self._use("samples file", lambda file: [file.write(line) for line in lines])
         self._use("console", lambda screen: screen.samples(f"{self.title} step {step}", copies))
 
+    def lines(self, file: str, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Record JSON objects of a step in a further file of the folder, made when it is first named."""
+        if file not in self._files and not self._silent:
+            self._files.add(file)
+            self._open(file, lambda: _JsonLines(self.folder / file, self.start_step))
+        copies = [{"step": step, **row} for row in rows]
+        self._use(file, lambda sink: [sink.write(row) for row in copies])
+
     @property
     def tokens_per_second(self) -> float:
         """Over the last steps; 0 before the first."""
@@ -195,7 +204,7 @@ def _warn(name: str, error: Exception) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl or samples.jsonl; a last line cut short by a kill is left out."""
+    """Lines of metrics.jsonl, samples.jsonl and the like; a last line cut short by a kill is left out."""
     lines = Path(path).read_bytes().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 

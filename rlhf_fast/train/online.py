@@ -16,6 +16,7 @@ from rlhf_fast import TokenStats, kl_estimate
 from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import KLConfig, RolloutConfig
 from rlhf_fast.corrections import RolloutCorrection, rollout_correction
+from rlhf_fast.data import PromptRecord
 from rlhf_fast.model import SharedModel
 from rlhf_fast.rollout import Request, Rollout, sample
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
@@ -142,6 +143,9 @@ class Sampler(ABC):
             r.temperature,
             self.tokenizer.eos_token_id if r.stop_at_eos else None,
         )
+
+    def record(self, run: Run, step: int, e: Experience, records: Sequence[PromptRecord]) -> None:  # noqa: B027  most write nothing
+        """What a trainer writes of a batch beside its metrics. records: of the prompts."""
 
     def rollout(self, prompts: list[list[int]], generator: torch.Generator) -> Rollout:
         """Sample `samples_per_prompt` completions of each prompt from the policy: those of all ranks, each of which samples its own."""
@@ -366,13 +370,15 @@ def train_online(
             # Before step 1 the policy is the reference; a step number of its own keeps its draws apart from training.
             rewards.observe(trainer.score(trainer.rollout(*draw(config.steps))).raw_scores)
         for step in run.steps():
-            run.records = [encoded[i].record.source for i in shuffle.batch(step, size)]
+            records = [encoded[i].record for i in shuffle.batch(step, size)]
+            run.records = [record.source for record in records]
             batch = pipeline.take(step)
             experience = trainer.score(batch.rollout)
             metrics = trainer.update(run, experience, batch.generator) | batch.metrics
             if observe is not None and run.ranks.first:
                 metrics |= observe(experience.rollout.texts(tokenizer))
             run.log(step, metrics, *trainer.summary(experience))
+            trainer.record(run, step, experience, records)
             if run.ranks.first and run.settings.sample_every and step % run.settings.sample_every == 0:
                 run.monitor.samples(step + 1, trainer.sample_rows(experience))
         for role in rates if run.ranks.first else ():

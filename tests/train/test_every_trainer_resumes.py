@@ -33,6 +33,8 @@ from rlhf_fast.config import (
     PreferenceConfig,
     PreferenceLossConfig,
     PromptDataConfig,
+    RaftConfig,
+    RaftUpdateConfig,
     RewardConfig,
     RewardSource,
     RolloutConfig,
@@ -40,7 +42,8 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.model import LoraConfig
-from rlhf_fast.train import group, kto, online_dpo, ppo, preference, reward, sft
+from rlhf_fast.train import group, kto, online_dpo, ppo, preference, raft, reward, sft
+from rlhf_fast.train.raft import KEPT
 
 STEPS = 6
 DATA = {
@@ -160,6 +163,13 @@ RUNS = {
         },
         2,
     ),
+    "raft": Kind(
+        raft.train_raft,
+        RaftConfig,
+        PromptDataConfig,
+        {**ONLINE, "group_size": 3, "raft": RaftUpdateConfig(best=2, epochs=2, minibatch_size=3, micro_batch_size=2)},
+        4,
+    ),
 }
 
 
@@ -184,3 +194,5 @@ def test_case_28_37_38_every_trainer_goes_on_bit_for_bit_after_a_kill_and_does_s
         assert child(run(again, resume=True)) == 0
         assert numbers(tmp_path / again) == whole
         assert outcome(tmp_path / again) == outcome(tmp_path / "whole")
+        for kept in (tmp_path / "whole").glob(KEPT):
+            assert (tmp_path / again / KEPT).read_bytes() == kept.read_bytes() != b""

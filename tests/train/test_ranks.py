@@ -38,6 +38,8 @@ from rlhf_fast.config import (
     PreferenceConfig,
     PreferenceLossConfig,
     PromptDataConfig,
+    RaftConfig,
+    RaftUpdateConfig,
     RewardConfig,
     RewardSource,
     RolloutConfig,
@@ -45,7 +47,7 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.model import LoraConfig, SharedModel
-from rlhf_fast.train import group, kto, loop, online_dpo, ppo, preference, reward, sft
+from rlhf_fast.train import group, kto, loop, online_dpo, ppo, preference, raft, reward, sft
 from rlhf_fast.train.checkpoint import CheckpointStore
 from rlhf_fast.train.ranks import LETTER, ProcessRanks, RankError, Ranks, join
 
@@ -162,6 +164,18 @@ def of_online_dpo(shared_layers: int) -> Callable:
     return config
 
 
+def of_raft(source: Path, folder: Path, **run: object) -> RaftConfig:
+    return RaftConfig(
+        **common(source, folder, 1, **run),
+        reward=SCORE,
+        rollout=RolloutConfig(batch_size=12, max_new_tokens=6),
+        group_size=4,
+        raft=RaftUpdateConfig(best=2, epochs=2, minibatch_size=4, micro_batch_size=2),
+        optim=OptimConfig(lr=1e-3),
+        steps=3,
+    )
+
+
 RUNS: dict[str, tuple[Callable, Callable]] = {
     "sft": (sft.train_sft, of_sft),
     "reward": (reward.train_reward, of_reward),
@@ -178,6 +192,7 @@ RUNS: dict[str, tuple[Callable, Callable]] = {
     "lite_ppo": (group.train_group, of_group("lite_ppo", whole_batch=True)),
     "online-dpo": (online_dpo.train_online_dpo, of_online_dpo(0)),
     "online-dpo with shared layers": (online_dpo.train_online_dpo, of_online_dpo(1)),
+    "raft": (raft.train_raft, of_raft),
 }
 
 
