@@ -139,7 +139,9 @@ def _norm_of(layer: nn.Module) -> tuple[float, float] | None:
 def _gate_of(layer: nn.Module) -> tuple[str, str, str] | None:
     """Names of (gate, up, down) in a feed-forward layer; None for another layer."""
     linears = {name: child for name, child in layer.named_children() if is_linear(child)}
-    if len(linears) != 3 or sum(1 for _ in layer.parameters()) != sum(1 for m in linears.values() for _ in m.parameters()):
+    if len(linears) != 3 or sum(1 for _ in layer.parameters()) != sum(
+        1 for m in linears.values() for _ in m.parameters()
+    ):
         return None
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # input and output
     handles = [
