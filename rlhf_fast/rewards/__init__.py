@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from rlhf_fast.rewards.backends import Backend, Call, Failure, InProcess, Scorer
-from rlhf_fast.rewards.functions import ContractError, RewardError, RewardFunction, fingerprint, load_callable
+from rlhf_fast.rewards.functions import (
+    Completions,
+    ContractError,
+    RewardError,
+    RewardFunction,
+    Scores,
+    fingerprint,
+    load_callable,
+)
 from rlhf_fast.rewards.pool import Pool
 from rlhf_fast.rewards.server import Server
+from rlhf_fast.rewards.steps import split_steps, step_ends
 
 __all__ = [
     "Backend",
     "Call",
+    "Completions",
     "ContractError",
     "Failure",
     "InProcess",
@@ -17,7 +27,10 @@ __all__ = [
     "RewardError",
     "RewardFunction",
     "Scorer",
+    "Scores",
     "Server",
     "fingerprint",
     "load_callable",
+    "split_steps",
+    "step_ends",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rlhf_fast.rewards.functions import ContractError, RewardFunction, call, describe
+from rlhf_fast.rewards.functions import Completions, ContractError, RewardFunction, Scores, call, describe
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ class Call:
 
     name: str
     prompts: Sequence[str]
-    completions: Sequence[str]
+    completions: Completions
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Failure:
     """A traceback, or the end of what a worker printed."""
 
 
-Answer = list[float] | Failure
-"""A finite number or NaN per completion, or why there is none."""
+Answer = Scores | Failure
+"""A finite number or NaN per completion, or one for each of its steps; or why there is none."""
 
 
 class Backend(Protocol):
@@ -91,8 +91,8 @@ class Scorer:
         """Kind of failure -> calls that failed so, since the counts were last taken."""
         self._logged: set[tuple[str, str, str]] = set()
 
-    def scores(self, name: str, prompts: Sequence[str], completions: Sequence[str], allowed: float) -> list[float]:
-        """(n,) finite numbers, or NaN for what has no score.
+    def scores(self, name: str, prompts: Sequence[str], completions: Completions, allowed: float) -> Scores:
+        """(n,) finite numbers, or lists of one for each step; NaN for what has no score.
 
         allowed: completions that may go without. Beyond it the search for those that can be scored ends, since the batch is
         lost anyway.
@@ -119,7 +119,7 @@ class Scorer:
         return found
 
     def _run(
-        self, name: str, prompts: Sequence[str], completions: Sequence[str], spans: Sequence[range]
+        self, name: str, prompts: Sequence[str], completions: Completions, spans: Sequence[range]
     ) -> list[tuple[range, Answer]]:
         calls = [Call(name, prompts[s.start : s.stop], completions[s.start : s.stop]) for s in spans]
         answers = self.backend.run(calls)

@@ -27,8 +27,16 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""(prompts, completions) -> one number each; None, NaN or infinity marks a completion as unscorable."""
+RewardFunction = Callable[[list[str], list[Any]], Sequence[Any]]
+"""(prompts, completions) -> one number each; None, NaN or infinity marks a completion as unscorable.
+
+With steps a completion is the list of its steps, and gets a list with one number for each; None, in its place or for a step, marks
+it as unscorable.
+"""
+Completions = Sequence[str] | Sequence[Sequence[str]]
+"""Texts, or the steps of each."""
+Scores = list[Any]
+"""A number per completion, or a list of numbers; NaN for what has no score."""
 
 MAX_TRACEBACK = 8000
 """Characters kept of a traceback: its end, which names the error."""
@@ -80,40 +88,70 @@ def fingerprint(spec: str) -> str:
         return ""
 
 
-def call(function: RewardFunction, name: str, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """One finite number or NaN per completion. The function gets lists of its own.
+def call(function: RewardFunction, name: str, prompts: Sequence[str], completions: Completions) -> Scores:
+    """One finite number or NaN per completion, or one per step. The function gets lists of its own.
 
     Raises what the function raises, and ContractError for a result that is no list of numbers of that length.
     """
-    return scores_of(function(list(prompts), list(completions)), name, len(completions))
+    given = [completion if isinstance(completion, str) else list(completion) for completion in completions]
+    return scores_of(function(list(prompts), given), name, completions)
 
 
-def scores_of(result: Any, name: str, expected: int) -> list[float]:
+def scores_of(result: Any, name: str, completions: Completions) -> Scores:
     """The checked numbers of a result; see `call`."""
+    n = len(completions)
+    found = _listed(result, f"{name}: got a", f"expected a list of {n}")
+    if len(found) != n:
+        raise ContractError(f"{name}: got {len(found)} scores for {n} completions")
+    return [
+        _number(x, name, f"{i}") if isinstance(steps, str) else _of_steps(x, name, i, len(steps))
+        for i, (x, steps) in enumerate(zip(found, completions, strict=True))
+    ]
+
+
+def _of_steps(x: Any, name: str, i: int, steps: int) -> list[float]:
+    if x is None:
+        return [math.nan] * steps
+    found = _listed(x, f"{name}: scores {i} got a", f"expected a list of {steps}, one for each step")
+    if len(found) != steps:
+        raise ContractError(f"{name}: scores {i} got {len(found)}, expected {steps}, one for each step")
+    return [_number(value, name, f"{i}, step {k}") for k, value in enumerate(found)]
+
+
+def _listed(x: Any, got: str, expected: str) -> Sequence[Any]:
+    """`x` as a list, tensors and arrays too."""
     # Of a mapping or a set the order says nothing, and text and bytes would be read letter by letter.
-    if isinstance(result, str | bytes | bytearray | Mapping | Set):
-        raise ContractError(f"{name}: got a {type(result).__name__}, expected a list of {expected}")
-    if hasattr(result, "tolist"):  # tensors and arrays
-        result = result.tolist()
-    if not hasattr(result, "__len__"):
-        raise ContractError(f"{name}: got a {type(result).__name__}, expected a list of {expected}")
-    if len(result) != expected:
-        raise ContractError(f"{name}: got {len(result)} scores for {expected} completions")
-    return [_number(x, name, i) for i, x in enumerate(result)]
+    if isinstance(x, str | bytes | bytearray | Mapping | Set):
+        raise ContractError(f"{got} {type(x).__name__}, {expected}")
+    kind = type(x).__name__
+    if hasattr(x, "tolist"):
+        x = x.tolist()
+    if not hasattr(x, "__len__"):
+        raise ContractError(f"{got} {kind}, {expected}")
+    return x  # type: ignore[no-any-return]
 
 
-def _number(x: Any, name: str, i: int) -> float:
+def _number(x: Any, name: str, place: str) -> float:
     if x is None:
         return math.nan
     if getattr(x, "ndim", None) == 0 and hasattr(x, "item"):  # scalars of tensors and arrays
         x = x.item()
     if not isinstance(x, numbers.Real):
-        raise ContractError(f"{name}: score {i} got {type(x).__name__}, expected a number")
+        raise ContractError(f"{name}: score {place} got {type(x).__name__}, expected a number")
     try:
         value = float(x)
     except OverflowError:
         return math.nan
     return value if math.isfinite(value) else math.nan
+
+
+def _with_nulls(scores: Scores) -> list[Any]:
+    return [_with_nulls(x) if isinstance(x, list) else None if math.isnan(x) else x for x in scores]
+
+
+def without_nulls(scores: list[Any]) -> Scores:
+    """Scores as they were before they crossed a border as JSON."""
+    return [without_nulls(x) if isinstance(x, list) else math.nan if x is None else x for x in scores]
 
 
 def describe(error: BaseException) -> tuple[str, str]:
@@ -225,7 +263,7 @@ def _serve(requests: int, answers: int) -> None:
             headline, text = describe(error)
             answer(answers, {"raised": headline, "traceback": text})
         else:
-            answer(answers, {"scores": [None if math.isnan(x) else x for x in scores]})
+            answer(answers, {"scores": _with_nulls(scores)})
 
 
 if __name__ == "__main__":

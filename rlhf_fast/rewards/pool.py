@@ -163,7 +163,7 @@ class _Worker(Worker):
 
 def _answer(message: dict[str, Any]) -> Answer:
     if "scores" in message:
-        return [float("nan") if x is None else x for x in message["scores"]]
+        return functions.without_nulls(message["scores"])
     if "contract" in message:
         raise ContractError(message["contract"])
     printed = message["printed"] and f"it printed: {message['printed']}"

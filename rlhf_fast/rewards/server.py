@@ -3,7 +3,8 @@
     POST <url>   {"prompts": ["..."], "completions": ["..."]}
     200          {"scores": [0.5, null]}
 
-One number per completion, null for one that cannot be scored. Both bodies are UTF-8 JSON; nothing else crosses the border.
+One number per completion, null for one that cannot be scored. With steps a completion is the list of its steps, and gets a list of
+one number for each, or null. Both bodies are UTF-8 JSON; nothing else crosses the border.
 If RLHF_FAST_REWARD_TOKEN is set, requests carry it as `Authorization: Bearer`.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from rlhf_fast import _env
 from rlhf_fast._http import Client, one_line
 from rlhf_fast.rewards.backends import Answer, Call, Failure
-from rlhf_fast.rewards.functions import ContractError, scores_of
+from rlhf_fast.rewards.functions import Completions, ContractError, Scores, scores_of
 
 MAX_BYTES_PER_SCORE = 1000
 
@@ -49,26 +50,32 @@ class Server:
 
     def _ask(self, call: Call) -> Answer:
         body = json.dumps({"prompts": list(call.prompts), "completions": list(call.completions)}).encode()
-        limit = MAX_BYTES_PER_SCORE * (len(call.completions) + 1)
+        limit = _limit(call.completions)
         try:
             reply = self._client.ask("POST", self._client.target, body, limit=limit)
         except (OSError, http.client.HTTPException) as error:
             return Failure("server_errors", one_line(error))
         if reply.status == 200:
-            return self._scores(reply.content, len(call.completions))
+            return self._scores(reply.content, call.completions)
         return Failure("server_errors", f"status {reply.status}", reply.content[:500].decode(errors="replace"))
 
-    def _scores(self, content: bytes, expected: int) -> list[float]:
+    def _scores(self, content: bytes, completions: Completions) -> Scores:
         name = f"reward server {self.url}"
-        if len(content) > MAX_BYTES_PER_SCORE * (expected + 1):
-            raise ContractError(f"{name}: got more than {len(content) - 1} bytes for {expected} completions")
+        if len(content) > _limit(completions):
+            raise ContractError(f"{name}: got more than {len(content) - 1} bytes for {len(completions)} completions")
         try:
             answer: Any = json.loads(content)
         except (ValueError, RecursionError):
             raise ContractError(f"{name}: got {_short(content)}, expected JSON") from None
         if not isinstance(answer, dict) or "scores" not in answer:
             raise ContractError(f"{name}: got {_short(content)}, expected {{'scores': [...]}}")
-        return scores_of(answer["scores"], name, expected)
+        return scores_of(answer["scores"], name, completions)
+
+
+def _limit(completions: Completions) -> int:
+    """Bytes of an answer."""
+    scores = sum(1 if isinstance(completion, str) else len(completion) + 1 for completion in completions)
+    return MAX_BYTES_PER_SCORE * (scores + 1)
 
 
 def _short(content: bytes) -> str:

@@ -209,6 +209,9 @@ class RewardSource:
     whole_batch: bool = False
     """Callables that compare the completions of a batch: one call gets all of them, and a failed one costs them all.
     Otherwise a score depends on its own completion alone, and a failed call is repeated one by one to find the culprits."""
+    separator: Name | None = None
+    """Process rewards (ppo, and grpo with advantages = returns): completions are cut into steps behind each separator. A callable or
+    server gets the list of steps of each completion and gives a list of one score for each; an adapter is read at the end of each."""
     max_unscorable: Fraction = 0.1
     """The run stops when more than this share of a batch gets no score."""
 
@@ -225,6 +228,12 @@ class RewardSource:
     def weights(self) -> dict[str, float]:
         """Source -> weight, whichever of the two forms was used."""
         return {self.source: 1.0} if self.source is not None else dict(self.mix)
+
+
+def no_steps(owner: object, reward: RewardSource, expected: str) -> None:
+    if reward.separator is not None:
+        got = repr(reward.separator)
+        raise _check.error(ValueError, type(owner).__name__, "reward.separator", got, expected)
 
 
 @dataclass(frozen=True)

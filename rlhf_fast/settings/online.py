@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rlhf_fast import _check
-from rlhf_fast.dialects import dialect
+from rlhf_fast.dialects import DIALECTS, dialect
 from rlhf_fast.losses import ADVANTAGES, RECIPES
 from rlhf_fast.settings.common import (
     Count,
@@ -26,6 +26,7 @@ from rlhf_fast.settings.common import (
     RunConfig,
     at_most,
     no_shards,
+    no_steps,
     no_trunk_to_share,
 )
 from rlhf_fast.settings.offline import PreferenceLossConfig, whole_batches
@@ -94,6 +95,13 @@ class PPOConfig:
         no_trunk_to_share(self, self.model)
         rollout = self.rollout.batch_size
         at_most(self, "ppo.minibatch_size", self.ppo.minibatch_size, "rollout.batch_size", rollout)
+        rules = DIALECTS[self.ppo.dialect]
+        if rules.score_clip is not None or rules.drop_truncated:
+            no_steps(
+                self,
+                self.reward,
+                f"none with dialect = {self.ppo.dialect}, which has a rule for one score a completion",
+            )
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,8 @@ class GroupConfig:
         no_trunk_to_share(self, self.model)
         at_most(self, "group.minibatch_size", self.group.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         _whole_groups(self, self.group_size, self.rollout)
+        if self.group.kind != "returns":
+            no_steps(self, self.reward, f"none with advantages = {self.group.kind}, which compare whole completions")
 
 
 def _whole_groups(owner: object, group_size: int, rollout: RolloutConfig) -> None:
@@ -187,6 +197,12 @@ def _whole_groups(owner: object, group_size: int, rollout: RolloutConfig) -> Non
     if size % group_size:
         expected = f"a divisor of batch_size = {size}"
         raise _check.error(ValueError, type(owner).__name__, "group_size", group_size, expected)
+
+
+def _no_correction(owner: object, rollout: RolloutConfig) -> None:
+    if rollout.correction not in (None, "none"):
+        expected = "none: the loss does not compare with the policy that sampled"
+        raise _check.error(ValueError, type(owner).__name__, "rollout.correction", rollout.correction, expected)
 
 
 @dataclass(frozen=True)
@@ -228,6 +244,8 @@ class OnlineDPOConfig:
 
     def __post_init__(self) -> None:
         no_shards(self, self.model, "the number of pairs of a batch varies")
+        _no_correction(self, self.rollout)
+        no_steps(self, self.reward, "none: whole completions are compared")
         _whole_groups(self, self.group_size, self.rollout)
         prompts = self.rollout.batch_size // self.group_size
         minibatch = prompts if self.dpo.minibatch_size is None else self.dpo.minibatch_size
@@ -278,5 +296,7 @@ class RaftConfig:
 
     def __post_init__(self) -> None:
         no_shards(self, self.model, "how many completions are kept varies")
+        _no_correction(self, self.rollout)
+        no_steps(self, self.reward, "none: whole completions are compared")
         _whole_groups(self, self.group_size, self.rollout)
         at_most(self, "raft.best", self.raft.best, "group_size", self.group_size)

@@ -45,8 +45,9 @@ class Trainer(Sampler):
             ref = e.ref_logprobs if in_reward else None
             logprobs = e.logprobs if in_reward else None
             values = torch.zeros_like(e.logprobs)
+            scores = e.scores if e.steps is None else e.steps.token_scores
             return advantages(
-                e.scores, values, e.mask, logprobs=logprobs, ref_logprobs=ref, kl_coef=coef, kl_kind=estimator, lam=1.0
+                scores, values, e.mask, logprobs=logprobs, ref_logprobs=ref, kl_coef=coef, kl_kind=estimator, lam=1.0
             ).advantages
         scores, real = e.scores, e.mask.any(1)
         if in_reward and e.ref_logprobs is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rlhf_fast.config import KLConfig, RolloutConfig
 from rlhf_fast.corrections import RolloutCorrection, rollout_correction
 from rlhf_fast.data import PromptRecord
 from rlhf_fast.model import SharedModel
+from rlhf_fast.rewards import split_steps, step_ends
 from rlhf_fast.rollout import Request, Rollout, sample
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches
@@ -26,6 +27,15 @@ from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
 from rlhf_fast.train.rows import Rows, packs_well
 from rlhf_fast.train.scoring import head_logprobs
+
+
+class StepScores(NamedTuple):
+    """Scores of the steps of completions, at the tokens where they end."""
+
+    token_scores: Tensor
+    """(B, R), 0 elsewhere and where unscorable."""
+    counts: Tensor
+    """(B,) steps."""
 
 
 @dataclass
@@ -47,10 +57,12 @@ class Experience:
     scores: Tensor
     """(B,) what PPO maximises, before the KL penalty; 0 where unscorable."""
     raw_scores: Tensor
-    """(B,) as the sources gave them."""
+    """(B,) as the sources gave them; with steps the sum of theirs."""
     entropy: Tensor
     start: int = 0
     """Row of the batch that trunk begins with."""
+    steps: StepScores | None = None
+    """What `scores` is the sum of, where steps are scored."""
     correction: RolloutCorrection | None = None
     """Importance weights (B, R) of `logprobs` over those that sampled, and what they say of both policies."""
 
@@ -115,6 +127,8 @@ class Sampler(ABC):
         self.packed = packs_well(model) if packed is None else packed
         self.correction = settings.weighted
         """Kind of the importance weights of what another policy sampled, None for none."""
+        self.separator = rewards.config.separator
+        """Between the steps of a completion that are scored each; None = completions are."""
         self.micro_batches = MicroBatches(micro_batch_size, halve=halve, clear=model.zero_grad)
         self.ranks = Ranks()
         """Those that share the work; train_online sets it."""
@@ -214,15 +228,15 @@ class Sampler(ABC):
                 values = rows.values(out.value.values)
                 after = values.gather(1, rows.mask.sum(1, keepdim=True)).squeeze(1)
                 found |= {"values": values[:, :-1], "next_values": after}
-            if "reward" in out:
+            if "reward" in out and self.separator is not None:
+                found["role_scores"] = rows.values(out.reward.token_scores)[:, 1:]  # of the state after each token
+            elif "reward" in out:
                 found["role_scores"] = out.reward.scores
             for name, value in found.items():
                 parts.setdefault(name, []).append(value)
         joined = known | (self.ranks.rows({name: torch.cat(values) for name, values in parts.items()}) if roles else {})
         role_scores = joined.pop("role_scores", None)
-        prompts, completions = self.prompt_texts(rollout), rollout.texts(self.tokenizer)
-        scores, raw = self.rewards(prompts, completions, role_scores)
-        scores = apply_missing_eos(scores, rollout.finished, self.settings)
+        scores, raw, steps = self._scores(rollout, role_scores)
         scored = ~scores.isnan()
         mask, correction = rollout.response_mask & scored[:, None], None
         if self.correction is not None:
@@ -236,6 +250,7 @@ class Sampler(ABC):
             mask=mask,
             scores=scores.nan_to_num(0.0),
             raw_scores=raw,
+            steps=steps,
             logprobs=joined["logprobs"],
             entropy=joined["entropy"],
             ref_logprobs=joined.get("ref_logprobs"),
@@ -243,6 +258,29 @@ class Sampler(ABC):
             next_values=joined.get("next_values"),
             correction=correction,
         )
+
+    def _scores(self, rollout: Rollout, role_scores: Tensor | None) -> tuple[Tensor, Tensor, StepScores | None]:
+        """((B,) scores, NaN where unscorable, (B,) raw scores, those of steps). role_scores: of the reward role, (B,) or (B, R)."""
+        prompts, texts = self.prompt_texts(rollout), rollout.texts(self.tokenizer)
+        if self.separator is None:
+            scores, raw = self.rewards(prompts, texts, role_scores)
+            return apply_missing_eos(scores, rollout.finished, self.settings), raw, None
+        decode = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)
+        pieces = [split_steps(text, self.separator) for text in texts]
+        ids = [row[mask].tolist() for row, mask in zip(rollout.responses, rollout.response_mask, strict=True)]
+        counts = torch.tensor([len(steps) for steps in pieces])
+        row = torch.arange(len(pieces)).repeat_interleave(counts)
+        slot = torch.tensor(
+            [end for own, steps in zip(ids, pieces, strict=True) for end in step_ends(own, steps, decode)]
+        )
+        of_steps, raw_steps = self.rewards(prompts, pieces, None if role_scores is None else role_scores[row, slot])
+        last = counts.cumsum(0) - 1
+        ended = apply_missing_eos(of_steps[last], rollout.finished, self.settings)
+        of_steps = of_steps.index_put((last,), ended)
+        zeros = torch.zeros(rollout.response_mask.shape)
+        tokens = zeros.index_put((row, slot), of_steps.nan_to_num(0.0), accumulate=True)
+        total = lambda x: x.new_zeros(len(pieces)).index_add(0, row, x)
+        return total(of_steps), total(raw_steps), StepScores(tokens, counts)
 
     def rows(self, rollout: Rollout, rows: slice | Tensor) -> Rows:
         """Some rows as the model takes them."""
@@ -257,9 +295,11 @@ class Sampler(ABC):
         """What a batch of completions says of the policy."""
         kl = {} if e.ref_logprobs is None else {"kl": e.mean_kl(), "kl_coef": self.controller.coef}
         weights = {} if e.correction is None else e.correction.stats.floats()
+        steps = {} if e.steps is None else {"steps": float(e.steps.counts.float().mean())}
         return {
             **kl,
             **e.mismatch(),
+            **steps,
             **{f"correction/{name}": value for name, value in weights.items() if name != "tokens"},
             "score": float(e.raw_scores[~e.raw_scores.isnan()].mean()),
             "entropy": float(e.entropy.sum() / e.rollout.response_mask.sum()),

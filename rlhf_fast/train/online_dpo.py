@@ -50,7 +50,8 @@ class Trainer(Sampler):
         self.config, self.samples_per_prompt = config, config.group_size
         self.loss = PairLoss(config.loss, model, self.packed, config.rollout.temperature)
         # The loss compares with the reference, not with the policy that sampled. A shortest length shifts the rollout's log-probs.
-        self.on_policy = config.rollout.min_new_tokens == 0
+        self.on_policy = config.rollout.same_policy and config.rollout.min_new_tokens == 0
+        self.correction = None
         if self.loss.across:
             self.micro_batches.halve = False
 

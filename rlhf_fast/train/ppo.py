@@ -43,7 +43,7 @@ class Trainer(Sampler):
         ppo, rules = self.config.ppo, DIALECTS[self.config.ppo.dialect]
         assert e.values is not None  # the model has the value role
         targets = advantages(
-            e.scores,
+            e.scores if e.steps is None else e.steps.token_scores,
             e.values,
             e.mask,
             logprobs=e.logprobs,

@@ -47,7 +47,7 @@ class Trainer(Sampler):
         size, halve = config.raft.micro_batch_size, config.run.halve_on_oom
         unused = KLConfig(coef=0.0)
         super().__init__(config.rollout, unused, model, tokenizer, rewards, size, halve, config.packing)
-        self.config, self.samples_per_prompt = config, config.group_size
+        self.config, self.samples_per_prompt, self.correction = config, config.group_size, None
 
     def shared_sizes(self) -> dict[str, int]:
         return {}  # settings with model.shard are refused: how many are kept varies

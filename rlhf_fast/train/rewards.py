@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import KLConfig, RewardSource, RolloutConfig, is_callable_spec, is_url
-from rlhf_fast.rewards import InProcess, Pool, RewardError, RewardFunction, Scorer, Server, fingerprint, load_callable
+from rlhf_fast.rewards import (
+    Completions,
+    InProcess,
+    Pool,
+    RewardError,
+    RewardFunction,
+    Scorer,
+    Scores,
+    Server,
+    fingerprint,
+    load_callable,
+)
 from rlhf_fast.train.ranks import Ranks
 
 __all__ = ["KLController", "RewardError", "Rewards", "apply_missing_eos", "call_reward", "load_callable"]
@@ -73,22 +84,32 @@ class Rewards:
         for scorer in self._scorers.values():
             scorer.backend.close()
 
-    def __call__(self, prompts: list[str], completions: list[str], role_scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, prompts: list[str], completions: Completions, role_scores: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(normalised scores, raw scores), each (B,) fp32 with NaN where a completion is unscorable.
 
+        completions: texts; or the steps of each, and all (B,) are (S,), the steps of one completion after those of the other.
         role_scores: (B,) from the learned reward role; None when no source is an adapter.
 
         Raises RewardError when more than max_unscorable of the batch is, or a source breaks its contract.
         """
         n, limit = len(completions), self.config.max_unscorable
-        raw = torch.zeros(n)
+        counts = torch.tensor([1 if isinstance(c, str) else len(c) for c in completions], dtype=torch.int64)
+        raw = torch.zeros(int(counts.sum()))
         for source, weight in self.config.weights.items():
             if source == self.adapter:
                 raw += weight * role_scores.cpu()  # type: ignore[union-attr]
             else:
-                raw += weight * torch.tensor(self._scores(source, prompts, completions, limit * n))
+                found = self._scores(source, prompts, completions, limit * n)
+                # What failed has one NaN in the place of its list.
+                each = [x if isinstance(x, list) else [x] * k for x, k in zip(found, counts.tolist(), strict=True)]
+                raw += weight * torch.tensor([x for scores in each for x in scores])
         raw = _finite(raw)
-        lost = int(raw.isnan().sum())
+        row = torch.arange(n).repeat_interleave(counts)
+        unscorable = torch.zeros(n).index_add(0, row, raw.isnan().float()) > 0
+        raw = raw.masked_fill(unscorable[row], math.nan)
+        lost = int(unscorable.sum())
         if lost > limit * n:
             failed = ", ".join(f"{count:.0f} {name}" for name, count in self.failures().items())
             raise RewardError(
@@ -99,7 +120,7 @@ class Rewards:
             self.observe(raw[~raw.isnan()])
         return self.normalized(raw), raw
 
-    def _scores(self, source: str, prompts: list[str], completions: list[str], limit: float) -> list[float]:
+    def _scores(self, source: str, prompts: list[str], completions: Completions, limit: float) -> Scores:
         own = self.ranks.share(len(completions))
         if self.config.whole_batch:
             own = slice(0, len(completions) if self.ranks.first else 0)

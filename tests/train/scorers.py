@@ -185,3 +185,31 @@ def draws(prompts: list[str], completions: list[str]) -> list[float]:
 
 def reads_input(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(len(input()))] * len(completions)
+
+
+def e_per_step(prompts: list[str], completions: list[list[str]]) -> list[list[float]]:
+    return [[float(step.count("e")) for step in steps] for steps in completions]
+
+
+def position_of_steps(prompts: list[str], completions: list[list[str]]) -> list[list[float] | None]:
+    """Of one step 0; of several the number of each; and none for the completion whose first step begins with a z."""
+    return [None if steps[0].startswith("z") else [float(k) for k in range(len(steps))] for steps in completions]
+
+
+STEP_RESULTS = {
+    "numbers": lambda steps: [[0.5] * n for n in steps],
+    "arrays": lambda steps: [numpy().full(n, 0.5) for n in steps],
+    "tuples": lambda steps: tuple((0.5,) * n for n in steps),
+    "none": lambda steps: [None] * len(steps),
+    "no score of a step": lambda steps: [[*[0.5] * (n - 1), None] for n in steps],
+    "one number": lambda steps: [0.5] * len(steps),
+    "too few": lambda steps: [[0.5] * (n - 1) for n in steps],
+    "text": lambda steps: ["0.5"] * len(steps),
+    "words": lambda steps: [["good"] * n for n in steps],
+    "completion missing": lambda steps: [[0.5] * n for n in steps[:-1]],
+}
+
+
+def step_result(prompts: list[str], completions: list[list[str]]):
+    """What STEP_RESULTS has under the prompt."""
+    return STEP_RESULTS[prompts[0]]([len(steps) for steps in completions])

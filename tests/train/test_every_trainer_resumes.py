@@ -129,6 +129,16 @@ RUNS = {
         },
         4,
     ),
+    "ppo: steps": Kind(
+        ppo.train_ppo,
+        PPOConfig,
+        PromptDataConfig,
+        {
+            **ONLINE,
+            "reward": RewardSource(f"{SCORERS}:e_per_step", normalize="running", workers=0, separator=" "),
+            "ppo": PPOUpdateConfig(epochs=1, minibatch_size=6, micro_batch_size=3),
+        },
+    ),
     "grpo": Kind(
         group.train_group,
         GroupConfig,

@@ -242,6 +242,7 @@ def test_training_raises_the_score_by_a_source_or_by_a_judge_of_two(folder):
 
 
 BAD = {
+    "importance weights": (["--rollout.correction", "token-tis"], "does not compare with the policy that sampled"),
     "one completion": (["--group-size", "1"], "greater than or equal to 2"),
     "size": (["--group-size", "5"], "divisor"),
     "minibatch": (["--dpo.minibatch-size", "5"], "at most rollout.batch_size / group_size = 4"),

@@ -193,6 +193,7 @@ def test_a_file_that_cannot_be_written_is_dropped_with_one_warning(tmp_path, cap
 
 
 BAD = {
+    "importance weights": (["--rollout.correction", "token-tis"], "does not compare with the policy that sampled"),
     "nothing chooses": (["--raft.best", "none"], "a number, or a threshold"),
     "best": (["--raft.best", "5"], "at most group_size = 4"),
     "size": (["--group-size", "5", "--raft.best", "1"], "divisor"),

@@ -116,11 +116,11 @@ def of_kto(source: Path, folder: Path, **run: object) -> KTOConfig:
     return KTOConfig(**common(source, folder, data="labels", **run), **more)
 
 
-def of_ppo(shared_layers: int, minibatch_size: int = 3) -> Callable:
+def of_ppo(shared_layers: int, minibatch_size: int = 3, reward: RewardSource = SCORE) -> Callable:
     def config(source: Path, folder: Path, changes: dict | None = None, **run: object) -> PPOConfig:
         base = PPOConfig(
             **common(source, folder, shared_layers, **run),
-            reward=SCORE,
+            reward=reward,
             optim=OptimConfig(lr=1e-2),
             rollout=RolloutConfig(batch_size=6, max_new_tokens=6),
             kl=KLConfig(kind="adaptive", horizon=100.0),
@@ -185,6 +185,10 @@ RUNS: dict[str, tuple[Callable, Callable]] = {
     "bco": (preference.train_preference, of_pairs("bco")),
     "aot": (preference.train_preference, of_pairs("aot_unpaired")),
     "ppo": (ppo.train_ppo, of_ppo(0)),
+    "ppo with steps": (
+        ppo.train_ppo,
+        of_ppo(0, reward=RewardSource(f"{SCORERS}:e_per_step", workers=0, separator=" ")),
+    ),
     # Its rows stay with their trunk: a rank has two, one or none of a minibatch of two.
     "ppo with shared layers": (ppo.train_ppo, of_ppo(1, minibatch_size=2)),
     "grpo": (group.train_group, of_group("grpo", shared_layers=1)),

@@ -193,3 +193,14 @@ def test_a_server_is_a_source_like_any_other(local):
 def test_addresses_that_are_none_are_refused(url):
     with pytest.raises(ValueError, match="argument 'url' got"):
         Server(url, 1, timeout=1.0, retries=0)
+
+
+def test_with_steps_a_server_gets_the_list_of_them_and_scores_each(local):
+    steps = [["a", "b", "c"], ["d"], ["e", "f"], ["g"]]
+    local.script += ['{"scores": [[1, 2, 3], [4], [5, null], null]}', '{"scores": [1, 2, 3, 4]}']
+    source = RewardSource(local.url, retries=0, max_unscorable=0.5)
+    raw = Rewards(source)(["p"] * 4, steps, None)[1]
+    assert raw[:4].tolist() == [1, 2, 3, 4] and raw[4:].isnan().all()
+    assert local.seen[0][2] == {"prompts": ["p"] * 4, "completions": steps}
+    with pytest.raises(ContractError, match="scores 0 got a int, expected a list of 3, one for each step"):
+        Rewards(source)(["p"] * 4, steps, None)
