@@ -20,7 +20,13 @@ from rlhf_fast.cli import main as cli
 
 CPU = torch.device("cpu")
 SMALL = device_cases.Sizes(
-    logits=((40, 301),), rollout=(6, 140), head=(24, 32, 200), layer=(48, 40, 33), groups=(4, 8), pairs=64
+    logits=((40, 301),),
+    steps=((40, 301),),
+    rollout=(6, 140),
+    head=(24, 32, 200),
+    layer=(48, 40, 33),
+    groups=(4, 8),
+    pairs=64,
 )
 ROOT = Path(__file__).parents[1]
 

@@ -23,6 +23,7 @@ from rlhf_fast._op import OPS, Backend, Op
 from rlhf_fast.bench import inductor, peers, roofline
 from rlhf_fast.bench.cases import advantages, gae, ppo_loss
 from rlhf_fast.bench.cases import linear_token_logprobs as heads
+from rlhf_fast.bench.cases import sample_tokens as draws
 from rlhf_fast.bench.cases import token_logprobs as tokens
 from rlhf_fast.bench.cases.common import backward, leaf
 from rlhf_fast.bench.traffic import Count, Traffic, count, table, tensors
@@ -80,6 +81,24 @@ def from_logits(rows: int = 8192, vocab: int = 151936, dtype: torch.dtype = torc
             else:
                 stands = around.get(name, contextlib.nullcontext)
                 counts.append(count(name, label, partial(run, formulation), minimum, stands))
+    return counts
+
+
+def from_a_step(rows: int = 64, vocab: int = 151936, dtype: torch.dtype = torch.float32) -> list[Count]:
+    """A token, its log-prob and the entropy of logits (rows, vocab) as a step of a rollout makes them."""
+    x = {
+        "logits": torch.empty(rows, vocab, dtype=dtype, device="meta"),
+        "uniform": torch.empty(rows, dtype=torch.float64, device="meta"),
+    }
+    shape = f"[{rows}, {vocab}] {str(dtype).removeprefix('torch.')}, token, log-prob and entropy"
+    minimum = sum(t.nbytes for t in x.values()) + rows * (8 + 2 * 4)
+    counts = []
+    for name, call, around in (
+        ("rlhf_fast", draws.ours, direct),
+        ("eager, the same token", draws.by_inversion, contextlib.nullcontext),
+        ("eager, multinomial", draws.by_multinomial, contextlib.nullcontext),
+    ):
+        counts.append(count(name, shape, partial(call, x), minimum, around))
     return counts
 
 
@@ -269,9 +288,18 @@ def _adapted(traffic: Traffic, args: Sequence[Any], out: Sequence[Tensor]) -> No
         traffic.kernel((*written, low), written, 2 * low.numel() * weight.shape[0])
 
 
+def _drawn(traffic: Traffic, args: Sequence[Any], out: Sequence[Tensor]) -> None:
+    """The first launch leaves three numbers of every part of a row; a second one adds them up and reads one part of each row again."""
+    logits, vocab = args[0], args[0].shape[-1]
+    part = 1024 if vocab <= 4096 else 4096
+    sums = out[1].new_empty(out[1].numel(), 3, -(-vocab // part))
+    traffic.kernel((sums, logits[..., :part]), (sums,))
+
+
 LAUNCHES: dict[str, Callable[[Traffic, Sequence[Any], Sequence[Tensor]], None]] = {
     "advantages": _whitened,
     "lora_linear": _adapted,
+    "sample_tokens": _drawn,
 }
 """What follows the first launch of an op of ours, given its arguments and results."""
 
@@ -309,6 +337,7 @@ def sections() -> list[tuple[str, list[Count]]]:
     """(title, counts) of everything."""
     return [
         ("log-prob + entropy, from logits", [c for rows, vocab in SHAPES for c in from_logits(rows, vocab)]),
+        ("a token of a rollout", from_a_step()),
         ("scans and losses on tokens", from_tokens()),
         ("log-prob, from hidden states, forward + backward", from_hidden()),
     ]

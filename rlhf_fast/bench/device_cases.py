@@ -25,6 +25,7 @@ from rlhf_fast.bench.cases import (
 from rlhf_fast.bench.cases import linear_ppo_loss as head_loss
 from rlhf_fast.bench.cases import linear_token_logprobs as heads
 from rlhf_fast.bench.cases import lora_linear as adapters
+from rlhf_fast.bench.cases import sample_tokens as draws
 from rlhf_fast.bench.cases import token_logprobs as tokens
 from rlhf_fast.bench.cases.common import backward, compiled, leaf, no_grad, peer
 from rlhf_fast.bench.engine import OURS, Call, Case, Prepared, Results
@@ -40,6 +41,8 @@ class Sizes:
 
     logits: tuple[tuple[int, int], ...] = ((8192, 151936), (4096, 128256), (8192, 50257))
     """(tokens, vocabulary); the last vocabulary is odd, so that rows begin at any address."""
+    steps: tuple[tuple[int, int], ...] = ((256, 151936), (8, 151936))
+    """(sequences, vocabulary) of a step of a rollout."""
     rollout: tuple[int, int] = (512, 2048)
     head: tuple[int, int, int] = (8192, 4096, 131072)
     """(tokens, width, vocabulary)."""
@@ -60,6 +63,8 @@ def cases(device: torch.device, sizes: Sizes | None = None) -> Iterator[Case]:
     sizes = Sizes() if sizes is None else sizes
     for i, (rows, vocab) in enumerate(sizes.logits):
         yield from _logits(device, rows, vocab, aims and i == 0)
+    for rows, vocab in sizes.steps:
+        yield _step(device, rows, vocab)
     yield from _tokens(device, *sizes.rollout, aims)
     yield from _small(device, sizes)
     yield from _heads(device, *sizes.head, aims)
@@ -170,6 +175,30 @@ def _logits(device: torch.device, rows: int, vocab: int, aims: bool) -> Iterator
             aims_ms={"device": aim} if aims else {},
             card=CARD,
         )
+
+
+def make_step(device: torch.device, rows: int, vocab: int) -> dict[str, Any]:
+    """Logits as a rollout sums them, in fp32 whatever the dtype of the model."""
+    uniform = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return {"logits": normal(device, rows, vocab, dtype=torch.float32, scale=3.0), "uniform": uniform.to(device)}
+
+
+def _step(device: torch.device, rows: int, vocab: int) -> Case:
+    fused = compiled(draws.by_inversion)
+    return Case(
+        "sample_tokens",
+        f"[{rows}, {vocab}] fp32, token, log-prob and entropy",
+        partial(make_step, device, rows, vocab),
+        {
+            OURS: draws.ours,
+            "eager, the same token": no_grad(draws.by_inversion),
+            "eager, multinomial": no_grad(draws.by_multinomial),
+            "torch.compile, the same token": no_grad(fused),
+        },
+        draws.truth,
+        lambda m: m.seconds(read=4 * rows * vocab),
+        memory=False,
+    )
 
 
 def _tokens(device: torch.device, rows: int, length: int, aims: bool) -> Iterator[Case]:

@@ -14,6 +14,7 @@ from torch import Tensor
 import rlhf_fast
 from rlhf_fast.bench import audit, traffic
 from rlhf_fast.bench.cases import advantages, ppo_loss
+from rlhf_fast.bench.cases import sample_tokens as draws
 from rlhf_fast.reference import lora_linear
 
 SLACK = 0.02
@@ -50,6 +51,12 @@ def logits() -> dict[str, Tensor]:
     }
 
 
+def step_logits() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(4, generator=generator, dtype=torch.float64)
+    return {"logits": torch.randn(4, 32_768, generator=generator), "uniform": uniform}
+
+
 def every_token_real(make: Callable[[int, int], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
     """Masked tokens are not read; the table counts arrays without any."""
     return lambda: (x := make(6, 700)) | {"mask": torch.ones_like(x["mask"])}
@@ -75,11 +82,12 @@ def test_the_table_counts_what_adapters_add_to_a_layer():
     [
         (logits, log_probs, 1),
         (logits, log_probs_and_gradient, 2),
+        (step_logits, draws.ours, 2),
         (every_token_real(advantages.make), advantages.ours, 2),
         (every_token_real(advantages.make), raw_advantages, 1),
         (every_token_real(ppo_loss.make), loss_and_gradients, 1),
     ],
-    ids=["log-probs", "log-probs and gradient", "advantages", "advantages, not whitened", "ppo_loss"],
+    ids=["log-probs", "log-probs and gradient", "a step", "advantages", "advantages, not whitened", "ppo_loss"],
 )
 def test_the_table_counts_what_the_kernels_do(make, call, launches):
     x = make()
