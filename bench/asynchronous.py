@@ -2,8 +2,8 @@
 
 The same Llama, prompts, reward and updates as `bench/steps.py`. local: sampling and training take turns in one process. process: a
 second process samples, training waits (rollout.staleness 0); must give the same adapter as local, or the script fails. ahead: it
-samples the next batch while this one is trained on (rollout.staleness 1). Where both work at once they share the cores: each gets half
-of the threads, elsewhere whoever works has all of them.
+samples the next batch while this one is trained on (rollout.staleness 1). Where both work at once each gets half of the threads,
+elsewhere whoever works has all of them. With --threads 1 everybody has one, which says what the overlap alone gives.
 
 Every run is a process of its own, and they take turns, --rounds times. The first two steps of a run are not timed. Printed are the
 seconds of a step, those of it that training waits for completions, and those in which both were at work, all medians, from the
@@ -56,7 +56,7 @@ def child(args: argparse.Namespace, what: str, way: str) -> dict[str, Any]:
     from rlhf_fast.rollout.process import ProcessEngine
     from rlhf_fast.train import group, online, ppo
 
-    threads = torch.get_num_threads()
+    threads = args.threads
     own = max(1, threads // 2) if way == "ahead" else threads
     sampling: list[Span] = []
     waiting: list[Span] = []
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--timeline", action="store_true")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -161,7 +162,7 @@ def main() -> None:
         return
     passed = [a for a in sys.argv[1:] if a not in ("grpo", "ppo")]
     print(
-        f"{args.size} Llama, {args.dtype}, {args.batch} completions of up to {args.response} tokens, {torch.get_num_threads()} threads"
+        f"{args.size} Llama, {args.dtype}, {args.batch} completions of up to {args.response} tokens, {args.threads} threads"
     )
     for what in args.what or ("grpo", "ppo"):
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
