@@ -73,6 +73,8 @@ class Recipe:
     """Kind of `rollout_correction` that is part of the recipe."""
     local: bool = False
     """Whether the denominator is that of the batch at hand by definition, however the whole is split."""
+    sampled: bool = False
+    """Whether the old policy of its ratio is the one that sampled, however many updates ago."""
     paper: str = ""
     """arXiv id, or where else it is from."""
 
@@ -122,7 +124,7 @@ RECIPES: dict[str, Recipe] = {
     "cispo": Recipe(surrogate="cispo", clip=(1.0, 4.0), paper="2506.13585"),  # no lower bound, ratio at most 5
     "cispo_cap": Recipe(surrogate="cispo-cap", ratio_cap=5.0, paper="2506.13585, TRL"),
     "sapo": Recipe(surrogate="sapo", reduction=SEQ_MEAN, paper="2511.20347"),
-    "vespo": Recipe("product", "vespo", paper="2602.10693"),
+    "vespo": Recipe("product", "vespo", sampled=True, paper="2602.10693"),
     "clip_cov": Recipe(surrogate="clip-cov", paper="2505.22617"),
     "kl_cov": Recipe(surrogate="kl-cov", paper="2505.22617"),
     "reinforce": Recipe(surrogate="score", reduction=SEQ_SUM, advantages="returns", paper="Williams 1992"),

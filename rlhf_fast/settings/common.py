@@ -306,7 +306,8 @@ class RolloutConfig(GenerationConfig):
     """Batches that an engine samples ahead while others are trained on, each by the policy of so many steps before; 0 waits."""
     correction: Name | None = None
     """Importance weights for what an older policy or another engine sampled: none, or a kind of rlhf_fast.corrections (token-tis when
-    left out and the sampling policy is not the one in training, bit for bit)."""
+    left out and the sampling policy is not the one in training, bit for bit). With min_new_tokens they hold the probability of an
+    early end as well, which that took from who sampled."""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     """The second process of engine = process."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)

@@ -188,6 +188,10 @@ class GroupConfig:
         no_trunk_to_share(self, self.model)
         at_most(self, "group.minibatch_size", self.group.minibatch_size, "rollout.batch_size", self.rollout.batch_size)
         _whole_groups(self, self.group_size, self.rollout)
+        if RECIPES[self.group.recipe].sampled:
+            _no_correction(
+                self, self.rollout, f"whose ratio with recipe = {self.group.recipe} is over the policy that sampled"
+            )
         if self.group.kind != "returns":
             no_steps(self, self.reward, f"none with advantages = {self.group.kind}, which compare whole completions")
 
@@ -199,9 +203,11 @@ def _whole_groups(owner: object, group_size: int, rollout: RolloutConfig) -> Non
         raise _check.error(ValueError, type(owner).__name__, "group_size", group_size, expected)
 
 
-def _no_correction(owner: object, rollout: RolloutConfig) -> None:
+def _no_correction(
+    owner: object, rollout: RolloutConfig, why: str = "which does not compare with the policy that sampled"
+) -> None:
     if rollout.correction not in (None, "none"):
-        expected = "none: the loss does not compare with the policy that sampled"
+        expected = f"none for the loss, {why}"
         raise _check.error(ValueError, type(owner).__name__, "rollout.correction", rollout.correction, expected)
 
 

@@ -34,7 +34,10 @@ class Trainer(Sampler):
         # training.
         compared = group.recipe in COVARIANCE_KINDS or (config.kl.used and self.recipe.kl_placement == "reward")
         self.on_policy = once and config.rollout.same_policy and config.rollout.min_new_tokens == 0 and not compared
-        if config.rollout.correction is None and not config.rollout.same_policy:
+        self.bypass = self.recipe.sampled and not config.rollout.same_policy
+        if self.bypass:
+            self.correction = None  # the ratio has it
+        elif config.rollout.correction is None and not config.rollout.same_policy:
             self.correction = self.recipe.correction or self.correction
 
     def advantages(self, e: Experience) -> Tensor:
@@ -104,10 +107,11 @@ class Trainer(Sampler):
         part = self.rows(rollout, rows)
         stats = self.response_stats(part, part.forward(self.model, ("policy",), e.trunk_of(rows)).policy.hidden)
         in_loss = self.recipe.kl_placement != "reward" and e.ref_logprobs is not None
+        old = rollout.logprobs if self.bypass and rollout.logprobs is not None else e.logprobs
         loss, found = policy_loss(
             group.recipe,
             part.spread(stats.logprobs),
-            None if self.on_policy else e.logprobs[rows],
+            None if self.on_policy else old[rows],
             each[rows],
             e.mask[rows],
             ref_logprobs=e.ref_logprobs[rows] if in_loss else None,  # type: ignore[index]

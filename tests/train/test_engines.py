@@ -17,7 +17,7 @@ from ranks_of import start
 from runs import SCORERS, TEXTS, numbers, outcome, write_lines
 from runs import steps as steps_of
 
-from rlhf_fast import advantages
+from rlhf_fast import advantages, policy_loss
 from rlhf_fast.config import (
     ConfigError,
     GroupConfig,
@@ -481,6 +481,30 @@ def test_a_recipe_with_a_correction_of_its_own_keeps_it(source):
         changed = dataclasses.replace(config, group=recipe, rollout=rollout)
         model = SharedModel(tiny_llama(), ("policy", "reference"), LoraConfig(r=2), 1)
         assert GroupTrainer(changed, model, letter_tokenizer(), Rewards(config.reward)).correction == expected
+
+
+def test_a_ratio_over_the_policy_that_sampled_needs_no_weights(source):
+    config = of_group(source, source / "run")
+    update = dataclasses.replace(config.group, recipe="vespo")
+    with pytest.raises(ValueError, match=r"rollout.correction' got token-tis, expected none .* recipe = vespo"):
+        dataclasses.replace(config, group=update, rollout=dataclasses.replace(config.rollout, correction="token-tis"))
+    model = disturb(SharedModel(tiny_llama(), ("policy", "reference"), LoraConfig(r=2, alpha=8.0), 1), 1)
+    config = dataclasses.replace(config, group=update, kl=GroupKLConfig())
+    trainer = GroupTrainer(config, model, letter_tokenizer(), Rewards(config.reward))
+    rollout = trainer.rollout([[5, 6, 7], [9]], torch.Generator().manual_seed(0))
+    disturb(model, 2)
+    e = dataclasses.replace(trainer.score(rollout), scores=torch.tensor([3.0, 1.0, 0.0, 2.0, 5.0, 1.0, 1.0, 4.0]))
+    assert e.correction is None
+    updates = Updates(model)
+    trainer.update(updates, e, torch.Generator().manual_seed(1))
+    out, P = model(rollout.input_ids, rollout.attention_mask, roles=("policy",)), rollout.prompt_length
+    logits = out.policy.logits[:, P - 1 : -1]
+    logprobs = logits.log_softmax(-1).gather(-1, rollout.responses[..., None]).squeeze(-1)
+    policy_loss("vespo", logprobs, rollout.logprobs, trainer.advantages(e), rollout.response_mask).loss.backward()
+    for name, p in model.parameters_of("policy").items():
+        scale = float(p.grad.abs().max())
+        torch.testing.assert_close(updates.gradients[name], p.grad, rtol=1e-3, atol=1e-4 * scale + 1e-8)
+    assert any(float(p.grad.abs().max()) > 1e-3 for p in model.parameters_of("policy").values())
 
 
 @pytest.mark.parametrize(
