@@ -211,6 +211,32 @@ def lora_linear(d: Draw) -> dict[str, Any]:
     }
 
 
+def rms_norm(d: Draw) -> dict[str, Any]:
+    return {
+        "x": d.tokens(d.pick(1e-3, 1.0, 30.0)),
+        "weight": d.normal(d.length),
+        "eps": d.pick(1e-6, 1e-5),
+        "offset": d.pick(0.0, 1.0),
+    }
+
+
+def silu_mul(d: Draw) -> dict[str, Any]:
+    return {"gate": d.tokens(d.pick(1.0, 40.0)), "up": d.tokens()}
+
+
+def rotary(d: Draw) -> dict[str, Any]:
+    width, heads, kv_heads = 2 * d.pick(1, 8, 20, 32), d.pick(1, 3), d.pick(1, 2)
+    length = min(d.length, 7)
+    query, key = (d.normal(d.rows * length, n * width).reshape(d.rows, length, n, width) for n in (heads, kv_heads))
+    angles = d.normal(d.pick(1, d.rows) * length, width, scale=3.0).reshape(-1, length, width)
+    return {
+        "query": query.transpose(1, 2),
+        "key": key.transpose(1, 2),
+        "cosine": angles.cos(),
+        "sine": angles.sin(),
+    }
+
+
 def dpo_loss(d: Draw) -> dict[str, Any]:
     chosen, rejected, refs = d.tokens(), d.tokens(), d.pick(True, False)
     return {
@@ -240,13 +266,16 @@ CONSTANT = {
     "ref_logprobs",
     "ref_logits",
     "margin",
+    "cosine",
+    "sine",
 }
 """Inputs without a gradient in some op; ref_logprobs has one in `advantages` and `kl_estimate`, tested there."""
 
 
 def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """Results and gradients by name, for a fixed weighting of the results."""
-    constant = CONSTANT | ({"weight", "bias"} if "lora_a" in kwargs else set())  # frozen under adapters
+    frozen = "lora_a" in kwargs or "eps" in kwargs  # under adapters, and in norms
+    constant = CONSTANT | ({"weight", "bias"} if frozen else set())
     kwargs = {
         k: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() and k not in constant else v
         for k, v in kwargs.items()
@@ -285,6 +314,9 @@ def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tenso
         linear_ppo_loss,
         reward_loss,
         lora_linear,
+        rms_norm,
+        silu_mul,
+        rotary,
         dpo_loss,
     ],
     ids=lambda f: f.__name__,

@@ -8,6 +8,8 @@
 // strip by the thread that needs it. Tiles of kTileRows x kTileColumns sums stay in registers over a whole block of k.
 #pragma once
 
+#include <type_traits>
+
 #include "ops.h"
 #include "parallel.h"
 #include "transpose.h"
@@ -125,6 +127,23 @@ void pack_columns(Operand<T> x, int lines, int64_t depth, int64_t left, float* t
   }
 }
 
+// Sixteen units of up to sixteen lines as [unit][line]; 0 past the end of k.
+template <bool kNarrow, class T>
+void pack_sixteen(Operand<T> x, int lines, int64_t left, float* to) {
+  using U = Units<T, kNarrow>;
+  Float block[kLanes];
+  if (x.line == 1) {
+    for (int u = 0; u < kLanes; ++u) {
+      const int64_t k = u * U::step;
+      block[u] = k < left ? U::across(x.data + k * x.along, x.along, left - k, lines) : Float::splat(0);
+    }
+  } else {
+    for (int j = 0; j < kLanes; ++j) block[j] = j < lines ? U::along(x.data + j * x.line, left) : Float::splat(0);
+    transpose(block);
+  }
+  for (int u = 0; u < kLanes; ++u) store(to + u * kLanes, block[u]);
+}
+
 template <bool kNarrow>
 inline RLHF_FAST_INLINE Float multiply_add(const Float& a, const Float& b, const Float& c) {
 #if defined(RLHF_FAST_ISA_AVX512BF16)
@@ -144,14 +163,15 @@ struct Target {
   const float* bias;  // of these columns, or null
 };
 
+// b: kTileColumns columns of every unit of k, b_pitch apart.
 template <bool kNarrow, int R, class C>
-void tile(const float* a, const float* b, int64_t depth, Target<C> to) {
+void tile(const float* a, const float* b, int64_t b_pitch, int64_t depth, Target<C> to) {
   Float sums[R][kVectors];
   for (auto& row : sums)
     for (Float& s : row) s = Float::splat(0);
   for (int64_t u = 0; u < depth; ++u) {
     Float column[kVectors];
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + u * kTileColumns + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) column[v] = load(b + u * b_pitch + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const Float row = Float::splat(a[i * kPitch + u]);
@@ -183,9 +203,9 @@ void tile(const float* a, const float* b, int64_t depth, Target<C> to) {
 }
 
 template <bool kNarrow, int R = kTileRows, class C>
-inline void tile_of(int rows, const float* a, const float* b, int64_t depth, Target<C> to) {
-  if (rows == R) return tile<kNarrow, R>(a, b, depth, to);
-  if constexpr (R > 1) tile_of<kNarrow, R - 1>(rows, a, b, depth, to);
+inline void tile_of(int rows, const float* a, const float* b, int64_t b_pitch, int64_t depth, Target<C> to) {
+  if (rows == R) return tile<kNarrow, R>(a, b, b_pitch, depth, to);
+  if constexpr (R > 1) tile_of<kNarrow, R - 1>(rows, a, b, b_pitch, depth, to);
 }
 
 // Sizes of equal parts of n, at most `most` each, in multiples of `unit`.
@@ -201,14 +221,18 @@ void multiply(const MatmulArgs& x) {
   // A transposed A goes in wide parts: a strip of a few of its rows is a piece of a cache line of each column.
   const bool rows_shared = x.m <= x.n || a.along != 1;
   // Shared: the operand that is packed for all. Its lines go in parts, k in blocks; the other's lines in strips.
-  const int shared_tile = rows_shared ? kTileRows : kTileColumns, other_tile = rows_shared ? kTileColumns : kTileRows;
+  // Rows of equal tiles: 16 as 8 and 8. A tile of few rows waits for its own sums.
+  const int tile_rows = x.m > 0 ? static_cast<int>(ceil_div(x.m, ceil_div(x.m, kTileRows))) : 1;
+  const int shared_tile = rows_shared ? tile_rows : kTileColumns, other_tile = rows_shared ? kTileColumns : tile_rows;
   const int64_t shared = rows_shared ? x.m : x.n, other = rows_shared ? x.n : x.m;
   const int64_t part = even_part(shared, kPanels, shared_tile), parts = ceil_div(shared, part);
   const int64_t units = x.k > 0 ? ceil_div(x.k, step) : 1, depth = even_part(units, kDepth, kLanes),
                 blocks = ceil_div(units, depth);
   const int64_t strips = ceil_div(other, other_tile);
   float* const packed = static_cast<float*>(x.workspace);
-  const int64_t panel_floats = rows_shared ? kTileRows * kPitch : kTileColumns * kPitch;
+  const int64_t panel_floats = shared_tile * kPitch;
+  // A strip that few rows are multiplied by is read where it lies: packing it would cost as much as the products.
+  const bool in_place = rows_shared && !kNarrow && std::is_same_v<B, float> && b.line == 1 && x.m <= 2 * kTileRows;
   int64_t next = 0;
   for_phases(x.threads, 1, x.threads, static_cast<int>(2 * parts * blocks), [&](int phase, int64_t from, int64_t to) {
     const int64_t first_line = phase / 2 / blocks * part, k = phase / 2 % blocks * depth * step;
@@ -236,7 +260,12 @@ void multiply(const MatmulArgs& x) {
     for (int64_t task = draw(); task < strips * cuts; task = draw()) {
       const int64_t line = task / cuts * other_tile, cut = task % cuts;
       const int some = static_cast<int>(least(other_tile, other - line));
-      if (rows_shared)
+      const float* columns = strip;
+      int64_t columns_pitch = kTileColumns;
+      if (in_place && some == kTileColumns) {
+        columns = reinterpret_cast<const float*>(b.data + line + k * b.along);
+        columns_pitch = b.along;
+      } else if (rows_shared)
         pack_columns<kNarrow>(Operand<B>{b.data + line * b.line + k * b.along, b.line, b.along}, some, deep, left,
                               strip);
       else
@@ -249,9 +278,9 @@ void multiply(const MatmulArgs& x) {
         const Target<C> target{static_cast<C*>(x.c) + row * x.c_row + column, x.c_row, rows_shared ? some : size,
                                x.accumulate || k > 0, bias};
         if (rows_shared)
-          tile_of<kNarrow>(size, panel, strip, deep, target);
+          tile_of<kNarrow>(size, panel, columns, columns_pitch, deep, target);
         else
-          tile_of<kNarrow>(some, strip, panel, deep, target);
+          tile_of<kNarrow>(some, strip, panel, kTileColumns, deep, target);
       }
     }
     restore_denormals(before);

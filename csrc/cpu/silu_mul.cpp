@@ -8,13 +8,13 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // numbers; below this a second thread costs more than it saves
 
-// 1 / (1 + e^-x) and its complement. Below -88 both stay what they are there: x times the first is 0 up to 1e-35.
+// 1 / (1 + e^-x), 0 below -88, and its complement.
 struct Sigmoid {
   Float value, rest;
 
   RLHF_FAST_INLINE explicit Sigmoid(const Float& x) {
-    const Float e = exp(Float::splat(0) - max(x, Float::splat(-88.0f)));
-    value = Float::splat(1.0f) / (Float::splat(1.0f) + e);
+    const Float least = Float::splat(-88.0f), e = exp(Float::splat(0) - max(x, least));
+    value = where(not_less(x, least), Float::splat(1.0f) / (Float::splat(1.0f) + e));
     rest = e * value;
   }
 };

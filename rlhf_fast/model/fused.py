@@ -7,6 +7,7 @@ children stay, and wherever the op does not apply (other devices, autocast, fp64
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from inspect import Parameter, signature
 from types import FunctionType
@@ -17,8 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from rlhf_fast._op import OPS, plain
-from rlhf_fast.model.linear import features, is_linear
-from rlhf_fast.ops import rms_norm as _rms_norm  # noqa: F401 (registers the ops)
+from rlhf_fast.model.linear import features, is_linear, weight_of
 from rlhf_fast.ops.rms_norm import apply as norm_rows
 from rlhf_fast.ops.rotary import _rotary as turn
 from rlhf_fast.ops.silu_mul import apply as gate_rows
@@ -143,17 +143,17 @@ def _gate_of(layer: nn.Module) -> tuple[str, str, str] | None:
         1 for m in linears.values() for _ in m.parameters()
     ):
         return None
+    (width, count), *_ = Counter(features(child)[0] for child in linears.values()).most_common()
+    weight = weight_of(next(iter(linears.values())))
+    if count < 2 or weight.dtype not in _SERVED:
+        return None
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # input and output
     handles = [
         child.register_forward_hook(lambda _, args, y, name=name: seen.__setitem__(name, (args[0], y)))
         for name, child in linears.items()
     ]
-    first = next(iter(linears.values()))
-    weight: Tensor = first.weight  # type: ignore[assignment]
-    if weight.dtype not in _SERVED:
-        return None
     try:
-        x = _example(2, features(first)[0], like=weight)
+        x = _example(2, width, like=weight)
         y = _tried(layer, x)
     finally:
         for handle in handles:
@@ -228,10 +228,12 @@ def _turning(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _alike(query: Any, x: Any) -> bool:
-    """Whether the op takes x beside the queries, which are (B, heads, T, D)."""
+    """Whether the op takes x beside the queries (B, heads, T, D): keys of that shape, or a table (B or 1, T, D)."""
     if not isinstance(query, Tensor) or not isinstance(x, Tensor) or x.dtype is not query.dtype or query.dim() != 4:
         return False
-    return x.shape[-2:] == query.shape[-2:] and len(x) in (1, len(query)) and not (x.dim() == 3 and x.requires_grad)
+    if x.shape[-2:] != query.shape[-2:]:
+        return False
+    return len(x) == len(query) if x.dim() == 4 else len(x) in (1, len(query)) and x.dim() == 3 and not x.requires_grad
 
 
 def fused(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 
 
 def sample(
-    *shape: int, dtype: torch.dtype = torch.float32, offset: float = 0.0, scale: float = 1.0, seed: int = 0
+    shape: tuple[int, ...] = (6, 40),
+    *,
+    dtype: torch.dtype = torch.float32,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Keyword arguments of ops.rms_norm for x of `shape`, rows of `scale` standard deviations."""
     g = torch.Generator().manual_seed(seed)
