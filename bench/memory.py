@@ -12,10 +12,9 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 from typing import Any
 
-from shapes import llama, llama_config
+from shapes import llama
 
 SETTINGS = {
     "20 of 30 layers shared": ["--shared-layers", "20"],
@@ -24,8 +23,6 @@ SETTINGS = {
 }
 """Of the two shared layouts; all are measured unless one is chosen."""
 LIMITS = {"ppo / sft": 1.6, "ppo / classic": 0.45}
-PLAN_LIMIT = 0.1
-"""How far `rlhf-fast plan` may be off a measured peak; on stderr."""
 
 
 def resident() -> float:
@@ -189,13 +186,6 @@ def main() -> int:
     for name, extra in settings.items():
         sft, ppo = peak("sft", extra), peak("ppo", extra)
         ratios = {"ppo / sft": ppo / sft, "ppo / classic": ppo / classic}
-        for layout, measured in (("sft", sft), ("ppo", ppo)):
-            told = predicted(layout, args, extra)
-            outcome = "met" if abs(told / measured - 1) <= PLAN_LIMIT else "missed"
-            print(
-                f"plan of {layout}, {name}: {told:.0f} MiB predicted, {measured:.0f} measured, {told / measured:.2f}: {outcome}",
-                file=sys.stderr,
-            )
         table.append({"setting": name, "sft": sft, "ppo": ppo, "classic": classic, "ratios": ratios})
     if args.json:
         print(json.dumps({"rows": table, "limits": LIMITS}))
@@ -211,33 +201,6 @@ def main() -> int:
         )
         print(f"{row['setting']:<28}{row['sft']:>8.0f}{row['ppo']:>8.0f}{row['classic']:>9.0f}{columns}")
     return 0
-
-
-def predicted(layout: str, args: argparse.Namespace, extra: list[str]) -> float:
-    """MiB that `rlhf-fast plan` predicts for the two shared layouts, without the rollout, which they leave out."""
-    from rlhf_fast.config import PlanConfig
-    from rlhf_fast.model import LoraConfig
-    from rlhf_fast.plan import plan
-
-    shared_layers = args.shared_layers or (int(extra[1]) if "--shared-layers" in extra else 0)
-    with tempfile.TemporaryDirectory() as folder:
-        llama_config(args.hidden, args.layers, args.vocabulary).save_pretrained(folder)
-        found = plan(
-            PlanConfig(
-                folder,
-                trainer="ppo" if layout == "ppo" else "sft",
-                dtype="float32",
-                lora=LoraConfig(r=16),
-                shared_layers=shared_layers,
-                gradient_checkpointing=args.gradient_checkpointing or "--gradient-checkpointing" in extra,
-                batch_size=args.batch,
-                micro_batch_size=args.batch,
-                prompt_tokens=args.prompt,
-                response_tokens=args.response,
-            )
-        )
-    found.phases.pop("rollout", None)
-    return found.peak / 2**20
 
 
 def peak(layout: str, extra: list[str]) -> float:

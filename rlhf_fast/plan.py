@@ -1,27 +1,20 @@
 """`rlhf-fast plan`: the memory of a run before it runs, part by part, from the shapes of the model alone.
 
-The model is built without data (torch's fake tensors) and its passes are run on shapes: every tensor that PyTorch would allocate is
-counted from its birth to its end, so activations, what a layer leaves behind in the backward and what gradient checkpointing saves
-are those of the real code. The rest (optimizer, caches, chunks of the head) is arithmetic.
+The passes are those of the model's own code (plan_passes.py). The rest is arithmetic: weights, adapters, their gradients and moments
+to the byte, a rollout's cache and packed weights, the chunks of the LM head. On a CPU the process itself counts, as it stands.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from rlhf_fast import _check
+from rlhf_fast._allocator import resident_bytes
 from rlhf_fast.config import PlanConfig, resolve_dtype
-from rlhf_fast.ops._lm_head import CHUNK_BYTES, DEVICE_CHUNK_BYTES
+from rlhf_fast.plan_passes import LiveBytes, Passes, head_bytes, storage_bytes
 
 GPUS = {"a100-40": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180, "l40s": 48, "rtx4090": 24, "rtx5090": 32}
 """GiB of memory by the makers' data sheets."""
@@ -33,6 +26,12 @@ ROLES = {
     "ppo": (("policy", "reference", "value", "reward"), ("policy", "value")),
 }
 """(roles, those that train) by trainer."""
+FREE = 0.9
+"""Share of a GPU's memory that a plan may fill: its context, its libraries and the holes between blocks are not in it."""
+
+
+class DoesNotFit(ValueError):
+    """No micro-batch fits the budget; the message has the plan of the smallest."""
 
 
 @dataclass
@@ -41,6 +40,7 @@ class Plan:
 
     always: dict[str, int] = field(default_factory=dict)
     phases: dict[str, int] = field(default_factory=dict)
+    micro_batch_size: int = 1
 
     @property
     def peak(self) -> int:
@@ -57,148 +57,196 @@ class Plan:
         found.append(f"{'peak':36} {self.peak / 2**20:12,.1f} MiB")
         if gpu is not None:
             room = GPUS[gpu] * 2**30
-            verdict = "fits" if self.peak <= 0.9 * room else "fits barely" if self.peak <= room else "does not fit"
+            verdict = "fits" if self.peak <= FREE * room else "fits barely" if self.peak <= room else "does not fit"
             found.append(f"{gpu}: {GPUS[gpu]} GiB, {self.peak / room:.0%} used: {verdict}")
         return found
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the storages of tensors that are born inside the context, while they live."""
+class Planner:
+    """The model of a plan, built once of shapes, and its plan for any micro-batch.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
+    Raises ValueError for a folder without a model's config, for roles of which none trains, and for more shared layers than the
+    model can spare.
+    """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return True  # models ask whether a mask can be left out; with whole rows of real tokens it can
-        out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, out)
-        return out
+    def __init__(self, config: PlanConfig) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-    def _see(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.live += self._sizes[key]
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._gone, key)
+        from rlhf_fast.model import SharedModel
 
-    def _gone(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
+        try:
+            settings = AutoConfig.from_pretrained(config.model, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            expected = "a folder with a model's config"
+            raise _check.error(ValueError, "plan", "model", repr(config.model), expected) from error
+        self.config, self.text = config, settings.get_text_config()
+        self.cpu = config.gpu is None
+        self.dtype = resolve_dtype(config.dtype, "cpu" if self.cpu else "cuda")
+        self.stored = getattr(settings, "dtype", None) or torch.float32
+        self.roles, self.trained = ROLES[config.trainer]
+        if config.roles:
+            self.roles, self.trained = tuple(config.roles), tuple(r for r in self.trained if r in config.roles)
+            if not self.trained:
+                expected = f"one of {', '.join(ROLES[config.trainer][1])} among them for {config.trainer}"
+                raise _check.error(ValueError, "plan", "roles", list(config.roles), expected)
+        depth = self.text.num_hidden_layers
+        if config.shared_layers >= depth:
+            expected = f"0 to {depth - 1} for a model of {depth} layers"
+            raise _check.error(ValueError, "plan", "shared_layers", config.shared_layers, expected)
+        self.held = _held(config.model) if self.cpu else 0
+        with FakeTensorMode() as fake, LiveBytes():
+            base = AutoModelForCausalLM.from_config(settings, dtype=self.dtype, trust_remote_code=False)
+            self.model = SharedModel(
+                base,
+                self.roles,
+                config.lora,
+                config.shared_layers,
+                gradient_checkpointing=config.gradient_checkpointing,
+            )
+        self.passes = Passes(fake, self.model, packed=self.cpu)
+        self.online = config.trainer in ("ppo", "grpo")
+        self.length = config.prompt_tokens + config.response_tokens
+        self._rollout: int | None = None
+
+    def at(self, micro_batch_size: int) -> Plan:
+        """The plan with so many sequences (pairs) in a pass."""
+        config, model, base = self.config, self.model, self.model.base
+        own = {role: sum(p.nbytes for p in model.parameters_of(role).values()) for role in model.roles}
+        rows = micro_batch_size * (2 if config.trainer in ("dpo", "reward") else 1)
+        learned = rows * (config.response_tokens if self.online else self.length)
+        weights = storage_bytes((*base.parameters(), *base.buffers()))
+        gradients = sum(own[role] for role in self.trained)
+        found = Plan(micro_batch_size=micro_batch_size)
+        if self.cpu:
+            found.always["process before the model"] = self.held
+        found.always["base weights"] = weights
+        found.always["adapters and heads"] = sum(own.values())
+        found.always["gradients"] = gradients
+        found.always["Adam's moments"] = 2 * gradients
+        if self.online and config.shared_layers:
+            size = model.backbone.hidden_size * self.dtype.itemsize
+            found.always["outputs of the shared layers"] = config.batch_size * self.length * size
+        if any(role in ("policy", "reference") for role in self.roles):
+            head = base.get_output_embeddings().weight
+            found.always["chunks of the LM head"] = head_bytes(learned, head, not self.cpu)
+        if self.cpu and self.stored != self.dtype:
+            found.phases["reading the weights"] = sum(p.numel() for p in base.parameters()) * self.stored.itemsize
+        if self.online:
+            if config.engine == "local":
+                self._rollout = self._sampling() if self._rollout is None else self._rollout
+                found.phases["rollout"] = self._rollout
+            found.phases["scoring"] = self.passes.scores(self.roles, rows, self.length, kept_trunk=True)
+        for role in self.trained:
+            found.phases[f"update of {role}"] = self._update(role, rows)
+        parameters = [p.nbytes for role in self.trained for p in model.parameters_of(role).values()]
+        # The root of the second moment: of one parameter after the other on a CPU, elsewhere of all at once (torch.optim's foreach).
+        found.phases["optimizer step"] = max(parameters) if self.cpu else sum(parameters)
+        if self.cpu:
+            # Of the moments: copies, their bytes, and those of the whole file (train/checkpoint.py).
+            found.phases["checkpoint"] = 3 * 2 * gradients
+        return found
+
+    def _update(self, role: str, rows: int) -> int:
+        config, online = self.config, self.online
+        head = "values" if role in ("value", "reward") else "ppo" if config.trainer == "ppo" else "logprobs"
+        before = ("reference",) if config.trainer == "dpo" and "reference" in self.roles else ()
+        responses = config.response_tokens if online and head != "values" else None
+        return self.passes.trains(
+            role, rows, self.length, head=head, before=before, responses=responses, kept_trunk=online
+        )
+
+    def _sampling(self) -> int:
+        """Keys and values of every layer, prompts once for all their samples; the pass over the prompts, or the logits of a token
+        beside those of the one before; on a CPU the packed weights (rollout/packed.py)."""
+        from rlhf_fast.model.linear import weight_of
+        from rlhf_fast.rollout.packed import packable
+
+        config, text = self.config, self.text
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        prompts = config.batch_size // (config.group_size if config.trainer == "grpo" else 1)
+        tokens = prompts * config.prompt_tokens + config.batch_size * config.response_tokens
+        cache = 2 * text.num_hidden_layers * heads * width * self.dtype.itemsize * tokens
+        logits = 2 * config.batch_size * text.vocab_size * 4
+        packed = 0
+        if self.cpu:
+            layers = [weight_of(layer) for layer in self.model.backbone.all_linears().values()]
+            layers.append(weight_of(self.model.base.get_output_embeddings()))
+            packed = sum(w.nbytes for w in layers if packable(w))
+        return packed + cache + max(logits, self.passes.reads("policy", prompts, config.prompt_tokens))
+
+
+def _held(folder: str) -> int:
+    """Bytes of this process with the libraries and the tokenizer of a run, which is what a run begins with but for its data."""
+    import rlhf_fast.train.loop as loop
+
+    tokenizer = None
+    if any((Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = loop.load_tokenizer(folder)
+    held = resident_bytes()
+    del tokenizer
+    return held
 
 
 def plan(config: PlanConfig) -> Plan:
     """The memory of one process of a run.
 
-    Raises ValueError for a folder without a model's config, for roles of which none trains, and for more shared layers than the
-    model can spare.
+    Without a micro_batch_size: with the largest that fits `memory_gib`, or 90 % of the GPU, and at most batch_size. Raises DoesNotFit
+    when none does, ValueError as Planner.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    planner = Planner(config)
+    room = budget(config)
+    if config.micro_batch_size is not None:
+        found = planner.at(config.micro_batch_size)
+        return found if config.memory_gib is None or room is None else checked(found, room)
+    return planner.at(config.batch_size) if room is None else largest(planner, room, config.batch_size)
 
-    from rlhf_fast.model import SharedModel
-    from rlhf_fast.model.linear import weight_of
 
-    try:
-        settings = AutoConfig.from_pretrained(config.model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        expected = "a folder with a model's config"
-        raise _check.error(ValueError, "plan", "model", repr(config.model), expected) from error
-    device = "cpu" if config.gpu is None else "cuda"
-    dtype = resolve_dtype(config.dtype, device)
-    roles, trained = ROLES[config.trainer]
-    if config.roles:
-        roles, trained = tuple(config.roles), tuple(r for r in trained if r in config.roles)
-        if not trained:
-            expected = f"one of {', '.join(ROLES[config.trainer][1])} among them for {config.trainer}"
-            raise _check.error(ValueError, "plan", "roles", list(config.roles), expected)
-    with FakeTensorMode() as fake:
-        base = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
-        model = SharedModel(base, roles, config.lora, gradient_checkpointing=config.gradient_checkpointing)
-    own = {role: sum(p.nbytes for p in model.parameters_of(role).values()) for role in model.roles}
-    depth = len(model.backbone.layers)
-    if config.shared_layers >= depth:
-        expected = f"0 to {depth - 1} for a model of {depth} layers"
-        raise _check.error(ValueError, "plan", "shared_layers", config.shared_layers, expected)
-    if config.shared_layers:
-        # A shared layer has no adapter.
-        own = {role: size * (depth - config.shared_layers) // depth for role, size in own.items()}
-    length = config.prompt_tokens + config.response_tokens
-    found = Plan()
-    found.always["base weights"] = _bytes((*base.parameters(), *base.buffers()))
-    found.always["adapters and heads"] = sum(own.values())
-    found.always["gradients"] = sum(own[role] for role in trained)
-    found.always["Adam's moments"] = 2 * found.always["gradients"]
-    hidden, vocabulary = model.backbone.hidden_size, settings.get_text_config().vocab_size
-    if config.shared_layers and config.trainer in ("ppo", "grpo"):
-        found.always["outputs of the shared layers"] = config.batch_size * length * hidden * dtype.itemsize
-    chunk = CHUNK_BYTES if config.gpu is None else DEVICE_CHUNK_BYTES
-    rows = config.micro_batch_size * (2 if config.trainer in ("dpo", "reward") else 1)
+def budget(config: PlanConfig) -> float | None:
+    """Bytes that the plan may fill, or None for any number."""
+    if config.memory_gib is not None:
+        return config.memory_gib * 2**30
+    return None if config.gpu is None else FREE * GPUS[config.gpu] * 2**30
 
-    def run(phase: str, which: Sequence[str], train: bool, head: bool) -> None:
-        with fake:
-            found.phases[phase] = _pass(model, which, rows, length, config.shared_layers, train) + (
-                chunk if head else 0
-            )
 
-    if config.trainer in ("ppo", "grpo"):
-        found.phases["rollout"] = _rollout(settings, config, length, dtype, vocabulary)
-        if config.gpu is None:  # the products of a rollout on a CPU read a packed copy of the weights
-            layers = model.backbone.all_linears().values()
-            found.phases["rollout"] += _bytes([*map(weight_of, layers), weight_of(base.get_output_embeddings())])
-        run("scoring", roles, False, True)
-    elif "reference" in roles:
-        run("reference", ("reference",), False, True)
-    for role in trained:
-        run(f"update of {role}", (role,), True, role == "policy")
+def largest(planner: Planner, room: float, most: int) -> Plan:
+    """The plan of the largest micro-batch up to `most` that fits `room` bytes. Raises DoesNotFit.
+
+    What a pass holds grows by the same number of bytes with every sequence, so two plans tell of all; the one chosen is made to see.
+    """
+    first = checked(planner.at(1), room)
+    if most == 1:
+        return first
+    second = planner.at(2)
+    size = max(n for n in range(1, most + 1) if n == 1 or _along(first, second, n) <= room)
+    found = first
+    while size > 1 and (found := planner.at(size)).peak > room:
+        size, found = size - 1, first
     return found
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, those that several share counted once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+def _along(first: Plan, second: Plan, n: int) -> float:
+    """Peak of a micro-batch of n by the plans of 1 and 2."""
+    line = lambda a, b: {name: a[name] + (n - 1) * (b[name] - a[name]) for name in a}
+    return sum(line(first.always, second.always).values()) + max(line(first.phases, second.phases).values())
 
 
-def _pass(model: Any, roles: Sequence[str], rows: int, length: int, shared_layers: int, train: bool) -> int:
-    """Most bytes alive at once in a pass of the decoder for stacked roles, with its backward when it trains."""
-    backbone = model.backbone
-    ids = torch.zeros(rows * len(roles), length, dtype=torch.int64)
-    layers = list(backbone.layers)
-    wrap: Callable[..., Any] | None = None
-    with model._plan.use(tuple(roles)):
-        if train and model.gradient_checkpointing:
-            wrap = model._recomputed(ids)
-        replaced = {layer: wrap(layer.forward) for layer in layers[shared_layers:]} if wrap else {}
-        replaced |= {layer: backbone._returning(None) for layer in layers[:shared_layers]}
-        counter = LiveBytes()
-        grad: AbstractContextManager[Any] = torch.enable_grad() if train else torch.no_grad()
-        with counter, grad, backbone.replaced(replaced):
-            out = backbone.decoder(input_ids=ids, attention_mask=None, use_cache=False).last_hidden_state
-            if train:
-                out.backward(torch.zeros_like(out))
-            del out
-        for parameter in model.parameters():
-            parameter.grad = None
-    return counter.peak
-
-
-def _rollout(settings: Any, config: PlanConfig, length: int, dtype: torch.dtype, vocabulary: int) -> int:
-    """Keys and values of every layer, prompts once for all their samples, and the logits of a step in two formats."""
-    text = settings.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    prompts = config.batch_size // (config.group_size if config.trainer == "grpo" else 1)
-    tokens = prompts * config.prompt_tokens + config.batch_size * (length - config.prompt_tokens)
-    cache = 2 * text.num_hidden_layers * heads * width * dtype.itemsize * tokens
-    return cache + config.batch_size * vocabulary * (4 + dtype.itemsize)
+def checked(found: Plan, room: float) -> Plan:
+    """The same plan. Raises DoesNotFit when it takes more than `room` bytes."""
+    if found.peak <= room:
+        return found
+    got = f"{found.peak / 2**30:.2f} GiB with a micro-batch of {found.micro_batch_size}"
+    table = "\n".join(found.lines())
+    raise DoesNotFit(
+        f"plan: argument 'memory_gib' got a run that takes {got}, expected at most {room / 2**30:.2f}:\n{table}"
+    )
 
 
 def run(config: PlanConfig) -> None:
     """The command: prints the plan."""
     found = plan(config)
     where = "one process" if config.gpu is None else f"one {config.gpu}"
-    print(f"{config.trainer} of {config.model} on {where}, {config.micro_batch_size} sequences of")
+    print(f"{config.trainer} of {config.model} on {where}, {found.micro_batch_size} sequences of")
     print(f"{config.prompt_tokens} + {config.response_tokens} tokens at a time:")
     print("\n".join(found.lines(config.gpu)))

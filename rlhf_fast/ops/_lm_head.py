@@ -280,10 +280,10 @@ def whole_rows(x: Inputs, live: Tensor | None, buffers: int = 1, narrow: bool = 
     """
     cut = _Cut(x, live)
     V = cut.vocab
-    classes = V if not cut.converted else _even(V, cut.budget // 16 // cut.converted)
+    classes = V if not cut.converted else even_part(V, cut.budget // 16 // cut.converted)
     buffers += len(cut.hidden) - 1
     row = buffers * pitch(V) + narrow * pitch(V) // 2
-    size = _even(cut.count, (cut.budget - classes * cut.converted) // (row + cut.states))
+    size = even_part(cut.count, (cut.budget - classes * cut.converted) // (row + cut.states))
     block = cut.block(buffers * size * pitch(V), size < cut.count)
     gradient = cut.narrow(narrow, size * pitch(V))
     heads = x.heads(classes)
@@ -301,9 +301,9 @@ def vocabulary_ranges(x: Inputs, live: Tensor | None, narrow: bool = False) -> I
     cut = _Cut(x, live)
     used = len(cut.hidden)
     wide = used + narrow / 2
-    size = _even(cut.count, int(cut.budget // (wide * min(cut.vocab, _BROAD) + cut.states)))
+    size = even_part(cut.count, int(cut.budget // (wide * min(cut.vocab, _BROAD) + cut.states)))
     most = int((cut.budget - size * cut.states) // (max(1, size) * wide + cut.converted))
-    classes = _even(cut.vocab, max(_NARROW, most))
+    classes = even_part(cut.vocab, max(_NARROW, most))
     block = cut.block(used * size * pitch(classes), size < cut.count or classes < cut.vocab)
     gradient = cut.narrow(narrow, size * pitch(classes))
     heads = x.heads(classes)
@@ -322,7 +322,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(shape, dtype=dtype, device=device) if device.type == "cuda" else _buffers.empty(shape, dtype)
 
 
-def _even(count: int, most: int) -> int:
+def even_part(count: int, most: int) -> int:
     """Size of the fewest parts of `count` with at most `most` (or one) each, all of about the same size."""
     parts = -(-count // max(1, most))
     return -(-count // max(1, parts))

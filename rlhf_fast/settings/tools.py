@@ -16,6 +16,7 @@ from rlhf_fast.settings.common import (
     GenerationConfig,
     ModelConfig,
     Name,
+    Positive,
     PromptDataConfig,
     RunConfig,
 )
@@ -43,10 +44,14 @@ class PlanConfig:
     """Keep one activation per layer."""
     batch_size: Count = 64
     """Completions per step."""
-    micro_batch_size: Count = 16
-    """Sequences (pairs, for dpo and reward) per pass."""
+    micro_batch_size: Count | None = 16
+    """Sequences (pairs, for dpo and reward) per pass; none: the largest that fits, up to batch_size."""
+    memory_gib: Positive | None = None
+    """GiB to fit into, on a CPU with the process itself; left out: 90 % of the GPU's, any on a CPU."""
     group_size: Count = 8
     """grpo: completions of each prompt."""
+    engine: Literal["local", "process", "vllm"] = "local"
+    """Where completions are sampled: in the trainer, or elsewhere, with memory that is not planned here."""
     prompt_tokens: Count = 128
     """Tokens of a prompt."""
     response_tokens: Count = 128

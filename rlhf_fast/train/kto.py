@@ -17,7 +17,7 @@ from rlhf_fast.config import KTOConfig
 from rlhf_fast.data import EncodedLabel
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
-from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.preference import answer_logprobs, mismatched_logratios
 from rlhf_fast.train.rows import packs_well
 
@@ -110,6 +110,8 @@ def train_kto(config: KTOConfig) -> Path:
     held = int(len(encoded) * config.eval_fraction)
     held_out, kept = [encoded[i] for i in order[:held]], [encoded[i] for i in order[held:]]
     weights = weights_of(config, [x.record.label for x in kept])
+    # A pair of the plan is two answers.
+    pairs = fitting(config, "dpo", -(-config.micro_batch_size // 2), ((0, len(x.input_ids)) for x in encoded))
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, ROLES, config.run.seed)
     trainer = Trainer(config, weights, model, packs_well(model) if config.packing is None else config.packing)
@@ -117,7 +119,9 @@ def train_kto(config: KTOConfig) -> Path:
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
     model.train()
-    micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
+    micro_batches = MicroBatches(
+        min(2 * pairs, config.micro_batch_size), halve=config.run.halve_on_oom, clear=model.zero_grad
+    )
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
     with Run("kto", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         run.shard(micro_batches, batch_size=config.batch_size)

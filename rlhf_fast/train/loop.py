@@ -273,6 +273,7 @@ class Run:
                 expected = f"a multiple of the {self.ranks.world} ranks with model.shard"
                 raise ValueError(f"{self.title}: argument '{name}' got {size}, expected {expected}")
         micro_batches.halve = False
+        micro_batches.size = min(self.ranks.gather(micro_batches.size))
         self.ranks.shard(self.model.backbone.decoder, list(self.model.backbone.layers))
 
     def update(self, loss: float = 0.0) -> float:

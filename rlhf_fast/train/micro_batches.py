@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
 
 import torch
 
+from rlhf_fast._allocator import return_large_blocks
 from rlhf_fast.train._exact import rng_state, set_rng_state
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,54 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def fitting(
+    config: Any,
+    trainer: Literal["ppo", "grpo", "dpo", "sft", "reward"],
+    most: int,
+    lengths: Iterable[tuple[int, int]],
+    *,
+    roles: tuple[str, ...] = (),
+    batch_size: int = 1,
+    group_size: int = 1,
+    engine: Literal["local", "process", "vllm"] = "local",
+    whole: bool = False,
+) -> int:
+    """Rows (pairs) of a micro-batch: `most`, or with run.memory_gib the largest number up to it that a plan of the run finds room for.
+
+    To be asked before the model is loaded, when the process holds its libraries and its data: they are counted as they stand.
+    lengths: (prompt, response) tokens of every sequence; the longest stand for all. batch_size, group_size, engine: of the rollouts of
+    all ranks. whole: a smaller number will not do. Raises rlhf_fast.plan.DoesNotFit, a ValueError.
+    """
+    gib = config.run.memory_gib
+    if gib is None:
+        return most
+    from rlhf_fast.config import PlanConfig
+    from rlhf_fast.plan import Planner, checked, largest
+
+    return_large_blocks()
+    prompt, response = max(lengths, key=sum)
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    settings = PlanConfig(
+        config.model.path,
+        trainer=trainer,
+        roles=roles,  # type: ignore[arg-type]
+        dtype=config.model.dtype,
+        lora=config.model.lora,
+        shared_layers=config.model.shared_layers,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        batch_size=-(-batch_size // (world * group_size)) * group_size,
+        group_size=group_size,
+        engine=engine,
+        prompt_tokens=max(prompt, 1),
+        response_tokens=max(response, 1),
+    )
+    planner = Planner(settings)
+    found = checked(planner.at(most), gib * 2**30) if whole else largest(planner, gib * 2**30, most)
+    size, peak = found.micro_batch_size, found.peak / 2**30
+    logger.info("micro-batches of %d: the plan takes %.2f of %.2f GiB", size, peak, gib)
+    return size
 
 
 class MicroBatches:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast import TokenStats, kl_estimate
+from rlhf_fast import TokenStats, _buffers, kl_estimate
 from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import KLConfig, RolloutConfig
 from rlhf_fast.corrections import RolloutCorrection, rollout_correction
@@ -21,7 +21,7 @@ from rlhf_fast.model import SharedModel
 from rlhf_fast.rewards import split_steps, step_ends
 from rlhf_fast.rollout import Request, Rollout, sample
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
-from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.pipeline import Pipeline, engine_of
 from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rewards import KLController, Rewards, apply_missing_eos
@@ -130,8 +130,14 @@ class Sampler(ABC):
         self.separator = rewards.config.separator
         """Between the steps of a completion that are scored each; None = completions are."""
         self.micro_batches = MicroBatches(micro_batch_size, halve=halve, clear=model.zero_grad)
+        self.limited = False
+        """Whether memory is short: scoring takes as many rows as an update, and what a rollout has used goes back to the system."""
         self.ranks = Ranks()
         """Those that share the work; train_online sets it."""
+
+    def limit(self, rows: int) -> None:
+        """Take at most so many rows in a pass: what the plan of the run has found room for."""
+        self.limited, self.micro_batches.size = True, min(self.micro_batches.size, rows)
 
     def state(self) -> State:
         """What the trainer keeps between batches, for a checkpoint."""
@@ -210,7 +216,9 @@ class Sampler(ABC):
         asked = ("reference", "value", "reward") if known else ("policy", "reference", "value", "reward")
         roles = [role for role in asked if role in self.model.roles]
         parts: dict[str, list[Tensor]] = {}
-        size = self.micro_batch_size
+        size = self.micro_batches.size if self.limited else self.micro_batch_size
+        if self.limited:
+            _buffers.release()
         trunks: list[Tensor] = []
         own = self.sampled_here(len(rollout.input_ids))
         for i in range(own.start, own.stop if roles else own.start, size):
@@ -382,10 +390,23 @@ def train_online(
     adapters = {}
     if rewards.adapter is not None:
         roles, adapters = (*roles, "reward"), {"reward": rewards.adapter}
+    memory, rollout = config.run.memory_gib, config.rollout
+    room = fitting(
+        config,
+        "ppo" if "value" in rates else "grpo",
+        rollout.batch_size,
+        ((len(ids), rollout.max_new_tokens) for ids in prompts),
+        roles=tuple(roles),
+        batch_size=rollout.batch_size,
+        group_size=getattr(config, "group_size", 1),
+        engine=rollout.engine,
+    )
     model = load_model(config.model, tuple(roles), config.run.seed, adapters)
     if rewards.adapter is not None and "value" in roles:
         model.copy_role("reward", "value")  # the critic starts from what the reward model knows; its head starts at 0
     trainer = trainer_of(config, model, tokenizer, rewards)
+    if memory is not None:
+        trainer.limit(room)
     shuffle = Shuffle(len(prompts), config.run.seed)
     size = config.rollout.batch_size // trainer.samples_per_prompt
 

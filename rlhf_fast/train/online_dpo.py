@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast import _check
 from rlhf_fast.config import KLConfig, OnlineDPOConfig
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.loop import Run, State, TrainingError
@@ -54,6 +55,12 @@ class Trainer(Sampler):
         self.correction = None
         if self.loss.across:
             self.micro_batches.halve = False
+
+    def limit(self, rows: int) -> None:
+        if self.loss.across and rows < 2 * self.micro_batches.size:
+            expected = f"room for {2 * self.micro_batches.size} completions, which the loss compares"
+            raise _check.error(ValueError, "online-dpo", "run.memory_gib", f"room for {rows}", expected)
+        super().limit(max(1, rows // 2))  # of pairs
 
     def shared_sizes(self) -> dict[str, int]:
         return {}  # settings with model.shard are refused: the number of pairs varies

@@ -17,7 +17,7 @@ from rlhf_fast.data import EncodedPair
 from rlhf_fast.model import SharedModel
 from rlhf_fast.preference_kinds import KINDS
 from rlhf_fast.train.loop import Run, State, TrainingError, load_data, load_model, load_tokenizer
-from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rows import packs_well
 from rlhf_fast.train.scoring import head_logprobs, next_token_logprobs
@@ -250,8 +250,11 @@ def train_preference(config: PreferenceConfig) -> Path:
     order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
     held = int(len(encoded) * config.eval_fraction)
     held_out, kept = [encoded[i] for i in order[:held]], [encoded[i] for i in order[held:]]
-    torch.manual_seed(config.run.seed)
     roles = ("policy", "reference") if config.loss.needs_reference else ("policy",)
+    across = any(KINDS[name].across for name in config.loss.kinds)
+    lengths = ((0, max(len(pair.chosen_ids), len(pair.rejected_ids))) for pair in encoded)
+    size = fitting(config, "dpo", config.micro_batch_size, lengths, roles=roles, whole=across)
+    torch.manual_seed(config.run.seed)
     model = load_model(config.model, roles, config.run.seed)
     trainer = Trainer(config.loss, model, packs_well(model) if config.packing is None else config.packing)
     total = math.ceil(len(kept) / config.batch_size) * config.epochs
@@ -259,7 +262,7 @@ def train_preference(config: PreferenceConfig) -> Path:
     shuffle = Shuffle(len(kept), config.run.seed)
     model.train()
     halve = config.run.halve_on_oom and not trainer.across
-    micro_batches = MicroBatches(config.micro_batch_size, halve=halve, clear=model.zero_grad)
+    micro_batches = MicroBatches(size, halve=halve, clear=model.zero_grad)
     state: State = {
         "delta": (trainer.get, trainer.put),
         "micro_batch_size": (micro_batches.get, micro_batches.put),

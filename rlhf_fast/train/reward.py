@@ -15,7 +15,7 @@ from rlhf_fast.batch import Shuffle, pack, pad
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
-from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.rows import packs_well
 
 Pair = tuple[list[int], list[int]]
@@ -56,6 +56,7 @@ def train_reward(config: RewardConfig) -> Path:
     held = int(len(pairs) * config.eval_fraction)
     held_out, kept = [pairs[i] for i in order[:held]], [pairs[i] for i in order[held:]]
     sources = [encoded[i].record.source for i in order[held:]]
+    size = fitting(config, "reward", config.micro_batch_size, ((0, max(map(len, pair))) for pair in pairs))
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, ("reward",), config.run.seed)
     total = math.ceil(len(kept) / config.batch_size) * config.epochs
@@ -63,7 +64,7 @@ def train_reward(config: RewardConfig) -> Path:
     shuffle = Shuffle(len(kept), config.run.seed)
     packing = packs_well(model) if config.packing is None else config.packing
     model.train()
-    micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
+    micro_batches = MicroBatches(size, halve=config.run.halve_on_oom, clear=model.zero_grad)
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
     with Run("reward", config, model, {"reward": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         run.shard(micro_batches, batch_size=config.batch_size)
@@ -88,7 +89,7 @@ def train_reward(config: RewardConfig) -> Path:
             last = step + 1 == total
             if held_out and last:
                 model.eval()
-                accuracy = lambda pairs: pair_accuracy(model, pairs, config.micro_batch_size, packing)
+                accuracy = lambda pairs: pair_accuracy(model, pairs, micro_batches.size, packing)
                 sums["eval_accuracy"] = run.ranks.mean(held_out, accuracy)
                 model.train()
             tokens = sum(len(c) + len(r) for c, r in batch)

@@ -13,7 +13,7 @@ from rlhf_fast.batch import Batch, Shuffle, collate, pack
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
-from rlhf_fast.train.micro_batches import MicroBatches
+from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.rows import packs_well
 from rlhf_fast.train.scoring import head_logprobs, next_token_logprobs
 
@@ -44,6 +44,7 @@ def train_sft(config: SFTConfig) -> Path:
         torch.set_num_threads(config.run.threads)
     tokenizer: Any = load_tokenizer(config.model.path)
     texts, fingerprint = load_data(config.data, tokenizer, response_only=config.response_only)
+    size = fitting(config, "sft", config.micro_batch_size, ((0, len(row.input_ids)) for row in texts))
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, ("policy",), config.run.seed)
     per_epoch = math.ceil(len(texts) / config.batch_size)
@@ -52,7 +53,7 @@ def train_sft(config: SFTConfig) -> Path:
     shuffle = Shuffle(len(texts), config.run.seed)
     packing = packs_well(model) if config.packing is None else config.packing
     model.train()
-    micro_batches = MicroBatches(config.micro_batch_size, halve=config.run.halve_on_oom, clear=model.zero_grad)
+    micro_batches = MicroBatches(size, halve=config.run.halve_on_oom, clear=model.zero_grad)
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
     with Run("sft", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         run.shard(micro_batches, batch_size=config.batch_size)

@@ -1,0 +1,35 @@
+"""What the C library does with memory that tensors on the CPU give back."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+LARGE = 2**20
+"""Bytes from which a block is one of the system's own, and goes back to it when its tensor dies."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def return_large_blocks() -> bool:
+    """Make the process give blocks of LARGE bytes or more back when they die; False where the C library is not glibc.
+
+    glibc raises that bound to 32 MiB by itself, and before 2.38 an aligned request (all of PyTorch's) does not fit into the hole that
+    an equal one left: with gradient checkpointing a process held three times what lived, and more with every step (`bench/memory.py`
+    without a budget). Fresh pages cost time instead.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_MMAP_THRESHOLD, LARGE)) and bool(mallopt(_TRIM_THRESHOLD, LARGE))
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory, mapped files included; 0 where the system does not tell (not Linux)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
+        return 0
+    import mmap
+
+    return pages * mmap.PAGESIZE
