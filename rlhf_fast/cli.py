@@ -28,7 +28,7 @@ COMMANDS = {
     "reward": Command("reward model from preference pairs", "RewardConfig", "rlhf_fast.train.reward:train_reward"),
     "ppo": Command("PPO with four roles on one base model", "PPOConfig", "rlhf_fast.train.ppo:train_ppo"),
     "grpo": Command(
-        "GRPO, DAPO, RLOO, REINFORCE++ and other recipes without a critic",
+        "GRPO, DAPO, RLOO, REINFORCE++, ReMax and other recipes without a critic",
         "GroupConfig",
         "rlhf_fast.train.group:train_group",
     ),

@@ -31,8 +31,8 @@ from rlhf_fast.settings.common import (
 )
 from rlhf_fast.settings.offline import PreferenceLossConfig, whole_batches
 
-GROUP_ADVANTAGES = tuple(kind for kind in ADVANTAGES if kind not in ("gae", "remax"))
-"""Those of a trainer without a critic and without a greedy answer."""
+GROUP_ADVANTAGES = tuple(kind for kind in ADVANTAGES if kind != "gae")
+"""Those of a trainer without a critic."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ class GroupUpdateConfig:
     recipe: Name = "grpo"
     """Policy loss by name: grpo, dapo, dr_grpo, gspo, cispo, rloo, reinforce++ and others (`python -m rlhf_fast.tables`)."""
     advantages: Name | None = None
-    """Kind of group advantages, or returns for those without groups (that of the recipe when left out)."""
+    """Kind of group advantages, or returns for those without groups (that of the recipe when left out). remax decodes one more
+    completion of each prompt, the greedy one, and takes its score for the baseline."""
     epochs: Count = 1
     """Passes over each rollout batch."""
     minibatch_size: Count = 64

@@ -40,8 +40,11 @@ class Trainer(Sampler):
         elif config.rollout.correction is None and not config.rollout.same_policy:
             self.correction = self.recipe.correction or self.correction
 
-    def advantages(self, e: Experience) -> Tensor:
-        """(B,) relative to the group, or (B, R) for returns; a completion without a score has none, and is no one's baseline."""
+    def advantages(self, e: Experience, greedy: Tensor | None = None) -> Tensor:
+        """(B,) relative to the group, or (B, R) for returns; a completion without a score has none, and is no one's baseline.
+
+        greedy: `greedy_scores` of the batch, for remax; where that is NaN the completions of the prompt have no advantage.
+        """
         in_reward = self.recipe.kl_placement == "reward" and e.ref_logprobs is not None
         coef, estimator = self.controller.coef if in_reward else 0.0, self.config.kl.estimator or self.recipe.kl_kind
         if self.config.group.kind == "returns":
@@ -57,7 +60,12 @@ class Trainer(Sampler):
             scores = scores - coef * (kl_estimate(e.logprobs, e.ref_logprobs, estimator) * e.mask).sum(1)
         groups = torch.arange(len(scores), device=scores.device) // self.samples_per_prompt
         lengths = e.mask.sum(1) if self.config.group.kind == "opo" else None
-        return group_advantages(scores, groups, self.config.group.kind, mask=real, lengths=lengths)
+        if greedy is not None:
+            greedy = greedy.repeat_interleave(self.samples_per_prompt)
+            real, greedy = real & ~greedy.isnan(), greedy.nan_to_num(0.0)
+        return group_advantages(
+            scores, groups, self.config.group.kind, mask=real, lengths=lengths, greedy_scores=greedy
+        )
 
     def shared_sizes(self) -> dict[str, int]:
         return {"group.minibatch_size": self.config.group.minibatch_size}
@@ -65,7 +73,8 @@ class Trainer(Sampler):
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
         """All epochs of minibatch updates on one experience; returns the metrics of the step."""
         group = self.config.group
-        each = self.advantages(e)
+        greedy = self.greedy_scores(e) if group.kind == "remax" else None
+        each = self.advantages(e, greedy)
         means = Means(("tokens",))
         for _ in range(group.epochs):
             for minibatch in torch.randperm(len(e.mask), generator=generator).split(group.minibatch_size):
@@ -93,6 +102,7 @@ class Trainer(Sampler):
         signal = each.view(-1, self.samples_per_prompt, *each.shape[1:]).flatten(1).ne(0).any(1)
         metrics = {f"group/{name}": value for name, value in means.values.items() if name != "tokens"} | {
             "group/silent": float((~signal).float().mean()),
+            **({} if greedy is None else {"group/greedy_score": float(greedy[~greedy.isnan()].mean())}),
             **self.metrics(e),
         }
         if "kl" in metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,11 +267,40 @@ class Sampler(ABC):
             correction=correction,
         )
 
-    def _scores(self, rollout: Rollout, role_scores: Tensor | None) -> tuple[Tensor, Tensor, StepScores | None]:
-        """((B,) scores, NaN where unscorable, (B,) raw scores, those of steps). role_scores: of the reward role, (B,) or (B, R)."""
+    @torch.no_grad()
+    def greedy_scores(self, e: Experience) -> Tensor:
+        """(prompts,) scores of the most likely completion of each prompt of a batch under the policy, NaN where unscorable.
+
+        They are shifted and scaled like the scores of the batch, whose moments they leave alone.
+        """
+        first = slice(None, None, self.samples_per_prompt)
+        ids, real = (x[first, : e.rollout.prompt_length] for x in (e.rollout.input_ids, e.rollout.attention_mask))
+        prompts = [row[mask].tolist() for row, mask in zip(ids, real, strict=True)]
+        unused = torch.zeros(len(prompts), dtype=torch.int64)
+        request = replace(self.request(prompts, torch.Generator()), num_samples=1, temperature=0.0, seeds=unused)
+        own, found = self.ranks.share(len(prompts)), None
+        if own.start < own.stop:
+            with self.ranks.whole():
+                found = sample(self.model, request.part(own))
+        rollout, of_role = self.gathered(request, found), None
+        if "reward" in self.model.roles:
+            parts = []
+            for i in range(own.start, own.stop, self.micro_batch_size):
+                rows = self.rows(rollout, slice(i, min(i + self.micro_batch_size, own.stop)))
+                parts.append(rows.forward(self.model, ("reward",), rows.trunk_of(self.model)).reward.scores)
+            of_role = self.ranks.rows({"role_scores": torch.cat(parts)} if parts else {})["role_scores"]
+        return self._scores(rollout, of_role, observe=False)[0]
+
+    def _scores(
+        self, rollout: Rollout, role_scores: Tensor | None, observe: bool = True
+    ) -> tuple[Tensor, Tensor, StepScores | None]:
+        """((B,) scores, NaN where unscorable, (B,) raw scores, those of steps).
+
+        role_scores: of the reward role, (B,) or (B, R). observe: as in Rewards.
+        """
         prompts, texts = self.prompt_texts(rollout), rollout.texts(self.tokenizer)
         if self.separator is None:
-            scores, raw = self.rewards(prompts, texts, role_scores)
+            scores, raw = self.rewards(prompts, texts, role_scores, observe)
             return apply_missing_eos(scores, rollout.finished, self.settings), raw, None
         decode = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)
         pieces = [split_steps(text, self.separator) for text in texts]
@@ -281,7 +310,9 @@ class Sampler(ABC):
         slot = torch.tensor(
             [end for own, steps in zip(ids, pieces, strict=True) for end in step_ends(own, steps, decode)]
         )
-        of_steps, raw_steps = self.rewards(prompts, pieces, None if role_scores is None else role_scores[row, slot])
+        of_steps, raw_steps = self.rewards(
+            prompts, pieces, None if role_scores is None else role_scores[row, slot], observe
+        )
         last = counts.cumsum(0) - 1
         ended = apply_missing_eos(of_steps[last], rollout.finished, self.settings)
         of_steps = of_steps.index_put((last,), ended)

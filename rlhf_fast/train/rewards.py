@@ -85,12 +85,13 @@ class Rewards:
             scorer.backend.close()
 
     def __call__(
-        self, prompts: list[str], completions: Completions, role_scores: Tensor | None
+        self, prompts: list[str], completions: Completions, role_scores: Tensor | None, observe: bool = True
     ) -> tuple[Tensor, Tensor]:
         """(normalised scores, raw scores), each (B,) fp32 with NaN where a completion is unscorable.
 
         completions: texts; or the steps of each, and all (B,) are (S,), the steps of one completion after those of the other.
-        role_scores: (B,) from the learned reward role; None when no source is an adapter.
+        role_scores: (B,) from the learned reward role; None when no source is an adapter. observe: whether running moments take the
+        scores in.
 
         Raises RewardError when more than max_unscorable of the batch is, or a source breaks its contract.
         """
@@ -116,7 +117,7 @@ class Rewards:
                 f"{lost} of {n} completions have no score (reward.max_unscorable is {limit:.0%})"
                 + (f"; calls that failed: {failed}" if failed else "")
             )
-        if self.config.normalize == "running":
+        if observe and self.config.normalize == "running":
             self.observe(raw[~raw.isnan()])
         return self.normalized(raw), raw
 

@@ -158,6 +158,12 @@ RUNS = {
         {**ONLINE, "group_size": 3, "group": GroupUpdateConfig("clip_cov", minibatch_size=3, micro_batch_size=3)},
         2,
     ),
+    "grpo: remax": Kind(
+        group.train_group,
+        GroupConfig,
+        PromptDataConfig,
+        {**ONLINE, "group_size": 2, "group": GroupUpdateConfig("remax", minibatch_size=6, micro_batch_size=3)},
+    ),
     "online-dpo": Kind(
         online_dpo.train_online_dpo,
         OnlineDPOConfig,

@@ -209,6 +209,71 @@ def test_one_update_per_batch_needs_no_scoring_pass_and_has_the_same_gradient(fo
         assert not make(folder, **changes)[0].on_policy
 
 
+def greedy_texts(trainer: Trainer, model: SharedModel) -> list[str]:
+    """Most likely completions of the prompts of `experience`, token by token in plain PyTorch."""
+    texts = []
+    for prompt in ("the film", "we saw", "this", "it"):
+        ids = trainer.tokenizer(prompt, add_special_tokens=False).input_ids
+        start = len(ids)
+        while len(ids) < start + 8 and (len(ids) == start or ids[-1] != trainer.tokenizer.eos_token_id):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), roles=("policy",)).policy.logits[0, -1].argmax()))
+        texts.append(trainer.tokenizer.decode(ids[start:], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_remax_compares_with_the_greedy_completion(folder, size):
+    update = GroupUpdateConfig("remax", minibatch_size=4 * size, micro_batch_size=4)
+    reward = RewardSource(SCORE, workers=0, normalize="running")
+    rollout = RolloutConfig(batch_size=4 * size, max_new_tokens=8, temperature=1.7)
+    trainer, model = make(folder, group=update, reward=reward, group_size=size, rollout=rollout)
+    e = experience(trainer)
+    moments, batch = trainer.rewards.get(), e.rollout.input_ids.clone()
+    greedy = trainer.greedy_scores(e)
+    expected = trainer.rewards.normalized(torch.tensor([float(t.count("e")) for t in greedy_texts(trainer, model)]))
+    torch.testing.assert_close(greedy, expected)
+    assert trainer.rewards.get() == moments and torch.equal(e.rollout.input_ids, batch)
+    each = trainer.advantages(e, greedy)
+    torch.testing.assert_close(each, e.scores - greedy.repeat_interleave(size))
+    assert each.any() and not torch.equal(each, e.scores)
+    metrics = trainer.update(Updates(model), e, torch.Generator().manual_seed(1))
+    assert metrics["group/greedy_score"] == pytest.approx(float(greedy.mean()))
+    # REINFORCE with that baseline: sums over tokens, means over completions.
+    P = e.rollout.prompt_length
+    logits = model(e.rollout.input_ids, e.rollout.attention_mask, roles=("policy",)).policy.logits[:, P - 1 : -1] / 1.7
+    logprobs = logits.log_softmax(-1).gather(-1, e.rollout.responses[..., None]).squeeze(-1)
+    loss = -(logprobs * each[:, None] * e.mask).sum(1).mean()
+    assert metrics["group/loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+
+
+def test_remax_leaves_out_the_prompts_whose_greedy_completion_has_no_score(folder):
+    trainer, _ = make(folder, group=GroupUpdateConfig("remax", minibatch_size=16, micro_batch_size=4))
+    e = experience(trainer)
+    greedy = trainer.greedy_scores(e)
+    greedy[1] = float("nan")
+    each = trainer.advantages(e, greedy)
+    assert not each[4:8].any()
+    torch.testing.assert_close(each[8:], (e.scores - greedy.repeat_interleave(4))[8:])
+
+
+def test_remax_scores_the_greedy_completion_by_the_reward_role(folder):
+    config = group_config(
+        folder, group=GroupUpdateConfig("remax", minibatch_size=16, micro_batch_size=3), reward=RewardSource("adapter")
+    )
+    model = SharedModel(tiny_llama(), roles=("policy", "reward"), lora=config.model.lora, shared_layers=1)
+    trainer = Trainer(config, model, letter_tokenizer(), Rewards(config.reward))
+    found = trainer.greedy_scores(experience(trainer))
+    for score, prompt, text in zip(
+        found, ("the film", "we saw", "this", "it"), greedy_texts(trainer, model), strict=True
+    ):
+        ids = trainer.tokenizer(prompt + text, add_special_tokens=False).input_ids
+        ended = len(trainer.tokenizer(text, add_special_tokens=False).input_ids) < 8
+        ids = torch.tensor([ids + [trainer.tokenizer.eos_token_id] * ended])
+        with torch.no_grad():
+            assert float(score) == pytest.approx(float(model(ids, roles=("reward",)).reward.scores), rel=1e-4, abs=1e-5)
+
+
 def test_training_raises_the_score_and_resumes(folder):
     config = group_config(folder, steps=12, kl=GroupKLConfig(coef=0.01))
     adapter = train_group(config)

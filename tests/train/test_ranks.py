@@ -194,6 +194,7 @@ RUNS: dict[str, tuple[Callable, Callable]] = {
     "grpo": (group.train_group, of_group("grpo", shared_layers=1)),
     # Three prompts on two ranks, advantages that look at all of them, scores from one call for all of them.
     "lite_ppo": (group.train_group, of_group("lite_ppo", whole_batch=True)),
+    "remax": (group.train_group, of_group("remax", shared_layers=1)),
     "online-dpo": (online_dpo.train_online_dpo, of_online_dpo(0)),
     "online-dpo with shared layers": (online_dpo.train_online_dpo, of_online_dpo(1)),
     "raft": (raft.train_raft, of_raft),
