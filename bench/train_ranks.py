@@ -1,4 +1,4 @@
-"""One rank against two, and a rank that is killed: `python bench/train_ranks.py sft reward dpo ppo grpo killed`.
+"""One rank against two, and a rank that is killed: `python bench/train_ranks.py sft reward dpo kto ppo grpo online-dpo raft killed`.
 
 Every run is `torchrun --nproc-per-node N -m rlhf_fast.cli ...` with the same settings and the same global batch, in fp32, on a small
 Llama that is trained here on the prose that ships with Python. What is compared are the losses, gradient norms and scores that a run
@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "sft": {"batch_size": 16, "micro_batch_size": 4, "max_steps": 20, "optim.lr": 1e-3, "data.max_tokens": 64},
     "reward": {"batch_size": 16, "micro_batch_size": 4, "max_steps": 20, "optim.lr": 1e-3},
     "dpo": {"batch_size": 16, "micro_batch_size": 4, "max_steps": 20, "optim.lr": 1e-3},
+    "kto": {"batch_size": 16, "micro_batch_size": 4, "max_steps": 20, "optim.lr": 1e-3},
     "ppo": {
         "steps": 20, "rollout.batch_size": 16, "rollout.max_new_tokens": 16, "ppo.minibatch_size": 8, "ppo.micro_batch_size": 4,
         "kl.kind": "adaptive", "reward.normalize": "running", "optim.lr": 1e-3,
@@ -41,8 +42,17 @@ SETTINGS: dict[str, dict[str, object]] = {
         "steps": 20, "rollout.batch_size": 16, "rollout.max_new_tokens": 16, "group_size": 4, "group.minibatch_size": 8,
         "group.micro_batch_size": 4, "kl.coef": 0.05, "optim.lr": 1e-3,
     },
+    "online-dpo": {
+        "steps": 20, "rollout.batch_size": 32, "rollout.max_new_tokens": 16, "group_size": 4, "dpo.minibatch_size": 4,
+        "dpo.micro_batch_size": 2, "optim.lr": 1e-3,
+    },
+    "raft": {
+        "steps": 20, "rollout.batch_size": 32, "rollout.max_new_tokens": 16, "group_size": 4, "raft.minibatch_size": 4,
+        "raft.micro_batch_size": 2, "optim.lr": 1e-3,
+    },
 }  # fmt: skip
-DATA = {"sft": "texts", "reward": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
+DATA = {"sft": "texts", "reward": "pairs", "dpo": "pairs", "kto": "labels"}
+"""Of the others: prompts."""
 
 
 def prepare(folder: Path) -> None:
@@ -55,7 +65,17 @@ def prepare(folder: Path) -> None:
         for a, b in itertools.pairwise(texts)
         if a[60:110] != b[60:100]
     ]
-    data = {"texts": [{"text": t} for t in texts], "prompts": [{"prompt": t[:40]} for t in texts], "pairs": pairs}
+    labels = [
+        {"prompt": p["prompt"], "completion": p[name], "label": name == "chosen"}
+        for p in pairs
+        for name in ("chosen", "rejected")
+    ]
+    data = {
+        "labels": labels,
+        "texts": [{"text": t} for t in texts],
+        "prompts": [{"prompt": t[:40]} for t in texts],
+        "pairs": pairs,
+    }
     for name, rows in data.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "reward.py").write_text(REWARD)
@@ -66,7 +86,7 @@ def arguments(name: str, folder: Path, output: str, more: Mapping[str, object]) 
     settings = {
         "model.path": folder / "model",
         "model.dtype": "float32",
-        "data.path": folder / f"{DATA[name]}.jsonl",
+        "data.path": folder / f"{DATA.get(name, 'prompts')}.jsonl",
         "data.overlong": "truncate" if name == "sft" else "error",
         "run.output_dir": folder / output,
         "run.sample_every": 0,
@@ -74,7 +94,7 @@ def arguments(name: str, folder: Path, output: str, more: Mapping[str, object]) 
         **SETTINGS[name],
         **more,
     }
-    if DATA[name] == "prompts":
+    if name not in DATA:
         settings["reward.source"] = f"{folder / 'reward.py'}:score"
     return [name, *(str(x) for key, value in settings.items() for x in (f"--{key}", value))]
 
