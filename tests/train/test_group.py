@@ -252,8 +252,9 @@ def test_remax_leaves_out_the_prompts_whose_greedy_completion_has_no_score(folde
     e = experience(trainer)
     greedy = trainer.greedy_scores(e)
     greedy[1] = float("nan")
+    e.scores += 7.0
     each = trainer.advantages(e, greedy)
-    assert not each[4:8].any()
+    assert not each[4:8].any() and each[:4].all()
     torch.testing.assert_close(each[8:], (e.scores - greedy.repeat_interleave(4))[8:])
 
 
