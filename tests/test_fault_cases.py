@@ -172,6 +172,7 @@ CASES: dict[int, dict[str, tuple[str, ...]]] = {
             "test_case_45_a_refused_result_does_not_cost_the_calls_that_ran_beside_it",
         ),
         "train/test_reward_server.py": ("test_an_answer_that_breaks_the_contract_stops_the_run",),
+        "train/test_process_rewards.py": ("test_what_is_no_list_of_one_number_for_each_step_is_refused_and_named",),
     },
     46: {
         "train/test_reward_workers.py": (
