@@ -67,8 +67,9 @@ class _Batch(NamedTuple):
 class VLLMEngine(Engine):
     """Samples by a vLLM server (0.32 was tried); see the module.
 
-    settings: which server. model: whose path and dtype a server has that the run starts. context: tokens of the longest prompt and completion together. folder: where the log and the adapters go, and from
-    where a server elsewhere has to read them unless the settings name another.
+    settings: which server. model: whose path and dtype a server has that the run starts. context: tokens of the longest prompt and
+    completion together. folder: where the log and the adapters go, and from where a server elsewhere has to read them unless the
+    settings name another.
 
     The server starts with the first `update`. No entropy comes with its rollouts.
     Raises ValueError for an address that is none or a Python that is not there, EngineError from every method for a server that
