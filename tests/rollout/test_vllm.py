@@ -205,7 +205,7 @@ def test_the_server_holds_the_base_without_folds(fake, base, tmp_path):
 
 
 def test_what_may_pass_is_tried_again(fake, base, tmp_path, pauses):
-    with engine(tmp_path, base, server=fake.url, requests=2) as vllm:
+    with engine(tmp_path, base, server=fake.url, requests=2, retries=3) as vllm:
         vllm.update(policy(base), 0)
         fake.script = ["close", 503, 500]
         assert_same(ask(vllm, request())[0], sample(policy(base), request()))
