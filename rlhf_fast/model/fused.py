@@ -2,7 +2,8 @@
 rotary positions.
 
 None is found by its name. A layer is taken over when it gives on an example what the op gives; its object, its parameters and its
-children stay, and wherever the op does not apply (other devices, autocast, fp64, a weight that trains) it computes as before.
+children stay. It computes as before outside of the passes of roles, and wherever the op does not apply (other devices, autocast,
+fp64, a weight that trains).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from rlhf_fast._op import OPS, plain
-from rlhf_fast.model.linear import features, is_linear, weight_of
+from rlhf_fast.model.linear import RowPlan, features, is_linear, weight_of
 from rlhf_fast.ops.rms_norm import apply as norm_rows
 from rlhf_fast.ops.rotary import _rotary as turn
 from rlhf_fast.ops.silu_mul import apply as gate_rows
@@ -48,13 +49,15 @@ def _served(x: Tensor, op: str) -> bool:
 class _FusedNorm:
     """What turns an RMSNorm into one by the op."""
 
+    plan: RowPlan
     weight: Any
     fused_eps: float
     fused_offset: float
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight: Tensor = self.weight
-        if args or kwargs or weight.dtype is not x.dtype or weight.requires_grad or not _served(x, "rms_norm"):
+        other = args or kwargs or weight.dtype is not x.dtype or weight.requires_grad
+        if not self.plan.roles or other or not _served(x, "rms_norm"):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return norm_rows(x, weight, self.fused_eps, self.fused_offset)
 
@@ -62,25 +65,37 @@ class _FusedNorm:
 class _FusedGate:
     """What turns a feed-forward layer down(silu(gate(x)) up(x)) into one by the op."""
 
+    plan: RowPlan
     fused_names: tuple[str, str, str]
     """Names of the children gate, up and down."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not _served(x, "silu_mul"):
+        if not self.plan.roles or args or kwargs or not _served(x, "silu_mul"):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         gate, up, down = (getattr(self, name) for name in self.fused_names)
         return down(gate_rows(gate(x), up(x)))
 
 
 class _FusedRotary:
-    """Marks an attention whose rotary positions are the op's."""
+    """What turns an attention into one whose rotary positions are the op's."""
+
+    plan: RowPlan
+    fused_forward: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.plan.roles:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return self.fused_forward(*args, **kwargs)
 
 
 _fused: dict[tuple[type[nn.Module], type], type[nn.Module]] = {}
 
 
-def fuse(module: nn.Module) -> None:
-    """Take over, in place, every layer inside `module` that an op computes. Weights must be frozen, on the CPU and not adapted yet."""
+def fuse(module: nn.Module, plan: RowPlan) -> None:
+    """Take over, in place, every layer inside `module` that an op computes, for the passes of this plan.
+
+    Does nothing to a layer that is taken over already, or whose weights are not on the CPU.
+    """
     for layer in list(module.modules()):
         if "forward" in layer.__dict__ or isinstance(layer, (_FusedNorm, _FusedGate, _FusedRotary)):
             continue
@@ -90,19 +105,20 @@ def fuse(module: nn.Module) -> None:
         norm = _norm_of(layer)
         if norm is not None:
             layer.fused_eps, layer.fused_offset = norm  # type: ignore[assignment]
-            _become(layer, _FusedNorm)
+            _become(layer, plan, _FusedNorm)
         elif (names := _gate_of(layer)) is not None:
             layer.fused_names = names  # type: ignore[assignment]
-            _become(layer, _FusedGate)
+            _become(layer, plan, _FusedGate)
         elif (forward := _with_our_rotary(type(layer))) is not None:
-            _become(layer, _FusedRotary, {"forward": forward})
+            _become(layer, plan, _FusedRotary, {"fused_forward": forward})
 
 
-def _become(layer: nn.Module, mixin: type, members: dict[str, Any] | None = None) -> None:
+def _become(layer: nn.Module, plan: RowPlan, mixin: type, members: dict[str, Any] | None = None) -> None:
     kind = type(layer)
     if (kind, mixin) not in _fused:
         _fused[kind, mixin] = type(f"Fused{kind.__name__}", (mixin, kind), dict(members or {}))
     layer.__class__ = _fused[kind, mixin]
+    layer.plan = plan  # type: ignore[assignment]
 
 
 def _same(found: Any, expected: Tensor) -> bool:

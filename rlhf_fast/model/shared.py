@@ -51,8 +51,8 @@ class SharedModel(nn.Module):
     adapter there. In grad mode roles without trainable adapters take a pass of their own that keeps nothing.
 
     base: taken over in place: its parameters stop requiring gradients, its dropout stays off for good, its
-        linear layers become adapted ones under the same names, with `lora_linear` for their product. Without an active role it
-        is the plain model.
+        linear layers become adapted ones under the same names, with `lora_linear` for their product, and on a CPU norms, gates and
+        rotary positions run by ops of their own (model/fused.py). Without an active role it is the plain model.
     roles: a subset of ROLES. "reference" has no adapter unless `adapters` gives one; "value" and "reward"
         have a head.
     lora: shape of the new adapters (A random, B zero: every role starts as the base).
@@ -104,8 +104,8 @@ class SharedModel(nn.Module):
 
         self.base = base.requires_grad_(False)
         self._folded = [self._fold(file) for file in folded]
-        fuse(self.backbone.decoder)
         self._plan = RowPlan()
+        fuse(self.backbone.decoder, self._plan)
         for layer in self.backbone.all_linears().values():
             if is_known(layer):  # without adapters, its product is still the op's
                 adapt(layer, self._plan)

@@ -27,6 +27,7 @@ from transformers import (
 import rlhf_fast
 from rlhf_fast.model import SharedModel
 from rlhf_fast.model.fused import fuse, fused
+from rlhf_fast.model.linear import RowPlan
 
 SMALL = {
     "hidden_size": 32,
@@ -51,6 +52,13 @@ FOUND = {
     ),
     "GPT2": (lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50)), {}),
 }
+
+
+def always():
+    """The plan of a pass."""
+    plan = RowPlan()
+    plan.roles = ("",)
+    return plan
 
 
 def made(name, dtype=torch.float32):
@@ -82,7 +90,7 @@ def test_what_is_found_computes_the_model_itself(name, dtype):
     ids = torch.randint(0, 30, (2, 9))
     base = made(name, dtype)
     ours = copy.deepcopy(base)
-    fuse(ours.get_decoder())
+    fuse(ours.get_decoder(), always())
     assert Counter(op for _, op in fused(ours)) == FOUND[name][1]
     plain, got, truth = (hidden(model, ids) for model in (base, ours, made(name, dtype).double()))
     for what, a, b, c in zip(("hidden", "gradient"), got, truth, plain, strict=True):
@@ -94,7 +102,7 @@ def test_objects_names_weights_and_classes_stay():
     base = made("Llama")
     before = {name: (module, type(module)) for name, module in base.named_modules()}
     state = {name: x.clone() for name, x in base.state_dict().items()}
-    fuse(base.get_decoder())
+    fuse(base.get_decoder(), always())
     changed = {name for name, _ in fused(base)}
     for name, module in base.named_modules():
         kept, kind = before[name]
@@ -103,7 +111,7 @@ def test_objects_names_weights_and_classes_stay():
         base.state_dict()
     )
     kinds = [type(module) for module in base.modules()]
-    fuse(base.get_decoder())  # once more does nothing
+    fuse(base.get_decoder(), always())  # once more does nothing
     assert kinds == [type(module) for module in base.modules()]
     assert not list(fused(tiny_llama())), "another model of the class is as it was"
 
@@ -129,10 +137,10 @@ class NotQuite(nn.Module):
 )
 def test_a_norm_of_another_formula_is_left_alone(formula):
     layer = nn.Sequential(NotQuite(formula))
-    fuse(layer.requires_grad_(False))
+    fuse(layer.requires_grad_(False), always())
     assert not list(fused(layer))
     right = nn.Sequential(NotQuite(lambda x, w, e: w * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + e)))
-    fuse(right.requires_grad_(False))
+    fuse(right.requires_grad_(False), always())
     assert list(fused(right)) == [("0", "rms_norm")]
 
 
@@ -161,7 +169,7 @@ def test_a_gate_is_found_by_what_it_computes(formula, names):
     layer = nn.Sequential(Gated(formula)).requires_grad_(False)
     x = torch.randn(3, 8)
     expected = layer(x)
-    fuse(layer)
+    fuse(layer, always())
     assert getattr(layer[0], "fused_names", None) == names and bool(list(fused(layer))) == (names is not None)
     torch.testing.assert_close(layer(x), expected)
 
@@ -170,7 +178,7 @@ def test_where_the_ops_do_not_apply_layers_compute_as_before(monkeypatch):
     base = made("Llama")
     ids = torch.randint(0, 30, (2, 9))
     plain = copy.deepcopy(base)
-    fuse(base.get_decoder())
+    fuse(base.get_decoder(), always())
     with rlhf_fast.use_backend("reference"):
         assert torch.equal(hidden(base, ids)[0], hidden(plain, ids)[0])
     with torch.autocast("cpu", torch.bfloat16):
@@ -184,10 +192,19 @@ def test_where_the_ops_do_not_apply_layers_compute_as_before(monkeypatch):
     assert base.model.norm.weight.grad is not None
 
 
+def test_outside_of_a_pass_the_base_is_the_plain_model():
+    ids = torch.randint(0, 30, (2, 9))
+    plain, ours, plan = made("Llama"), made("Llama"), RowPlan()
+    fuse(ours.get_decoder(), plan)
+    assert all(torch.equal(a, b) for a, b in zip(hidden(ours, ids), hidden(plain, ids), strict=True))
+    with plan.use(("policy",)):
+        assert not torch.equal(hidden(ours, ids)[0], hidden(plain, ids)[0])
+
+
 def test_on_another_device_nothing_is_tried():
     with torch.device("meta"):
         base = LlamaForCausalLM(tiny_llama().config)
-    fuse(base.get_decoder())
+    fuse(base.get_decoder(), always())
     assert not list(fused(base))
 
 

@@ -280,7 +280,7 @@ def test_as_role_makes_the_base_that_role_and_only_inside_the_context():
     with model.as_role("policy"):
         close(model.base(input_ids=ids).logits, out.policy.logits)
         with model.as_role("reference"):
-            assert torch.equal(model.base(input_ids=ids).logits, plain)
+            close(model.base(input_ids=ids).logits, plain)
         close(model.base(input_ids=ids).logits, out.policy.logits)
     assert torch.equal(model.base(input_ids=ids).logits, plain)
     with pytest.raises(KeyError), model.as_role("policy"):
