@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.bench import peers
-from rlhf_fast.bench.engine import Call, Results
+from rlhf_fast.bench.engine import OURS, Call, Case, Results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRUTH_ROWS = 8
@@ -44,3 +45,36 @@ def no_grad(call: Call) -> Call:
             return call(inputs)
 
     return run
+
+
+def elementwise(
+    op: str,
+    name: str,
+    function: Callable[..., Any],
+    make: Callable[[], dict[str, Any]],
+    leaves: Sequence[str],
+    eager: Callable[..., Any],
+) -> Iterator[Case]:
+    """Forward, and forward with backward towards `leaves`, of an op against what models write (`eager`)."""
+
+    def forward(x: dict[str, Any], function: Callable[..., Any]) -> Results:
+        with torch.no_grad():
+            return _several(function(**x))
+
+    def both(x: dict[str, Any], function: Callable[..., Any]) -> Results:
+        tracked = {key: leaf(x[key]) for key in leaves}
+        found = _several(function(**{**x, **tracked}))
+        backward(found, [y.detach() for y in found])
+        return (*(y.detach() for y in found), *(t.grad for t in tracked.values()))
+
+    for call, what in ((forward, "forward"), (both, "forward + backward")):
+        contenders = {OURS: partial(call, function=function), "eager": partial(call, function=eager)}
+
+        def truth(x: dict[str, Any], call: Callable[..., Results] = call) -> Results:
+            return call({k: v.double() if isinstance(v, Tensor) else v for k, v in x.items()}, eager)
+
+        yield Case(op, f"{name}, {what}", make, contenders, truth)
+
+
+def _several(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
