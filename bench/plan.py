@@ -9,6 +9,7 @@ run.memory_gib, and shows what the C library holds beyond what lives.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -26,6 +27,8 @@ RUNS: list[dict[str, Any]] = [
     {"trainer": "sft", "micro": 4},
     {"trainer": "sft", "shared": 0.5},
     {"trainer": "sft", "dtype": "bfloat16"},
+    {"trainer": "sft", "quantize": "int8"},
+    {"trainer": "sft", "quantize": "nf4"},
     {"trainer": "reward", "checkpointing": True},
     {"trainer": "reward", "micro": 4, "dtype": "bfloat16"},
     {"trainer": "dpo"},
@@ -91,7 +94,9 @@ def measured(run: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
     folder, work, trainer, micro = args.folder, Path(args.work), run["trainer"], run.get("micro", args.batch)
     shared = int(run.get("shared", 0) * args.layers)
     lora = c.LoraConfig(r=16)
-    model = c.ModelConfig(folder, run.get("dtype", "float32"), shared, lora, run.get("checkpointing", False))
+    model = c.ModelConfig(
+        folder, run.get("dtype", "float32"), shared, lora, run.get("checkpointing", False), run.get("quantize", "none")
+    )
     settings = c.RunConfig(str(work / "out"), threads=1, save_every=1, memory_gib=None if args.free else 64.0)
     path = data(work / "data.jsonl", args, trainer)
     rollout = c.RolloutConfig(batch_size=args.batch, max_new_tokens=args.response, stop_at_eos=False)
@@ -109,7 +114,7 @@ def measured(run: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
 
     told = plan(
         c.PlanConfig(
-            folder, trainer=trainer, dtype=model.dtype, lora=lora, shared_layers=shared,
+            folder, trainer=trainer, dtype=model.dtype, quantize=model.quantize, lora=lora, shared_layers=shared,
             gradient_checkpointing=model.gradient_checkpointing, batch_size=args.batch, micro_batch_size=micro,
             prompt_tokens=args.prompt if trainer != "sft" else 1,
             response_tokens=args.response if trainer != "sft" else args.prompt + args.response - 1,
@@ -161,6 +166,8 @@ def main() -> int:
         saved(Path(folder), args)
         print(f"{'MiB':<44}{'plan':>8}{'measured':>10}{'ratio':>7}{'net of the process':>27}", flush=True)
         for run in RUNS if args.only is None else [RUNS[i] for i in args.only]:
+            if "quantize" in run and importlib.util.find_spec("bitsandbytes") is None:
+                continue
             with tempfile.TemporaryDirectory() as work:
                 command = [sys.executable, __file__, *sys.argv[1:], "--run", json.dumps(run)]
                 done = subprocess.run([*command, "--folder", folder, "--work", work], capture_output=True, text=True)

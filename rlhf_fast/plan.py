@@ -115,7 +115,7 @@ class Planner:
         own = {role: sum(p.nbytes for p in model.parameters_of(role).values()) for role in model.roles}
         rows = micro_batch_size * (2 if config.trainer in ("dpo", "reward") else 1)
         learned = rows * (config.response_tokens if self.online else self.length)
-        weights = storage_bytes((*base.parameters(), *base.buffers()))
+        weights, widest = self._weights()
         gradients = sum(own[role] for role in self.trained)
         found = Plan(micro_batch_size=micro_batch_size)
         if self.cpu:
@@ -130,7 +130,9 @@ class Planner:
         if any(role in ("policy", "reference") for role in self.roles):
             head = base.get_output_embeddings().weight
             found.always["chunks of the LM head"] = head_bytes(learned, head, not self.cpu)
-        if self.cpu and self.stored != self.dtype:
+        if widest:
+            found.always["widest layer, dequantised"] = widest
+        if self.cpu and (self.stored != self.dtype or config.quantize != "none"):
             found.phases["reading the weights"] = sum(p.numel() for p in base.parameters()) * self.stored.itemsize
         if self.online:
             if config.engine == "local":
@@ -146,6 +148,19 @@ class Planner:
             # Of the moments: copies, their bytes, and those of the whole file (train/checkpoint.py).
             found.phases["checkpoint"] = 3 * 2 * gradients
         return found
+
+    def _weights(self) -> tuple[int, int]:
+        """Bytes of the base, and of its widest quantised layer in the dtype of products (0 without)."""
+        from rlhf_fast.model.linear import weight_of
+        from rlhf_fast.model.quantized import weight_bytes
+
+        base, kind = self.model.base, self.config.quantize
+        whole = storage_bytes((*base.parameters(), *base.buffers()))
+        if kind == "none":
+            return whole, 0
+        layers = [weight_of(layer) for layer in self.model.backbone.all_linears().values()]
+        small = sum(weight_bytes(kind, *w.shape) for w in layers)
+        return whole - storage_bytes(layers) + small, max(w.nbytes for w in layers)
 
     def _update(self, role: str, rows: int) -> int:
         config, online = self.config, self.online
@@ -171,7 +186,8 @@ class Planner:
         logits = 2 * config.batch_size * text.vocab_size * 4
         packed = 0
         if self.cpu:
-            layers = [weight_of(layer) for layer in self.model.backbone.all_linears().values()]
+            plain = config.quantize == "none"
+            layers = [weight_of(layer) for layer in self.model.backbone.all_linears().values() if plain]
             layers.append(weight_of(self.model.base.get_output_embeddings()))
             packed = sum(w.nbytes for w in layers if packable(w))
         return packed + cache + max(logits, self.passes.reads("policy", prompts, config.prompt_tokens))

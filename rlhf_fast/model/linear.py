@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.model.lora import LoraPair, LowRank
 from rlhf_fast.ops.lora_linear import apply
+from rlhf_fast.reference.lora_linear import segments
 
 
 class RowPlan:
@@ -54,6 +55,11 @@ class _RoleAdapters:
         if device != "meta" and torch.is_autocast_enabled(device):  # shapes alone have no autocast
             dtype = torch.get_autocast_dtype(device)
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        a, b, lora_input, scales, bounds, ranks = self._adapters(x, roles)
+        return apply(x, weight, a, b, lora_input, bias, scales, bounds, ranks)
+
+    def _adapters(self, x: Tensor, roles: Sequence[str]) -> tuple[Any, ...]:
+        """(A, B, what they read instead of x, scales, bounds, ranks) of the segments of x, as lora_linear has them."""
         rows = x.shape[:-1].numel()
         if rows % len(roles):
             raise ValueError(f"{type(self).__name__}: got {rows} rows, expected equal blocks for the roles {roles}")
@@ -64,10 +70,30 @@ class _RoleAdapters:
         elif active:
             factors = torch.cat([p.lora_A for _, p in active]), torch.cat([p.lora_B for _, p in active], dim=1)
         else:
-            factors = x.new_empty(0, weight.shape[1]), x.new_empty(weight.shape[0], 0)
+            in_features, out_features = features(self)  # type: ignore[arg-type]
+            factors = x.new_empty(0, in_features), x.new_empty(out_features, 0)
         bounds = [bound for i, _ in active for bound in (i * size, (i + 1) * size)]
         scales, ranks = [pair.scale for _, pair in active], [pair.lora_A.shape[0] for _, pair in active]
-        return apply(x, weight, *factors, _dropped(x, size, active), bias, scales, bounds, ranks)
+        return *factors, _dropped(x, size, active), scales, bounds, ranks
+
+
+class _RoleAdaptersBeside(_RoleAdapters):
+    """The same for a layer whose weight is no matrix of numbers (quantised): its own product, and the adapters' added to it in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super(_RoleAdapters, self).forward(x)  # type: ignore[misc]
+        roles = self.plan.roles
+        if not any(role in self.pairs for role in roles):
+            return y
+        a, b, lora_input, scales, bounds, ranks = self._adapters(x, roles)
+        read, rows = (x if lora_input is None else lora_input).reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        parts, done = [], 0
+        for scale, segment, places in segments(scales, bounds, ranks):
+            low = F.linear(read[segment].float(), a[places].float()) * scale
+            update = F.linear(low, b[:, places].float())
+            parts += [rows[done : segment.start], (rows[segment].float() + update).to(y.dtype)]
+            done = segment.stop
+        return torch.cat([*parts, rows[done:]]).view(y.shape)
 
 
 def _dropped(x: Tensor, size: int, active: Sequence[tuple[int, LoraPair]]) -> Tensor | None:
@@ -100,8 +126,10 @@ def is_linear(module: nn.Module) -> bool:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear layer."""
+    if isinstance(module, nn.Linear):  # a quantised weight has another shape
+        return module.in_features, module.out_features
     rows, columns = weight_of(module).shape
-    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+    return rows, columns
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -114,8 +142,18 @@ def pairs_on(module: nn.Module) -> dict[str, LoraPair]:
     return getattr(module, "pairs", {})
 
 
-def check_adaptable(name: str, module: nn.Module) -> None:
-    """Raises TypeError for a layer that does not compute `W x + b`: quantised, grouped, a router."""
+def is_quantized(module: nn.Module) -> bool:
+    """True for a linear layer of bitsandbytes, adapted or not."""
+    return isinstance(module, nn.Linear) and any(c.__module__.startswith("bitsandbytes.") for c in type(module).__mro__)
+
+
+def check_adaptable(name: str, module: nn.Module, fold: bool = False) -> None:
+    """Raises TypeError for a layer that does not compute `W x + b`: grouped, a router; ValueError for a fold into a quantised one."""
+    if is_quantized(module):
+        if not fold:
+            return
+        expected = "a layer in floating point: fold into the base before it is quantised"
+        raise ValueError(f"SharedModel: argument 'fold' got the quantised module {name!r}, expected {expected}")
     if type(module) in _ADAPTED or is_adapted(module) or _is_plain(module):
         return
     raise TypeError(
@@ -156,7 +194,8 @@ def adapt(module: nn.Module, plan: RowPlan) -> None:
     if is_adapted(module):
         return
     if kind not in _ADAPTED:
-        _ADAPTED[kind] = type(f"Lora{kind.__name__}", (_RoleAdapters, kind), {})
+        mixin = _RoleAdaptersBeside if is_quantized(module) else _RoleAdapters
+        _ADAPTED[kind] = type(f"Lora{kind.__name__}", (mixin, kind), {})
     module.__class__ = _ADAPTED[kind]
     module.plan, module.pairs = plan, {}  # type: ignore[assignment]
 

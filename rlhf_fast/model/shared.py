@@ -34,6 +34,7 @@ from rlhf_fast.model.linear import (
 from rlhf_fast.model.lora import LoraConfig, LoraPair, LowRank
 from rlhf_fast.model.outputs import RoleOutput, SharedOutput
 from rlhf_fast.model.packing import Packing, attending, implementation_of
+from rlhf_fast.model.quantized import loading, settle
 
 ROLES = ("policy", "reference", "value", "reward")
 _NO_ROLE = ("",)
@@ -128,21 +129,24 @@ class SharedModel(nn.Module):
         fold: PathLike | Sequence[PathLike] | None = None,
         adapters: Mapping[str, PathLike] | None = None,
         dtype: torch.dtype = torch.float32,
+        quantize: str = "none",
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> SharedModel:
         """Load a local model folder (safetensors only, no remote code, no network) and share it.
 
+        quantize: none, or int8 or nf4 for its linear layers but the LM head (model/quantized.py, the extra `quant`).
         Raises ValueError if there is no such model; otherwise as the constructor.
         """
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        options |= loading("SharedModel.from_pretrained", quantize, dtype)
         try:
-            base = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-            )
+            base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         except OSError as error:
             raise ValueError(
                 f"SharedModel.from_pretrained: no local safetensors model at {str(path)!r}: {error}"
             ) from error
+        settle("SharedModel.from_pretrained", base)
         return cls(
             base,
             roles,
@@ -403,7 +407,7 @@ class SharedModel(nn.Module):
                     f"{file.folder}: module {name!r} is no linear layer that {where} can adapt"
                     f" (decoder layers from {0 if role is None else self.shared_layers} on)"
                 )
-            check_adaptable(name, linears[name])
+            check_adaptable(name, linears[name], fold=role is None)
             maps, base_maps = (update.a.shape[1], update.b.shape[0]), features(linears[name])
             if maps != base_maps:
                 raise ValueError(f"{file.folder}: module {name!r} maps (in, out) {maps}, the base's {base_maps}")

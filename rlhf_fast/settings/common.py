@@ -44,11 +44,19 @@ class ModelConfig:
     """Shape of the adapters that are trained."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and compute the others again in the backward: less memory, a third more arithmetic."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """The linear layers of the frozen base, but the LM head, in 8 or 4 bits by bitsandbytes (the extra `quant`); adapters stay fp32."""
     shard: bool = False
     """Under torchrun: every rank keeps its part of the frozen decoder layers, and gathers a layer when it runs (FSDP2). Batches and
     minibatches must be multiples of the ranks, and in trainers that sample shared_layers 0; rollouts hold the layers whole."""
     fold: tuple[Name, ...] = ()
     """Adapter folders merged into the frozen base before training (for example the SFT adapter)."""
+
+    def __post_init__(self) -> None:
+        if self.quantize != "none" and (self.shard or self.fold):
+            name = "shard" if self.shard else "fold"
+            expected = f"nothing beside quantize = {self.quantize}"
+            raise _check.error(ValueError, "ModelConfig", name, getattr(self, name), expected)
 
 
 def no_trunk_to_share(owner: object, model: ModelConfig) -> None:

@@ -36,6 +36,8 @@ class PlanConfig:
     """Device to fit; left out: a CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the frozen base."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Linear layers of the base in 8 or 4 bits."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Shape of the adapters."""
     shared_layers: CountOrZero = 0

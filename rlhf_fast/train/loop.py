@@ -76,6 +76,7 @@ def load_model(
         fold=list(config.fold) or None,
         adapters=adapters,
         dtype=resolve_dtype(config.dtype),
+        quantize=config.quantize,
         seed=seed,
         gradient_checkpointing=config.gradient_checkpointing,
     )

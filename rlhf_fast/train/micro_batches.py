@@ -60,6 +60,7 @@ def fitting(
         trainer=trainer,
         roles=roles,  # type: ignore[arg-type]
         dtype=config.model.dtype,
+        quantize=config.model.quantize,
         lora=config.model.lora,
         shared_layers=config.model.shared_layers,
         gradient_checkpointing=config.model.gradient_checkpointing,
