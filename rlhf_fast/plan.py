@@ -6,6 +6,7 @@ to the byte, a rollout's cache and packed weights, the chunks of the LM head. On
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,7 @@ class Planner:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from rlhf_fast.model import SharedModel
+        from rlhf_fast.model.quantized import loading
 
         try:
             settings = AutoConfig.from_pretrained(config.model, local_files_only=True, trust_remote_code=False)
@@ -94,6 +96,8 @@ class Planner:
         if config.shared_layers >= depth:
             expected = f"0 to {depth - 1} for a model of {depth} layers"
             raise _check.error(ValueError, "plan", "shared_layers", config.shared_layers, expected)
+        if config.quantize != "none" and importlib.util.find_spec("bitsandbytes"):
+            loading("plan", config.quantize, self.dtype)  # its library counts with the process
         self.held = _held(config.model) if self.cpu else 0
         with FakeTensorMode() as fake, LiveBytes():
             base = AutoModelForCausalLM.from_config(settings, dtype=self.dtype, trust_remote_code=False)
@@ -107,7 +111,14 @@ class Planner:
         self.passes = Passes(fake, self.model, packed=self.cpu)
         self.online = config.trainer in ("ppo", "grpo")
         self.length = config.prompt_tokens + config.response_tokens
+        share = -(-config.batch_size // (config.ranks * self._samples))
+        self.batch = share * self._samples
+        """Completions that a rank samples: those of a prompt stay together."""
         self._rollout: int | None = None
+
+    @property
+    def _samples(self) -> int:
+        return self.config.group_size if self.config.trainer == "grpo" else 1
 
     def at(self, micro_batch_size: int) -> Plan:
         """The plan with so many sequences (pairs) in a pass."""
@@ -120,13 +131,17 @@ class Planner:
         found = Plan(micro_batch_size=micro_batch_size)
         if self.cpu:
             found.always["process before the model"] = self.held
-        found.always["base weights"] = weights
+        layers = self._layers() if config.shard else []
+        found.always["base weights"] = weights - sum(layers) + sum(-(-size // config.ranks) for size in layers)
+        if layers:
+            # FSDP2 asks for a layer while the one before runs.
+            found.always["layers gathered at once"] = sum(sorted(layers)[-2:])
         found.always["adapters and heads"] = sum(own.values())
         found.always["gradients"] = gradients
         found.always["Adam's moments"] = 2 * gradients
         if self.online and config.shared_layers:
             size = model.backbone.hidden_size * self.dtype.itemsize
-            found.always["outputs of the shared layers"] = config.batch_size * self.length * size
+            found.always["outputs of the shared layers"] = self.batch * self.length * size
         if any(role in ("policy", "reference") for role in self.roles):
             head = base.get_output_embeddings().weight
             found.always["chunks of the LM head"] = head_bytes(learned, head, not self.cpu)
@@ -137,7 +152,7 @@ class Planner:
         if self.online:
             if config.engine == "local":
                 self._rollout = self._sampling() if self._rollout is None else self._rollout
-                found.phases["rollout"] = self._rollout
+                found.phases["rollout"] = self._rollout + sum(layers)  # whole, for as long as it samples
             found.phases["scoring"] = self.passes.scores(self.roles, rows, self.length, kept_trunk=True)
         for role in self.trained:
             found.phases[f"update of {role}"] = self._update(role, rows)
@@ -162,6 +177,10 @@ class Planner:
         small = sum(weight_bytes(kind, *w.shape) for w in layers)
         return whole - storage_bytes(layers) + small, max(w.nbytes for w in layers)
 
+    def _layers(self) -> list[int]:
+        """Bytes of every decoder layer of the base."""
+        return [storage_bytes(layer.parameters()) for layer in self.model.backbone.layers]
+
     def _update(self, role: str, rows: int) -> int:
         config, online = self.config, self.online
         head = "values" if role in ("value", "reward") else "ppo" if config.trainer == "ppo" else "logprobs"
@@ -180,10 +199,10 @@ class Planner:
         config, text = self.config, self.text
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        prompts = config.batch_size // (config.group_size if config.trainer == "grpo" else 1)
-        tokens = prompts * config.prompt_tokens + config.batch_size * config.response_tokens
+        prompts = self.batch // self._samples
+        tokens = prompts * config.prompt_tokens + self.batch * config.response_tokens
         cache = 2 * text.num_hidden_layers * heads * width * self.dtype.itemsize * tokens
-        logits = 2 * config.batch_size * text.vocab_size * 4
+        logits = 2 * self.batch * text.vocab_size * 4
         packed = 0
         if self.cpu:
             plain = config.quantize == "none"

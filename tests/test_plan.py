@@ -88,6 +88,17 @@ def test_weights_adapters_and_optimizer_are_counted_to_the_byte(folder):
     assert found.always[PROCESS] > 2**26, "Python and torch alone are larger"
 
 
+def test_ranks_share_the_layers_and_the_batch(folder):
+    one, four = (plan(settings(folder, ranks=n, shard=n > 1, shared_layers=0)) for n in (1, 4))
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in tiny_llama().model.layers]
+    spread = sum(size - -(-size // 4) for size in layers)
+    assert one.always["base weights"] - four.always["base weights"] == spread
+    assert four.always["layers gathered at once"] == sum(layers[:2]) and "layers gathered at once" not in one.always
+    assert four.phases["update of policy"] == one.phases["update of policy"], "of a micro-batch on one rank"
+    assert four.phases["rollout"] < one.phases["rollout"] + sum(layers)
+    assert "rollout" not in plan(settings(folder, ranks=4, shard=True, engine="process")).phases
+
+
 def test_a_base_of_another_dtype_is_read_beside_its_file(folder):
     found = plan(settings(folder, trainer="sft", dtype="bfloat16"))
     numbers = sum(p.numel() for p in tiny_llama().parameters())

@@ -93,7 +93,8 @@ class _RoleAdaptersBeside(_RoleAdapters):
             update = F.linear(low, b[:, places].float())
             parts += [rows[done : segment.start], (rows[segment].float() + update).to(y.dtype)]
             done = segment.stop
-        return torch.cat([*parts, rows[done:]]).view(y.shape)
+        parts = [part for part in (*parts, rows[done:]) if len(part)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(y.shape)
 
 
 def _dropped(x: Tensor, size: int, active: Sequence[tuple[int, LoraPair]]) -> Tensor | None:

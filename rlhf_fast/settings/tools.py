@@ -52,6 +52,10 @@ class PlanConfig:
     """GiB to fit into, on a CPU with the process itself; left out: 90 % of the GPU's, any on a CPU."""
     group_size: Count = 8
     """grpo: completions of each prompt."""
+    ranks: Count = 1
+    """Processes that share the run under torchrun; batch_size is of all of them, the plan is of one."""
+    shard: bool = False
+    """Every rank keeps its part of the frozen decoder layers (model.shard)."""
     engine: Literal["local", "process", "vllm"] = "local"
     """Where completions are sampled: in the trainer, or elsewhere, with memory that is not planned here."""
     prompt_tokens: Count = 128

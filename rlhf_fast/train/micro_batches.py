@@ -54,7 +54,6 @@ def fitting(
 
     return_large_blocks()
     prompt, response = max(lengths, key=sum)
-    world = int(os.environ.get("WORLD_SIZE") or 1)
     settings = PlanConfig(
         config.model.path,
         trainer=trainer,
@@ -64,8 +63,10 @@ def fitting(
         lora=config.model.lora,
         shared_layers=config.model.shared_layers,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        batch_size=-(-batch_size // (world * group_size)) * group_size,
+        batch_size=batch_size,
         group_size=group_size,
+        ranks=int(os.environ.get("WORLD_SIZE") or 1),
+        shard=config.model.shard,
         engine=engine,
         prompt_tokens=max(prompt, 1),
         response_tokens=max(response, 1),
