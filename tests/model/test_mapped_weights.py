@@ -3,6 +3,8 @@ is short, so that a frozen base may be larger than it."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import sys
 
 import pytest
@@ -26,13 +28,24 @@ def mapped(address: int) -> str:
     return ""
 
 
+def drop(x: torch.Tensor) -> None:
+    """Make the process forget the whole pages of x: those of a file come back as they are in it, others as zeros (madvise(2))."""
+    start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (x.data_ptr() + x.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        assert ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED) == 0
+
+
 def test_frozen_weights_stay_in_their_file_through_training(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     model = SharedModel.from_pretrained(tmp_path, ("policy", "reference"), LoraConfig(r=4))
     ids = torch.randint(2, 30, (2, 9), generator=torch.Generator().manual_seed(0))
-    model(ids, roles=("policy",)).policy.hidden.sum().backward()
+    before = model(ids, roles=("policy",)).policy.hidden
+    before.sum().backward()
     for name, p in model.base.named_parameters():
         assert mapped(p.data_ptr()).endswith(".safetensors"), name
+        drop(p)
+    assert torch.equal(before, model(ids, roles=("policy",)).policy.hidden), "read again from the file"
     # Another dtype needs memory of its own.
     other = SharedModel.from_pretrained(tmp_path, ("policy",), dtype=torch.bfloat16)
     assert not mapped(next(other.base.parameters()).data_ptr()).endswith(".safetensors")
