@@ -167,7 +167,7 @@ class RunConfig:
     """CPU threads (PyTorch's choice when left out)."""
     memory_gib: Positive | None = None
     """GiB that the process may take, libraries and data included. micro_batch_size is then the most: the run takes the largest that
-    `rlhf-fast plan` finds room for, or refuses to start. What lives is all that is held: blocks go back to the system as they die,
+    `rlhf-fast plan` finds room for in 90 % of it, or refuses to start. What lives is all that is held: blocks go back to the system as they die,
     which costs time (about a fifth of a step of a small model)."""
     halve_on_oom: bool = True
     """Out of memory in an update: go on with micro-batches half as large (the same gradient but for rounding), or stop."""

@@ -49,7 +49,7 @@ class PlanConfig:
     micro_batch_size: Count | None = 16
     """Sequences (pairs, for dpo and reward) per pass; none: the largest that fits, up to batch_size."""
     memory_gib: Positive | None = None
-    """GiB to fit into, on a CPU with the process itself; left out: 90 % of the GPU's, any on a CPU."""
+    """GiB of which the plan may fill 90 %, on a CPU with the process itself; left out: those of the GPU, any number on a CPU."""
     group_size: Count = 8
     """grpo: completions of each prompt."""
     ranks: Count = 1

@@ -50,7 +50,7 @@ def fitting(
     if gib is None:
         return most
     from rlhf_fast.config import PlanConfig
-    from rlhf_fast.plan import Planner, checked, largest
+    from rlhf_fast.plan import FREE, Planner, checked, largest
 
     return_large_blocks()
     prompt, response = max(lengths, key=sum)
@@ -72,7 +72,8 @@ def fitting(
         response_tokens=max(response, 1),
     )
     planner = Planner(settings)
-    found = checked(planner.at(most), gib * 2**30) if whole else largest(planner, gib * 2**30, most)
+    room = FREE * gib * 2**30
+    found = checked(planner.at(most), room) if whole else largest(planner, room, most)
     size, peak = found.micro_batch_size, found.peak / 2**30
     logger.info("micro-batches of %d: the plan takes %.2f of %.2f GiB", size, peak, gib)
     return size
