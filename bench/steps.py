@@ -1,11 +1,13 @@
-"""Whole training steps against the same steps made of other parts: `python bench/steps.py grpo ppo packing`.
+"""Whole training steps against the same steps made of other parts: `python bench/steps.py grpo ppo packing curves`.
 
 grpo: `rlhf-fast grpo` against TRL's GRPOTrainer with PEFT (pip install trl peft), same random Llama, prompts, reward and settings.
 ppo: `rlhf-fast ppo` against the step that one would put together from Hugging Face `generate`, PEFT adapters and eager PyTorch
-losses. packing: scoring and updates of PPO packed and padded, on completions of mixed lengths.
+losses. packing: scoring and updates of PPO packed and padded, on completions of mixed lengths. curves: rewards of grpo over
+CURVE_STEPS steps for several seeds a side, their difference, and what seeds alone make of it; 17M unless told otherwise.
 
 Every run is a process of its own, so that the highest resident set is that of one of them; contenders take turns. The first step of a
-run warms up and is not timed. Mean rewards of the first and of the last two steps are printed; --steps says how many there are.
+run warms up and is not timed. Mean rewards of the first and of the last two steps are printed; --steps says how many there are: by
+itself 5 at 17M and 2 at 135M, where a step of the others takes half a minute.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ BARS = {
 }
 MEMORY_BAR = 0.7
 PROMPT_TOKENS = 8
+STEPS = {"17M": 5, "135M": 2}
+CURVE_STEPS, SEEDS, POINTS = 40, 3, 8
+APART = 3.0
+"""Curves overlay when their mean rewards differ by fewer standard errors of the difference, at every point."""
 
 
 def tokenizer_of(words: int) -> Any:
@@ -100,7 +106,7 @@ def settings(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "model": ModelConfig(str(folder / "model"), dtype=args.dtype, lora=LoraConfig(r=16, alpha=32.0)),
         "data": PromptDataConfig(str(folder / "prompts.jsonl")),
-        "run": RunConfig(str(folder / "run"), save_every=0, sample_every=0),
+        "run": RunConfig(str(folder / "run"), save_every=0, sample_every=0, seed=args.seed),
         "reward": RewardSource(source=f"{__file__}:reward"),
         "optim": OptimConfig(lr=args.lr, betas=(0.9, 0.999), eps=1e-8, schedule="constant"),
         "rollout": RolloutConfig(batch_size=args.batch, max_new_tokens=args.response),
@@ -140,7 +146,7 @@ def grpo_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         gradient_accumulation_steps=args.batch // args.micro, num_generations=8, max_completion_length=args.response,
         max_steps=args.steps + 1, learning_rate=args.lr, lr_scheduler_type="constant", beta=0.0, loss_type="grpo", use_cpu=True,
         report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
-        model_init_kwargs={"dtype": args.dtype},
+        model_init_kwargs={"dtype": args.dtype}, seed=args.seed,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=str(folder / "model"),
@@ -308,6 +314,7 @@ CONTENDERS: dict[str, dict[str, Callable[[argparse.Namespace, Path], dict[str, A
     "grpo": {"ours": grpo_ours, "TRL": grpo_trl},
     "ppo": {"ours": ppo_ours, "generate + PEFT + eager": ppo_assembled},
     "packing": {"packed": packing_of(True), "padded": packing_of(False)},
+    "curves": {"ours": grpo_ours, "TRL": grpo_trl},
 }
 
 
@@ -329,6 +336,43 @@ def run(arguments: Sequence[str], what: str, name: str) -> dict[str, Any]:
     raise SystemExit(f"{what}, {name}: {done.stderr[-2000:]}")
 
 
+def points(curve: Sequence[float]) -> list[float]:
+    """Means over POINTS equal stretches of a curve."""
+    size = max(1, len(curve) // POINTS)
+    return [statistics.fmean(curve[i : i + size]) for i in range(0, len(curve) - size + 1, size)]
+
+
+def curves(arguments: Sequence[str], seeds: int) -> None:
+    """Rewards of both sides, point by point: means over the seeds, their difference and its standard error.
+
+    The variance between seeds is taken over all points and both sides: a few seeds say little of it at one point.
+    """
+    names = tuple(CONTENDERS["curves"])
+    found = {
+        name: [points(run([*arguments, "--seed", str(seed)], "curves", name)["rewards"]) for seed in range(seeds)]
+        for name in names
+    }
+    columns = {name: list(zip(*each, strict=True)) for name, each in found.items()}
+    if seeds > 1:
+        spread = statistics.fmean(statistics.variance(at) for name in names for at in columns[name])
+        error = (2 * spread / seeds) ** 0.5
+    else:
+        error = float("nan")
+    worst = 0.0
+    for i, (a, b) in enumerate(zip(*(columns[name] for name in names), strict=True)):
+        difference = statistics.fmean(a) - statistics.fmean(b)
+        worst = max(worst, abs(difference))
+        print(
+            f"curves   stretch {i + 1}: {names[0]} {statistics.fmean(a):.3f}, {names[1]} {statistics.fmean(b):.3f}, {difference:+.3f}"
+        )
+    learned = [statistics.fmean(columns[name][-1]) - statistics.fmean(columns[name][0]) for name in names]
+    verdict = "no seeds to compare with" if seeds < 2 else "overlay" if worst <= APART * error else "differ"
+    print(
+        f"curves   learned {learned[0]:+.3f} and {learned[1]:+.3f}; largest difference {worst:.3f},"
+        f" standard error of a difference {error:.3f} over {seeds} seeds a side: {verdict}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"among {', '.join(CONTENDERS)}; all when left out")
@@ -338,7 +382,9 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=16)
     parser.add_argument("--response", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="timed steps of a run; for curves all of them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="curves: runs of each side")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
@@ -347,17 +393,22 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
+        if args.steps is None:
+            args.steps = CURVE_STEPS - 1 if args.child[0] == "curves" else STEPS[args.size]
         child(args, *args.child)
         return
-    passed = sys.argv[1:]
+    passed = [a for a in sys.argv[1:] if a not in CONTENDERS]
     print(
         f"{args.size} Llama, {args.dtype}, {args.batch} completions of up to {args.response} tokens, {torch.get_num_threads()} threads"
     )
     for what in args.what or CONTENDERS:
+        if what == "curves":
+            curves(passed, args.seeds)
+            continue
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[what]}
         for _ in range(args.rounds):
             for name, results in found.items():
-                results.append(run([a for a in passed if a not in CONTENDERS], what, name))
+                results.append(run(passed, what, name))
         seconds = {n: statistics.median(s for r in results for s in r["seconds"]) for n, results in found.items()}
         peaks = {n: min(r["peak"] for r in results) for n, results in found.items()}
         for name, results in found.items():
