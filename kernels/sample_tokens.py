@@ -109,13 +109,13 @@ def _sum_parts(
     VECTOR: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    part = tl.program_id(0) % parts
+    program = tl.program_id(0).to(tl.int64)
+    row, part = program // parts, program % parts
     real, legal, scale, _ = _read(row, mask, temperature, scale_value, MASK, TEMPERATURE, GREEDY)
     if not (real & legal):
         return
     z = _row_of(logits, row, inner, outer_stride, inner_stride, VECTOR)
-    y = _part_of(z, part.to(tl.int64) * CLASSES, banned, bans, vocab, softcap, BANS, CAP, VECTOR, CLASSES)
+    y = _part_of(z, part * CLASSES, banned, bans, vocab, softcap, BANS, CAP, VECTOR, CLASSES)
     top = tl.max(y, 0)
     place, offset, _ = point_of(top, tl.minimum(scale * LOG2_E, LARGEST))
     nothing = tl.zeros([CLASSES], tl.float32)
@@ -184,7 +184,7 @@ def _choose(
         legal = legal & (greedy | ((number >= 0.0) & (number < 1.0)))
     if not (real & legal):
         nothing = tl.where(real, float("nan"), 0.0)
-        tl.store(token_ids + row, tl.where(real, -1, 0).to(tl.int64))
+        tl.store(token_ids + row, tl.where(real, -1, 0))
         tl.store(logprobs + row, nothing)
         tl.store(entropy + row, nothing)
         return

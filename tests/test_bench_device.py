@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 SMALL = device_cases.Sizes(
     logits=((40, 301),),
     steps=((40, 301),),
+    keys=((20, 9),),
     rollout=(6, 140),
     head=(24, 32, 200),
     layer=(48, 40, 33),

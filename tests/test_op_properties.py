@@ -99,6 +99,32 @@ def linear_token_logprobs(d: Draw) -> dict[str, Any]:
     }
 
 
+def cached_attention(d: Draw) -> dict[str, Any]:
+    tokens, kv_heads, group, width, value_width = d.rows, d.pick(1, 3), d.pick(1, 2, 5), d.pick(1, 8, 33), d.pick(1, 24)
+    room, prompt = d.length, d.pick(1, 20, 90)
+    start = d.integers(prompt + 1, tokens)
+    own = {
+        "keys": d.normal(tokens + 1, kv_heads, room, width),
+        "values": d.normal(tokens + 1, kv_heads, room, value_width),
+        "rows": d.integers(tokens + 1, tokens),
+        "lengths": d.integers(room + 1, tokens),
+    }
+    shared = {
+        "prefix_keys": d.normal(2, kv_heads, prompt, width),
+        "prefix_values": d.normal(2, kv_heads, prompt, value_width),
+        "prefix_rows": d.integers(2, tokens),
+        "prefix_start": start,
+        "prefix_stop": (start + d.integers(prompt + 1, tokens)).clamp_max(prompt),
+    }
+    return {
+        "query": d.normal(tokens, kv_heads * group, width),
+        **d.pick(own, shared, own | shared),
+        "scale": d.pick(None, 0.3),
+        "softcap": d.pick(None, 2.0),
+        "window": d.pick(None, 1, 17),
+    }
+
+
 def kl_estimate(d: Draw) -> dict[str, Any]:
     kind = d.pick("k1", "k2", "k3", "abs", "k1+", "k3+")
     return {
@@ -276,6 +302,7 @@ def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tenso
     """Results and gradients by name, for a fixed weighting of the results."""
     frozen = "lora_a" in kwargs or "eps" in kwargs  # under adapters, and in norms
     constant = CONSTANT | ({"weight", "bias"} if frozen else set())
+    constant |= kwargs.keys() if "window" in kwargs else set()  # of generation
     kwargs = {
         k: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() and k not in constant else v
         for k, v in kwargs.items()
@@ -317,6 +344,7 @@ def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tenso
         rms_norm,
         silu_mul,
         rotary,
+        cached_attention,
         dpo_loss,
     ],
     ids=lambda f: f.__name__,

@@ -22,6 +22,7 @@ from rlhf_fast.bench.cases import (
     reward_loss,
     whiten,
 )
+from rlhf_fast.bench.cases import cached_attention as attention
 from rlhf_fast.bench.cases import linear_ppo_loss as head_loss
 from rlhf_fast.bench.cases import linear_token_logprobs as heads
 from rlhf_fast.bench.cases import lora_linear as adapters
@@ -43,6 +44,8 @@ class Sizes:
     """(tokens, vocabulary); the last vocabulary is odd, so that rows begin at any address."""
     steps: tuple[tuple[int, int], ...] = ((256, 151936), (8, 151936))
     """(sequences, vocabulary) of a step of a rollout."""
+    keys: tuple[tuple[int, int], ...] = ((512, 512), (4096, 1024))
+    """Of a prompt and of what follows it, which the tokens of a step attend over."""
     rollout: tuple[int, int] = (512, 2048)
     head: tuple[int, int, int] = (8192, 4096, 131072)
     """(tokens, width, vocabulary)."""
@@ -65,6 +68,8 @@ def cases(device: torch.device, sizes: Sizes | None = None) -> Iterator[Case]:
         yield from _logits(device, rows, vocab, aims and i == 0)
     for rows, vocab in sizes.steps:
         yield _step(device, rows, vocab)
+    for prompt, room in sizes.keys:
+        yield _attention(device, prompt, room)
     yield from _tokens(device, *sizes.rollout, aims)
     yield from _small(device, sizes)
     yield from _heads(device, *sizes.head, aims)
@@ -197,6 +202,21 @@ def _step(device: torch.device, rows: int, vocab: int) -> Case:
         },
         draws.truth,
         lambda m: m.seconds(read=4 * rows * vocab),
+        memory=False,
+    )
+
+
+def _attention(device: torch.device, prompt: int, room: int) -> Case:
+    """The prompt's keys have to be read once for its samples, those of the slots once each."""
+    rows, kv_heads = attention.TOKENS, attention.KV_HEADS
+    numbers = (rows // attention.SAMPLES * prompt + rows * room) * kv_heads * attention.WIDTH
+    return Case(
+        "cached_attention",
+        f"{rows} rows of {attention.HEADS} heads over {prompt} + {room} keys, bf16",
+        made_on(device, partial(attention.make, prompt, room, torch.bfloat16)),
+        {OURS: attention.ours, "PyTorch, keys side by side": no_grad(attention.side_by_side)},
+        attention.truth,
+        lambda m: m.seconds(read=2 * 2 * numbers),
         memory=False,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from rlhf_fast import _check
 from rlhf_fast._native import DTYPES, contiguous, kernel
-from rlhf_fast._op import Op, cpp
+from rlhf_fast._op import Op, cpp, no_doubles, triton
 from rlhf_fast.reference.cached_attention import cached_attention as reference
 
 WIDTH = 1024
 """Largest head width of the C++ kernel (kAttentionWidth of csrc/cpu/ops.h)."""
+
+TRITON_WIDTH = 256
+"""Largest head width of the Triton kernel, which holds a tile of keys in registers."""
 
 
 def cached_attention(
@@ -158,13 +162,16 @@ def attend(  # type: ignore[no-untyped-def]
     return out
 
 
-def _declines(query: Tensor, keys: Any, values: Tensor | None, *rest: Any) -> str | None:
-    if query.dtype is torch.float64:
-        return "fp64 is left to the reference"
-    of_values = rest[3] if values is None else values
-    if max(query.shape[2], of_values.shape[3]) > WIDTH:
-        return f"heads are wider than {WIDTH}"
-    return None
+def _up_to(widest: int) -> Callable[..., str | None]:
+    """`declines` of kernels that keep a head in registers or on the stack, and compute in fp32."""
+
+    def declines(query: Tensor, keys: Any, values: Tensor | None, *rest: Any) -> str | None:
+        of_values = rest[3] if values is None else values
+        if max(query.shape[2], of_values.shape[3]) > widest:
+            return f"heads are wider than {widest}"
+        return no_doubles(query)
+
+    return declines
 
 
 def _fake(query: Tensor, keys: Any, values: Tensor | None, *rest: Any) -> Tensor:
@@ -178,6 +185,6 @@ _cached_attention = Op(
     "Tensor? prefix_rows, Tensor? prefix_start, Tensor? prefix_stop, float scale, float softcap, int window) -> Tensor",
     reference=reference,
     fake=_fake,
-    backends=[cpp(attend, _declines)],
+    backends=[triton("cached_attention", declines=_up_to(TRITON_WIDTH)), cpp(attend, _up_to(WIDTH))],
     strided=True,
 )

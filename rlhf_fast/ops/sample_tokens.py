@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_fast import _check
 from rlhf_fast._native import DTYPES, contiguous, kernel
-from rlhf_fast._op import Op, cpp, triton
+from rlhf_fast._op import Op, cpp, no_doubles, triton
 from rlhf_fast._types import SampledTokens
 from rlhf_fast.ops.token_logprobs import _layout, wide
 from rlhf_fast.reference.sample_tokens import refused
@@ -137,18 +137,12 @@ def _fake(logits, uniform, mask, temperature, banned_ids, temperature_value, sof
     return logits.new_empty(rows, dtype=torch.int64), logprobs, torch.empty_like(logprobs)
 
 
-def _declines(logits: Tensor, *args: object) -> str | None:
-    if logits.dtype is torch.float64:
-        return "fp64 is left to the reference"
-    return None
-
-
 _sample_tokens = Op(
     "sample_tokens",
     "(Tensor logits, Tensor? uniform, Tensor? mask, Tensor? temperature, Tensor? banned_ids, float temperature_value, "
     "float softcap) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
-    backends=[triton("sample_tokens", declines=_declines), cpp(_forward)],
+    backends=[triton("sample_tokens", declines=lambda logits, *_: no_doubles(logits)), cpp(_forward)],
     strided=True,
 )

@@ -10,7 +10,16 @@ from rlhf_fast.kernels import ppo_loss as ppo_kernels
 
 import rlhf_fast
 from rlhf_fast._counters import counters_for
-from rlhf_fast.reference import advantages, gae, lora_linear, ppo_loss, reward_loss, sample_tokens, whiten
+from rlhf_fast.reference import (
+    advantages,
+    cached_attention,
+    gae,
+    lora_linear,
+    ppo_loss,
+    reward_loss,
+    sample_tokens,
+    whiten,
+)
 
 ARCHS = [80, 90]
 
@@ -89,6 +98,22 @@ def test_a_row_of_logits_gives_its_token_alike_alone_and_beside_others_at_any_ad
         for i in range(4):
             alone = rlhf_fast.sample_tokens(moved[i : i + 1], x["uniform"][i : i + 1])
             assert all(torch.equal(a, b[i : i + 1]) for a, b in zip(alone, whole, strict=True))
+    assert all(launch.findings == [] for launch in driver.launches)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_attends_alike_alone_and_beside_others_at_any_address_and_in_any_room(dtype, arch):
+    kwargs = cached_attention.sample(3, 6, 2, 32, prompt_length=300, room=40, dtype=dtype)
+    moved = dict(kwargs)
+    for name in ("keys", "values", "prefix_keys", "prefix_values"):
+        moved[name] = torch.nn.functional.pad(kwargs[name], (1, 2, 0, 270))[..., 1:-2]
+    per_token = ("query", "rows", "lengths", "prefix_rows", "prefix_start", "prefix_stop")
+    with install(arch) as driver, on_cpu("triton"):
+        whole = rlhf_fast.cached_attention(**kwargs)
+        for i in range(3):
+            alone = {k: v[i : i + 1] if k in per_token else v for k, v in moved.items()}
+            assert torch.equal(rlhf_fast.cached_attention(**alone), whole[i : i + 1])
     assert all(launch.findings == [] for launch in driver.launches)
 
 

@@ -23,6 +23,7 @@ from rlhf_fast._op import OPS
 from rlhf_fast._types import LossOutput
 from rlhf_fast.reference import (
     advantages,
+    cached_attention,
     gae,
     group_advantages,
     kl_estimate,
@@ -259,8 +260,8 @@ def _sampled() -> Iterator[Case]:
     temperature = torch.tensor([0.5, 1.0, 0.0, 2.0])
     yield Case("sample_tokens", "temperatures", rows(1503, BF16, "uniform", temperature=temperature, mask=some))
     yield Case("sample_tokens", "greedy", rows(1503, FP32), options={"temperature": 0.0})
-    banned = torch.tensor([1502, 0, 1023, 1024, 77])
-    yield Case("sample_tokens", "banned", rows(1503, BF16, "uniform", banned_ids=banned, mask=some))
+    banned = torch.tensor([2502, 0, 1023, 1024, 77])
+    yield Case("sample_tokens", "banned", rows(2503, BF16, "uniform", banned_ids=banned, mask=some))
     yield Case("sample_tokens", "shared", shared)
     yield Case("sample_tokens", "one-class", rows(1, BF16, "uniform"))
     yield Case("sample_tokens", "large", rows(20_001, BF16, "uniform"))
@@ -303,6 +304,27 @@ def _lora() -> Iterator[Case]:
     yield of("bf16-adapters", 96, 64, 128, (16, 40), BF16)
     yield of("fp16-adapters", 70, 65, 33, (5, 3), FP16)
     yield of("strided", 70, 65, 66, (5, 33), BF16, "lora_input")
+
+
+def _attending() -> Iterator[Case]:
+    """Keys of less than a part and of several, of the prompt alone and of the slot alone, odd and wide heads."""
+
+    def of(name: str, shape: tuple[int, ...], lengths: tuple[int, int], dtype: torch.dtype, **options: Any) -> Case:
+        drop = options.pop("drop", "-")
+
+        def inputs() -> Tensors:
+            found = cached_attention.sample(3, *shape, prompt_length=lengths[0], room=lengths[1], dtype=dtype)
+            slots = ("keys", "values", "rows", "lengths")
+            return {k: v for k, v in found.items() if not (k in slots if drop == "slots" else k.startswith(drop))}
+
+        return Case("cached_attention", name, inputs, options=options)
+
+    yield of("fp32", (6, 2, 24, 40), (40, 9), FP32)
+    yield of("bf16", (6, 2, 64, 64), (300, 20), BF16)
+    yield of("fp16-odd", (3, 3, 24, 33), (20, 270), FP16)
+    yield of("window", (4, 2, 32, 32), (40, 300), BF16, window=70, softcap=2.0)
+    yield of("prompts-alone", (4, 1, 128, 128), (40, 0), BF16, drop="slots")
+    yield of("slots-alone", (20, 1, 32, 32), (2, 40), BF16, drop="prefix")
 
 
 def _per_token() -> Iterator[Case]:
@@ -365,7 +387,7 @@ def _per_token() -> Iterator[Case]:
         yield Case("reward_loss", name, inputs, ("chosen_scores", "rejected_scores"), options)
 
 
-CASES = [*_token_logprobs(), *_sampled(), *_linear(), *_lora(), *_per_token()]
+CASES = [*_token_logprobs(), *_sampled(), *_linear(), *_lora(), *_attending(), *_per_token()]
 
 
 def cases_of(*ops: str) -> list[Case]:
