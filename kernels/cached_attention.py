@@ -111,23 +111,19 @@ def _attend(
     if OWN and part < own_parts:
         first = part * PART
         last = tl.minimum(first + PART, own)
-        first = tl.maximum(first, unseen - shared)
-        if first < last:
-            top, total, found = _sum_part(
-                q, keys + row * key_row + head * key_head, values + row * value_row + head * value_head,
-                key_step, value_step, first, last, scale, softcap, CAP, WIDTH, VALUE_WIDTH, HEADS, D, DV, KEYS,
-            )  # fmt: skip
+        top, total, found = _sum_part(
+            q, keys + row * key_row + head * key_head, values + row * value_row + head * value_head, key_step, value_step,
+            tl.maximum(first, unseen - shared), last, scale, softcap, CAP, WIDTH, VALUE_WIDTH, HEADS, D, DV, KEYS,
+        )  # fmt: skip
     if PREFIX and part >= own_parts:
         first = (part - own_parts) * PART
         last = tl.minimum(first + PART, shared)
-        first = tl.maximum(first, unseen)
-        if first < last:
-            top, total, found = _sum_part(
-                q, prefix_keys + prompt * prefix_key_row + head * prefix_key_head + start * prefix_key_step,
-                prefix_values + prompt * prefix_value_row + head * prefix_value_head + start * prefix_value_step,
-                prefix_key_step, prefix_value_step, first, last, scale, softcap,
-                CAP, WIDTH, VALUE_WIDTH, HEADS, D, DV, KEYS,
-            )  # fmt: skip
+        top, total, found = _sum_part(
+            q, prefix_keys + prompt * prefix_key_row + head * prefix_key_head + start * prefix_key_step,
+            prefix_values + prompt * prefix_value_row + head * prefix_value_head + start * prefix_value_step,
+            prefix_key_step, prefix_value_step, tl.maximum(first, unseen), last, scale, softcap,
+            CAP, WIDTH, VALUE_WIDTH, HEADS, D, DV, KEYS,
+        )  # fmt: skip
     place = (token * (KV_HEADS * GROUP) + head * GROUP + h) * parts + part
     tl.store(stats + place * 2, top, of_group)
     tl.store(stats + place * 2 + 1, total, of_group)
@@ -154,7 +150,7 @@ def _combine(stats, sums, out, parts, VALUE_WIDTH: tl.constexpr, DV: tl.constexp
         if own != 0.0:
             factor = tl.exp2(tl.load(stats + part * 2) - top)
             total += factor * own
-            found += factor * tl.load(sums + part * VALUE_WIDTH + dv, inside, other=0.0)
+            found += factor * tl.load(sums + part * VALUE_WIDTH + dv, inside)
     found = tl.where(total == 0.0, 0.0, tl.div_rn(found, tl.where(total == 0.0, 1.0, total)))
     tl.store(out + head * VALUE_WIDTH + dv, found.to(out.dtype.element_ty), inside)
 
