@@ -10,7 +10,7 @@ from gpu.tools.on_cpu import on_cpu
 from gpu.tools.ptx_memory import traffic
 
 import rlhf_fast
-from rlhf_fast.reference import advantages, lora_linear, ppo_loss, sample_tokens, token_logprobs
+from rlhf_fast.reference import advantages, cached_attention, lora_linear, ppo_loss, sample_tokens, token_logprobs
 
 ARCHS = [80, 90, 100]
 CASES = cases_of(*triton_ops())
@@ -42,11 +42,15 @@ def test_no_launch_for_empty_input(op):
     assert all(not x.isnan().any() for x in found.values())
 
 
-@pytest.mark.parametrize("op", ["token_logprobs", "sample_tokens"])
+@pytest.mark.parametrize("op", ["token_logprobs", "sample_tokens", "cached_attention"])
 def test_rows_may_lie_further_apart_than_32_bits_count(op):
     step, vocab = 2**30 + 8, 515
 
     def inputs():
+        if op == "cached_attention":
+            found = cached_attention.sample(3, 2, 1, 16, dtype=torch.bfloat16)
+            far = torch.empty(2 * step + 32, dtype=torch.bfloat16).as_strided((3, 2, 16), (step, 16, 1))
+            return {**found, "query": far.copy_(found["query"])}
         small = {"token_logprobs": token_logprobs.sample, "sample_tokens": sample_tokens.sample}[op]
         found = small((3,), vocab, dtype=torch.bfloat16)
         # 4 GiB of address space, of which three rows are touched.

@@ -259,7 +259,7 @@ def _sampled() -> Iterator[Case]:
     yield Case("sample_tokens", "cap", rows(1503, BF16, "uniform", mask=some), options=options)
     temperature = torch.tensor([0.5, 1.0, 0.0, 2.0])
     yield Case("sample_tokens", "temperatures", rows(1503, BF16, "uniform", temperature=temperature, mask=some))
-    yield Case("sample_tokens", "greedy", rows(1503, FP32), options={"temperature": 0.0})
+    yield Case("sample_tokens", "greedy", rows(2503, FP32), options={"temperature": 0.0})
     banned = torch.tensor([2502, 0, 1023, 1024, 77])
     yield Case("sample_tokens", "banned", rows(2503, BF16, "uniform", banned_ids=banned, mask=some))
     yield Case("sample_tokens", "shared", shared)
