@@ -43,6 +43,8 @@ MEMORY_BAR = 0.7
 PROMPT_TOKENS = 8
 STEPS = {"17M": 5, "135M": 2}
 CURVE_STEPS, SEEDS, POINTS = 40, 3, 8
+CURVE_VOCABULARY = 128
+"""Words of the model that learns: so few that a batch shows each several times, or forty steps would teach nothing."""
 APART = 3.0
 """Curves overlay when their mean rewards differ by fewer standard errors of the difference, at every point."""
 
@@ -393,6 +395,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
+        if args.child[0] == "curves":
+            SIZES[args.size]["vocabulary"] = CURVE_VOCABULARY
         if args.steps is None:
             args.steps = CURVE_STEPS - 1 if args.child[0] == "curves" else STEPS[args.size]
         child(args, *args.child)
