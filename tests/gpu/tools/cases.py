@@ -251,6 +251,12 @@ def _sampled() -> Iterator[Case]:
         wide[:, 0] = found["logits"][:, 0]
         return {**found, "logits": wide[:, :1].expand(2, 3, 1003)}
 
+    def last() -> Tensors:
+        """The largest number below 1: some sums in fp32 stay below their share of the whole, and the last class is taken all the same."""
+        found = sample_tokens.sample((8,), 20_001, dtype=FP32)
+        found["logits"][..., -1] = found["logits"].logsumexp(-1)
+        return {"logits": found["logits"], "uniform": torch.full((8,), 1 - 2.0**-53, dtype=torch.float64)}
+
     some = torch.tensor([True, False, True, True])
     for dtype, name in ((FP32, "fp32"), (BF16, "bf16"), (FP16, "fp16")):
         yield Case("sample_tokens", f"{name}-aligned", rows(2048, dtype, "uniform"))
@@ -266,6 +272,7 @@ def _sampled() -> Iterator[Case]:
     yield Case("sample_tokens", "one-class", rows(1, BF16, "uniform"))
     yield Case("sample_tokens", "large", rows(20_001, BF16, "uniform"))
     yield Case("sample_tokens", "large-aligned", rows(20_000, FP32, "uniform"))
+    yield Case("sample_tokens", "last", last)
 
 
 def _linear() -> Iterator[Case]:
