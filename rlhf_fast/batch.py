@@ -26,6 +26,9 @@ class Batch:
     def __getitem__(self, rows: slice | Tensor) -> Batch:
         return Batch(self.input_ids[rows], self.attention_mask[rows], self.target_mask[rows])
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.target_mask.to(device))
+
     @property
     def tokens(self) -> int:
         """Real tokens."""

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +16,7 @@ import torch
 import tyro
 import yaml
 
+from rlhf_fast import _check
 from rlhf_fast._config_tree import (
     ConfigError,
     Dumper,
@@ -102,6 +104,7 @@ __all__ = [
     "is_callable_spec",
     "is_url",
     "load_config",
+    "resolve_device",
     "resolve_dtype",
     "to_yaml",
     "validate",
@@ -137,6 +140,24 @@ def resolve_dtype(name: str, device: str = "cpu") -> torch.dtype:
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"resolve_dtype: name must be auto, float32 or bfloat16, got {name!r}")
     return getattr(torch, name)
+
+
+def resolve_device(owner: str, name: str) -> torch.device:
+    """Where RunConfig.device or ProcessConfig.device (the owner) puts a model in this process.
+
+    "auto" is "cuda" where there is a CUDA device, else "cpu". "cuda" without a number is the GPU of the local rank under torchrun
+    (LOCAL_RANK modulo the visible devices), the first one elsewhere. Raises ValueError for a device that is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    if not count:
+        raise _check.error(ValueError, owner, "device", repr(name), "auto or cpu where PyTorch sees no CUDA device")
+    number = int(name.partition(":")[2] or int(os.environ.get("LOCAL_RANK") or 0) % count)
+    if number >= count:
+        devices = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise _check.error(ValueError, owner, "device", repr(name), f"auto, cpu, cuda or {devices}")
+    return torch.device("cuda", number)
 
 
 def load_config(

@@ -104,7 +104,8 @@ def covariance_mask(
     advantages = token_advantages(advantages, logprobs, cu_seqlens)
     _check.like(op, "advantages", advantages, logprobs, "logprobs")
     new, A = _check.common_wide(logprobs, advantages)
-    draw = torch.rand(mask.shape, generator=generator, device=mask.device, dtype=torch.float64)
+    place = mask.device if generator is None else generator.device
+    draw = torch.rand(mask.shape, generator=generator, device=place, dtype=torch.float64).to(mask.device)
     columns = torch.stack([x[mask].double() for x in (new, A, draw)])  # type: ignore[index]
     (every, start), own = _gather(columns, process_group), columns.shape[-1]
     selected = torch.zeros_like(mask)

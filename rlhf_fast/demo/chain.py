@@ -38,7 +38,7 @@ from rlhf_fast.evaluate.policies import Samples, compare_samples, sample
 from rlhf_fast.evaluate.statistics import Comparison
 from rlhf_fast.model import LoraConfig
 from rlhf_fast.report import Report, Sample, Stage, console_tables, machine_facts, write_report
-from rlhf_fast.train.loop import load_model, load_tokenizer
+from rlhf_fast.train.loop import device_of, load_model, load_tokenizer
 from rlhf_fast.train.ppo import train_ppo
 from rlhf_fast.train.reward import train_reward
 from rlhf_fast.train.sft import train_sft
@@ -241,7 +241,7 @@ def judge_means(judges: Sequence[Judge], texts: list[str]) -> dict[str, float]:
 def evaluate_policies(config: PPOConfig, corpus: Corpus, folder: Path) -> tuple[Samples, Samples]:
     """Completions of the held-out prompts before PPO (the reference: base and SFT) and after it."""
     adapters = {"policy": str(folder / "ppo" / "adapter")}
-    model = load_model(config.model, ("policy", "reference"), config.run.seed, adapters)
+    model = load_model(config.model, ("policy", "reference"), config.run.seed, adapters, device=device_of(config.run))
     tokenizer = load_tokenizer(config.model.path)
     prompts = [tokenizer(p, add_special_tokens=False).input_ids for p in corpus.prompts]
     rollout = GenerationConfig(batch_size=64, max_new_tokens=NEW_TOKENS, stop_at_eos=False)

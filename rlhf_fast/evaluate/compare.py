@@ -18,7 +18,7 @@ from rlhf_fast.evaluate.judges import Judge, Vader
 from rlhf_fast.evaluate.policies import Samples, compare_samples, sample
 from rlhf_fast.evaluate.statistics import Comparison
 from rlhf_fast.model import SharedModel
-from rlhf_fast.train.loop import load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import device_of, load_data, load_model, load_tokenizer
 from rlhf_fast.train.rewards import call_reward, load_callable
 
 BUILT_IN = {"vader": Vader}
@@ -93,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     encoded, _ = load_data(config.data, tokenizer)
     prompts = [e.input_ids for e in encoded]
     roles = ("policy", "reference", "reward")
-    model = load_model(config.model, roles, config.run.seed)
+    model = load_model(config.model, roles, config.run.seed, device=device_of(config.run))
     judges = load_judges(config.judges, model, tokenizer, config.rollout.batch_size)
     found: dict[str, Samples] = {}
     for name, adapter in {"base": None, **config.adapters}.items():

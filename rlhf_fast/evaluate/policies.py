@@ -59,7 +59,8 @@ def sample(
     completions: list[str] = []
     columns: list[tuple[torch.Tensor, ...]] = []
     for start in range(0, len(repeated), config.batch_size):
-        ids, mask = pad(repeated[start : start + config.batch_size], left=True)
+        part = pad(repeated[start : start + config.batch_size], left=True)
+        ids, mask = (x.to(model.backbone.device) for x in part)
         rollout = generate(
             model,
             ids,
@@ -87,7 +88,7 @@ def sample(
         columns.append((logprobs[role] - logprobs["reference"], logprobs["reference"], rollout.response_mask.sum(1)))
         completions += rollout.texts(tokenizer)
         texts += tokenizer.batch_decode([row[m].tolist() for row, m in zip(ids, mask, strict=True)])
-    kl, ref_logprobs, tokens = (torch.cat(column).double().numpy() for column in zip(*columns, strict=True))
+    kl, ref_logprobs, tokens = (torch.cat(column).double().cpu().numpy() for column in zip(*columns, strict=True))
     return Samples(texts, completions, kl, ref_logprobs, tokens)
 
 

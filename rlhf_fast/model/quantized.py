@@ -21,8 +21,8 @@ BLOCK, SCALES = 64, 256
 """Numbers under one scale of nf4, and scales under one of their own."""
 
 
-def loading(op: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Keywords of transformers' from_pretrained. Raises ValueError for an unknown kind, and where bitsandbytes is missing."""
+def loading(op: str, kind: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Keywords of transformers' from_pretrained, which quantises on the device. Raises ValueError for an unknown kind, and where bitsandbytes is missing."""
     _check.choice(op, "quantize", kind, KINDS)
     if kind == "none":
         return {}
@@ -35,11 +35,12 @@ def loading(op: str, kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
     if kind == "int8":
         # No columns apart in fp16: which ones would be picked by all rows of a batch, and a row must not depend on the others.
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)}
+        bits = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return {"quantization_config": bits, "device_map": {"": device}}
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    return {"quantization_config": settings}
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _import_without_downloads() -> None:

@@ -132,14 +132,16 @@ class SharedModel(nn.Module):
         quantize: str = "none",
         seed: int = 0,
         gradient_checkpointing: bool = False,
+        device: torch.device | str = "cpu",
     ) -> SharedModel:
         """Load a local model folder (safetensors only, no remote code, no network) and share it.
 
         quantize: none, or int8 or nf4 for its linear layers but the LM head (model/quantized.py, the extra `quant`).
+        device: where the base, its adapters and its heads are. Their start is drawn on the CPU, the same on every device.
         Raises ValueError if there is no such model; otherwise as the constructor.
         """
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-        options |= loading("SharedModel.from_pretrained", quantize, dtype)
+        options |= loading("SharedModel.from_pretrained", quantize, dtype, device)
         try:
             base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         except OSError as error:
@@ -148,7 +150,7 @@ class SharedModel(nn.Module):
             ) from error
         settle("SharedModel.from_pretrained", base)
         return cls(
-            base,
+            base if quantize != "none" else base.to(device),  # type: ignore[arg-type]
             roles,
             lora,
             shared_layers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -45,9 +45,15 @@ class Rollout:
         """(B, R) sampled tokens."""
         return self.input_ids[:, self.prompt_length :]
 
+    def to(self, device: torch.device) -> Rollout:
+        """The same there."""
+        known = {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+        return replace(self, **{name: x.to(device) for name, x in known.items()})
+
     def texts(self, tokenizer) -> list[str]:  # type: ignore[no-untyped-def]
         """Completions as text, without special tokens."""
-        rows = [row[m].tolist() for row, m in zip(self.responses, self.response_mask, strict=True)]
+        pairs = zip(self.responses.cpu(), self.response_mask.cpu(), strict=True)
+        rows = [row[m].tolist() for row, m in pairs]
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_fast._config_tree import build
 from rlhf_fast._worker import LOAD_TIMEOUT, TICK, Worker
-from rlhf_fast.config import ModelConfig
+from rlhf_fast.config import ModelConfig, resolve_device
 from rlhf_fast.model import SharedModel
 from rlhf_fast.rewards.functions import Requests, answer, describe, outlive_signals
 from rlhf_fast.rollout.engines import Engine, EngineError, Request, sample
@@ -35,8 +35,8 @@ class ProcessEngine(Engine):
     pipe. Its rollouts have the bits of those of the trainer where `generate` promises them. It ends with its engine or with the
     trainer, however that dies, and is not replaced: a run stops with its last words, and resumes.
 
-    model: settings of the base. threads: CPU threads of the process, None = PyTorch's choice. device: where it samples; cuda without
-    a number is the GPU of the local rank. timeout: seconds that a caller waits for a batch, or for the process to take an adapter.
+    model: settings of the base. threads: CPU threads of the process, None = PyTorch's choice. device: where it samples, as
+    ProcessConfig.device. timeout: seconds that a caller waits for a batch, or for the process to take an adapter.
 
     Raises EngineError, from every method, when the process cannot load the base, dies or is late.
     """
@@ -151,12 +151,8 @@ def _load(hello: Mapping[str, Any]) -> SharedModel:
 
     if hello["threads"] is not None:
         torch.set_num_threads(hello["threads"])
-    device = torch.device(hello["device"])
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    return load_model(build(ModelConfig, hello["model"]), ("policy",), 0).to(device)
+    device = resolve_device("ProcessConfig", hello["device"])
+    return load_model(build(ModelConfig, hello["model"]), ("policy",), 0, device=device)
 
 
 def _kill(worker: Worker, owner: int) -> None:

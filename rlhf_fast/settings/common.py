@@ -25,6 +25,14 @@ Folders = Annotated[dict[str, str], tyro.conf.arg(metavar="[NAME=FOLDER ...]")]
 Weights = Annotated[dict[str, Finite], tyro.conf.arg(metavar="[SOURCE=WEIGHT ...]")]
 
 
+_DEVICE = re.compile(r"auto|cpu|cuda|cuda:(0|[1-9]\d{0,2})")
+
+
+def known_device(owner: object, name: str) -> None:
+    if not _DEVICE.fullmatch(name):
+        raise _check.error(ValueError, type(owner).__name__, "device", repr(name), "auto, cpu, cuda or cuda:N")
+
+
 def at_most(owner: object, name: str, value: int | None, limit_name: str, limit: int | None) -> None:
     if value is not None and limit is not None and value > limit:
         raise _check.error(ValueError, type(owner).__name__, name, value, f"at most {limit_name} = {limit}")
@@ -163,10 +171,13 @@ class RunConfig:
     """Steps between tables of sampled completions; 0 shows none."""
     log_every: Count = 1
     """Steps between lines of metrics."""
+    device: Name = "auto"
+    """Where the model is: cpu, cuda, cuda:N, or auto for cuda where there is one; cuda is the GPU of the local rank under torchrun.
+    A run may resume on another kind of device if the dtype stays: from there on its numbers round in other places."""
     threads: Count | None = None
     """CPU threads (PyTorch's choice when left out)."""
     memory_gib: Positive | None = None
-    """GiB that the process may take, libraries and data included. micro_batch_size is then the most: the run takes the largest that
+    """On a CPU: GiB that the process may take, libraries and data included. micro_batch_size is then the most: the run takes the largest that
     `rlhf-fast plan` finds room for in 90 % of it, or refuses to start. What lives is all that is held: blocks go back to the system as they die,
     which costs time (about a fifth of a step of a small model)."""
     halve_on_oom: bool = True
@@ -179,6 +190,7 @@ class RunConfig:
     """Show tracebacks of errors."""
 
     def __post_init__(self) -> None:
+        known_device(self, self.device)
         if self.resume and self.overwrite:
             raise _check.error(ValueError, "RunConfig", "overwrite", True, "False beside resume = True")
 
@@ -274,9 +286,12 @@ class ProcessConfig:
     threads: Count | None = None
     """Its CPU threads (PyTorch's choice when left out)."""
     device: Name = "cpu"
-    """Where it samples: cpu, cuda:N, or cuda for the GPU of the local rank."""
+    """Where it samples: as run.device."""
     timeout: Positive = 600.0
     """Seconds to wait for a batch; then the run stops, and can be resumed."""
+
+    def __post_init__(self) -> None:
+        known_device(self, self.device)
 
 
 @dataclass(frozen=True)
@@ -337,16 +352,14 @@ class RolloutConfig(GenerationConfig):
             got = f"{self.vllm.python!r} and server {self.vllm.server!r}"
             raise _check.error(ValueError, owner, "vllm.python", got, "exactly one of the two")
 
-    @property
-    def same_policy(self) -> bool:
-        """Whether completions come from the policy in training, by the same arithmetic."""
-        alike = self.engine == "local" or (self.engine == "process" and self.process.device == "cpu")
-        return alike and not self.staleness
+    def same_policy(self, device: str) -> bool:
+        """Whether completions come from the policy in training, by the same arithmetic. device: kind of that of the training."""
+        on_cpus = self.engine == "process" and self.process.device == device == "cpu"
+        return (self.engine == "local" or on_cpus) and not self.staleness
 
-    @property
-    def weighted(self) -> str | None:
+    def weighted(self, device: str) -> str | None:
         """Kind of the importance weights, None for none."""
-        kind = self.correction or ("none" if self.same_policy else "token-tis")
+        kind = self.correction or ("none" if self.same_policy(device) else "token-tis")
         return None if kind == "none" else kind
 
 

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 
 def rng_state(generators: Mapping[str, torch.Generator] | None = None) -> dict[str, Any]:
-    """State of every random generator as JSON values: Python, NumPy if loaded, torch on CPU and CUDA.
+    """State of every random generator as JSON values: Python, NumPy if loaded, torch on the CPU and on the current
+    GPU, once CUDA is in use.
 
     generators: further torch generators by name, such as a sampler's own.
     """
@@ -35,16 +36,16 @@ def rng_state(generators: Mapping[str, torch.Generator] | None = None) -> dict[s
         words = _pack(int(k) for k in keys)
         gauss_hex = float(cached).hex() if has_gauss else None
         state["numpy"] = {"kind": kind, "words": words, "position": int(position), "gauss": gauss_hex}
-    if torch.cuda.is_available():
-        state["cuda"] = [_hex(s) for s in torch.cuda.get_rng_state_all()]
+    if torch.cuda.is_initialized():  # other GPUs belong to other processes
+        state["cuda"] = [_hex(torch.cuda.get_rng_state())]
     return state
 
 
 def set_rng_state(state: Mapping[str, Any], generators: Mapping[str, torch.Generator] | None = None) -> None:
     """Put every generator back where `rng_state` found it.
 
-    Raises ValueError if `state` is not whole, was taken with another number of CUDA devices, or names other
-    generators; nothing is changed then.
+    That of a GPU is left out where CUDA is not in use. Raises ValueError if `state` is not whole, holds more than one GPU, or names
+    other generators; nothing is changed then.
     """
     mine = dict(generators or {})
     try:
@@ -64,9 +65,8 @@ def set_rng_state(state: Mapping[str, Any], generators: Mapping[str, torch.Gener
         raise ValueError(f"set_rng_state: argument 'state' got an incomplete state: {error!r}") from None
     if set(saved) != set(mine):
         raise ValueError(f"set_rng_state: argument 'generators' got {sorted(mine)}, expected {sorted(saved)}")
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if cuda and devices != len(cuda):
-        raise ValueError(f"set_rng_state: argument 'state' got {len(cuda)} CUDA devices, expected {devices}")
+    if len(cuda) > 1:
+        raise ValueError(f"set_rng_state: argument 'state' got {len(cuda)} CUDA devices, expected at most 1")
     random.setstate(python_state)
     torch.set_rng_state(torch_state)
     for name, generator in mine.items():
@@ -75,8 +75,8 @@ def set_rng_state(state: Mapping[str, Any], generators: Mapping[str, torch.Gener
         import numpy
 
         numpy.random.set_state(numpy_state)  # type: ignore[arg-type]
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+    if cuda and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(cuda[0])
 
 
 def _pack(words: Any) -> str:

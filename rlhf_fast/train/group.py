@@ -33,11 +33,11 @@ class Trainer(Sampler):
         # A shortest length shifts probability that training leaves where it is; a KL in the reward and covariances are of the log-probs of
         # training.
         compared = group.recipe in COVARIANCE_KINDS or (config.kl.used and self.recipe.kl_placement == "reward")
-        self.on_policy = once and config.rollout.same_policy and config.rollout.min_new_tokens == 0 and not compared
-        self.bypass = self.recipe.sampled and not config.rollout.same_policy
+        self.on_policy = once and self.same_policy and config.rollout.min_new_tokens == 0 and not compared
+        self.bypass = self.recipe.sampled and not self.same_policy
         if self.bypass:
             self.correction = None  # the ratio has it
-        elif config.rollout.correction is None and not config.rollout.same_policy:
+        elif config.rollout.correction is None and not self.same_policy:
             self.correction = self.recipe.correction or self.correction
 
     def advantages(self, e: Experience, greedy: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from rlhf_fast.batch import Shuffle
 from rlhf_fast.config import KTOConfig
 from rlhf_fast.data import EncodedLabel
 from rlhf_fast.model import SharedModel
-from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, device_of, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.preference import answer_logprobs, mismatched_logratios
 from rlhf_fast.train.rows import packs_well
@@ -65,7 +65,7 @@ class Trainer:
         loss, stats = kto_loss(
             found["policy"].logprobs,
             found["reference"].logprobs,
-            torch.tensor([x.record.label for x in answers]),
+            torch.tensor([x.record.label for x in answers], device=self.model.backbone.device),
             kl_logratios=kl_logratios,
             beta=self.beta,
             desirable_weight=self.weights[0],
@@ -113,7 +113,7 @@ def train_kto(config: KTOConfig) -> Path:
     # A pair of the plan is two answers.
     pairs = fitting(config, "dpo", -(-config.micro_batch_size // 2), ((0, len(x.input_ids)) for x in encoded))
     torch.manual_seed(config.run.seed)
-    model = load_model(config.model, ROLES, config.run.seed)
+    model = load_model(config.model, ROLES, config.run.seed, device=device_of(config.run))
     trainer = Trainer(config, weights, model, packs_well(model) if config.packing is None else config.packing)
     total = math.ceil(len(kept) / config.batch_size) * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)

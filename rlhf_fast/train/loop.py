@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 import rlhf_fast
-from rlhf_fast.config import DataConfig, ModelConfig, OptimConfig, RunConfig, config_hash, resolve_dtype, to_yaml
+from rlhf_fast import _check
+from rlhf_fast.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    config_hash,
+    resolve_device,
+    resolve_dtype,
+    to_yaml,
+)
 from rlhf_fast.data import DataError, Encoded, encode_records, read_records
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.checkpoint import (
@@ -65,9 +75,16 @@ def learning_rate(optim: OptimConfig, progress: float) -> float:
 
 
 def load_model(
-    config: ModelConfig, roles: tuple[str, ...], seed: int, adapters: Mapping[str, str] | None = None
+    config: ModelConfig,
+    roles: tuple[str, ...],
+    seed: int,
+    adapters: Mapping[str, str] | None = None,
+    *,
+    device: torch.device,
 ) -> SharedModel:
-    """The shared model of a settings tree, base frozen, with its folds and adapters."""
+    """The shared model of a settings tree, base frozen, with its folds and adapters, on a device that becomes the current one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels run on the current one
     return SharedModel.from_pretrained(
         config.path,
         roles=roles,
@@ -75,11 +92,20 @@ def load_model(
         shared_layers=config.shared_layers,
         fold=list(config.fold) or None,
         adapters=adapters,
-        dtype=resolve_dtype(config.dtype),
+        dtype=resolve_dtype(config.dtype, device.type),
         quantize=config.quantize,
         seed=seed,
         gradient_checkpointing=config.gradient_checkpointing,
+        device=device,
     )
+
+
+def device_of(settings: RunConfig) -> torch.device:
+    """The device of a run in this process. Raises ValueError."""
+    if ":" in settings.device and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > 1:
+        expected = "auto, cpu or cuda under torchrun, whose ranks have a GPU each"
+        raise _check.error(ValueError, "RunConfig", "device", repr(settings.device), expected)
+    return resolve_device("RunConfig", settings.device)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -184,7 +210,8 @@ class Run:
             **identity,
             "config": config_hash(config),
         }
-        self.flags = {"the code of rlhf_fast": code_fingerprint(), **(flags or {})}
+        device = model.backbone.device.type
+        self.flags = {"the code of rlhf_fast": code_fingerprint(), "the kind of device": device, **(flags or {})}
         self.bad_steps = 0
         self.ranks = Ranks()
         """Alone, until the run begins."""
@@ -199,7 +226,9 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as stack:  # gives the folder back if the run cannot begin
             settings = self.settings
-            self.ranks = stack.enter_context(join(settings.rank_timeout, settings.slow_rank))
+            self.ranks = stack.enter_context(
+                join(settings.rank_timeout, settings.slow_rank, self.model.backbone.device)
+            )
             text = to_yaml(self.config)
             # In this order: what names a difference best comes first.
             self.ranks.agree({**self.identity, **self.flags})

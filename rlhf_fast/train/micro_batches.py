@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from rlhf_fast import _check
 from rlhf_fast._allocator import return_large_blocks
 from rlhf_fast.train._exact import rng_state, set_rng_state
 
@@ -49,9 +50,13 @@ def fitting(
     gib = config.run.memory_gib
     if gib is None:
         return most
-    from rlhf_fast.config import PlanConfig
+    from rlhf_fast.config import PlanConfig, resolve_device
     from rlhf_fast.plan import FREE, Planner, checked, largest
 
+    if resolve_device("RunConfig", config.run.device).type != "cpu":
+        raise _check.error(
+            ValueError, trainer, "run.memory_gib", gib, "None for a run on a GPU: rlhf-fast plan --gpu tells"
+        )
     return_large_blocks()
     prompt, response = max(lengths, key=sum)
     settings = PlanConfig(

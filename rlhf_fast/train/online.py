@@ -20,7 +20,7 @@ from rlhf_fast.data import PromptRecord
 from rlhf_fast.model import SharedModel
 from rlhf_fast.rewards import split_steps, step_ends
 from rlhf_fast.rollout import Request, Rollout, sample
-from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, device_of, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.pipeline import Pipeline, engine_of
 from rlhf_fast.train.ranks import Ranks
@@ -40,7 +40,7 @@ class StepScores(NamedTuple):
 
 @dataclass
 class Experience:
-    """One rollout batch of all ranks, scored: what the update reads. (B, R) unless said otherwise."""
+    """One rollout batch of all ranks, scored: what the update reads, on the model's device. (B, R) unless said otherwise."""
 
     rollout: Rollout
     trunk: list[Tensor] | None
@@ -125,7 +125,9 @@ class Sampler(ABC):
         self.settings, self.model, self.tokenizer, self.rewards = settings, model, tokenizer, rewards
         self.controller, self.micro_batch_size = KLController(kl), micro_batch_size
         self.packed = packs_well(model) if packed is None else packed
-        self.correction = settings.weighted
+        device = model.backbone.device.type
+        self.same_policy = settings.same_policy(device)
+        self.correction = settings.weighted(device)
         """Kind of the importance weights of what another policy sampled, None for none."""
         self.separator = rewards.config.separator
         """Between the steps of a completion that are scored each; None = completions are."""
@@ -177,13 +179,16 @@ class Sampler(ABC):
         return self.gathered(request, found)
 
     def gathered(self, request: Request, found: Rollout | None) -> Rollout:
-        """The rollout of all ranks. found: that of this rank's part of the request, None where it has none."""
+        """The rollout of all ranks, on the model's device. found: that of this rank's part of the request, None where it has none."""
+        device = self.model.backbone.device
+        found = None if found is None else found.to(device)
         if self.ranks.world == 1 and found is not None:
             return found
         names = ("responses", "response_mask", "finished", "logprobs", "entropy")
         known = {} if found is None else {name: getattr(found, name) for name in names}
         every = self.ranks.rows({name: x for name, x in known.items() if x is not None})
-        ids, mask = (x.repeat_interleave(request.num_samples, 0) for x in pad(request.prompts, left=True))
+        prompts = pad(request.prompts, left=True)
+        ids, mask = (x.repeat_interleave(request.num_samples, 0).to(device) for x in prompts)
         every["input_ids"] = torch.cat([ids, every.pop("responses")], 1)
         return Rollout(attention_mask=torch.cat([mask, every["response_mask"]], 1), **every)
 
@@ -274,7 +279,7 @@ class Sampler(ABC):
         They are shifted and scaled like the scores of the batch, whose moments they leave alone.
         """
         first = slice(None, None, self.samples_per_prompt)
-        ids, real = (x[first, : e.rollout.prompt_length] for x in (e.rollout.input_ids, e.rollout.attention_mask))
+        ids, real = (x[first, : e.rollout.prompt_length].cpu() for x in (e.rollout.input_ids, e.rollout.attention_mask))
         prompts = [row[mask].tolist() for row, mask in zip(ids, real, strict=True)]
         unused = torch.zeros(len(prompts), dtype=torch.int64)
         request = replace(self.request(prompts, torch.Generator()), num_samples=1, temperature=0.0, seeds=unused)
@@ -298,28 +303,30 @@ class Sampler(ABC):
 
         role_scores: of the reward role, (B,) or (B, R). observe: as in Rewards.
         """
-        prompts, texts = self.prompt_texts(rollout), rollout.texts(self.tokenizer)
+        prompts, texts, device = self.prompt_texts(rollout), rollout.texts(self.tokenizer), rollout.input_ids.device
+        finished = rollout.finished.cpu()  # scores are numbers of the host
         if self.separator is None:
             scores, raw = self.rewards(prompts, texts, role_scores, observe)
-            return apply_missing_eos(scores, rollout.finished, self.settings), raw, None
+            return apply_missing_eos(scores, finished, self.settings).to(device), raw.to(device), None
         decode = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True)
         pieces = [split_steps(text, self.separator) for text in texts]
-        ids = [row[mask].tolist() for row, mask in zip(rollout.responses, rollout.response_mask, strict=True)]
+        pairs = zip(rollout.responses.cpu(), rollout.response_mask.cpu(), strict=True)
+        ids = [row[mask].tolist() for row, mask in pairs]
         counts = torch.tensor([len(steps) for steps in pieces])
         row = torch.arange(len(pieces)).repeat_interleave(counts)
         slot = torch.tensor(
             [end for own, steps in zip(ids, pieces, strict=True) for end in step_ends(own, steps, decode)]
         )
         of_steps, raw_steps = self.rewards(
-            prompts, pieces, None if role_scores is None else role_scores[row, slot], observe
+            prompts, pieces, None if role_scores is None else role_scores.cpu()[row, slot], observe
         )
         last = counts.cumsum(0) - 1
-        ended = apply_missing_eos(of_steps[last], rollout.finished, self.settings)
+        ended = apply_missing_eos(of_steps[last], finished, self.settings)
         of_steps = of_steps.index_put((last,), ended)
         zeros = torch.zeros(rollout.response_mask.shape)
         tokens = zeros.index_put((row, slot), of_steps.nan_to_num(0.0), accumulate=True)
-        total = lambda x: x.new_zeros(len(pieces)).index_add(0, row, x)
-        return total(of_steps), total(raw_steps), StepScores(tokens, counts)
+        total = lambda x: x.new_zeros(len(pieces)).index_add(0, row, x).to(device)
+        return total(of_steps), total(raw_steps), StepScores(tokens.to(device), counts)
 
     def rows(self, rollout: Rollout, rows: slice | Tensor) -> Rows:
         """Some rows as the model takes them."""
@@ -363,7 +370,7 @@ class Sampler(ABC):
     def prompt_texts(self, rollout: Rollout) -> list[str]:
         """Prompts as text, without special tokens."""
         P = rollout.prompt_length
-        rows = zip(rollout.input_ids[:, :P], rollout.attention_mask[:, :P], strict=True)
+        rows = zip(rollout.input_ids[:, :P].cpu(), rollout.attention_mask[:, :P].cpu(), strict=True)
         return self.tokenizer.batch_decode([row[m].tolist() for row, m in rows], skip_special_tokens=True)
 
 
@@ -432,7 +439,7 @@ def train_online(
         group_size=getattr(config, "group_size", 1),
         engine=rollout.engine,
     )
-    model = load_model(config.model, tuple(roles), config.run.seed, adapters)
+    model = load_model(config.model, tuple(roles), config.run.seed, adapters, device=device_of(config.run))
     if rewards.adapter is not None and "value" in roles:
         model.copy_role("reward", "value")  # the critic starts from what the reward model knows; its head starts at 0
     trainer = trainer_of(config, model, tokenizer, rewards)
@@ -450,9 +457,12 @@ def train_online(
     identity, flags = {"data": fingerprint}, rewards.fingerprints()
     pipeline = Pipeline(trainer, draw, config.steps)
     context = max(map(len, prompts)) + config.rollout.max_new_tokens
+    dtype = str(next(model.base.parameters()).dtype).removeprefix(
+        "torch."
+    )  # an engine's is the trainer's, also of auto
     with (
         rewards,
-        engine_of(config.model, config.rollout, Path(config.run.output_dir), context)
+        engine_of(replace(config.model, dtype=dtype), config.rollout, Path(config.run.output_dir), context)
         or nullcontext() as pipeline.engine,
         Run(title, config, model, rates, config.steps, identity, state, flags, pipeline.buffers) as run,
     ):

@@ -51,7 +51,7 @@ class Trainer(Sampler):
         self.config, self.samples_per_prompt = config, config.group_size
         self.loss = PairLoss(config.loss, model, self.packed, config.rollout.temperature)
         # The loss compares with the reference, not with the policy that sampled. A shortest length shifts the rollout's log-probs.
-        self.on_policy = config.rollout.same_policy and config.rollout.min_new_tokens == 0
+        self.on_policy = self.same_policy and config.rollout.min_new_tokens == 0
         self.correction = None
         if self.loss.across:
             self.micro_batches.halve = False
@@ -111,7 +111,7 @@ class Trainer(Sampler):
 
     def _winners(self, e: Experience, pairs: Tensor) -> list[Answer]:
         """Tokens of the completions that won, with their prompts."""
-        ids, mask, P = e.rollout.input_ids, e.rollout.attention_mask, e.rollout.prompt_length
+        ids, mask, P = e.rollout.input_ids.cpu(), e.rollout.attention_mask.cpu(), e.rollout.prompt_length
         return [(ids[row][mask[row]].tolist(), int(mask[row, :P].sum())) for row in pairs[:, 0].tolist()]
 
 

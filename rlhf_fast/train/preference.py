@@ -16,7 +16,7 @@ from rlhf_fast.config import PreferenceConfig, PreferenceLossConfig
 from rlhf_fast.data import EncodedPair
 from rlhf_fast.model import SharedModel
 from rlhf_fast.preference_kinds import KINDS
-from rlhf_fast.train.loop import Run, State, TrainingError, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, TrainingError, device_of, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rows import packs_well
@@ -53,7 +53,7 @@ def answer_tokens(
 ) -> AnswerTokens:
     """Log-probs of the tokens of answers under each role, from one call of the model."""
     learn = [[t >= start for t in range(len(ids))] for ids, start in answers]
-    batch = collate([ids for ids, _ in answers], learn)
+    batch = collate([ids for ids, _ in answers], learn).to(model.backbone.device)
     if packing:
         ids, bounds = pack(batch.input_ids, batch.attention_mask)
         learned = batch.target_mask[batch.attention_mask]
@@ -101,7 +101,7 @@ def mismatched_logratios(
     """
     own, others = ranks.share(len(answers)), [*answers[1:], *answers[:1]]
     strange = [(ids[:n] + other[m:], n) for (ids, n), (other, m) in zip(answers[own], others[own], strict=True)]
-    roles, found = ("policy", "reference"), [torch.zeros(0)]
+    roles, found = ("policy", "reference"), [torch.zeros(0, device=model.backbone.device)]
     for i in range(0, len(strange), micro_batch_size):
         part = strange[i : i + micro_batch_size]
         each = answer_logprobs(model, part, roles, packing=packing, temperature=temperature)
@@ -129,7 +129,7 @@ class Trainer:
         self.lengths = any(KINDS[name].per_token or KINDS[name].lengths for name in loss.kinds)
         """Whether the kinds read the lengths of whole answers."""
         self.across = any(KINDS[name].across for name in loss.kinds)
-        self.delta, self.seen = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        self.put([0.0, 0.0])
 
     def get(self) -> list[float]:
         """bco's delta and how many answers are behind it, for a checkpoint."""
@@ -137,7 +137,8 @@ class Trainer:
 
     def put(self, state: list[float]) -> None:
         """Those of a checkpoint."""
-        self.delta, self.seen = (torch.tensor(x, dtype=torch.float64) for x in state)
+        device = self.model.backbone.device
+        self.delta, self.seen = (torch.tensor(x, dtype=torch.float64, device=device) for x in state)
 
     def mismatched(self, answers: Sequence[Answer], micro_batch_size: int) -> Tensor | None:
         """(n,) log-ratios that kto compares with, from the answers that won, of all ranks; None for the other kinds."""
@@ -209,7 +210,7 @@ class Trainer:
         backward: the shares and the implicit rewards of some of them, with their gradients.
         """
         parts = micro_batches.map(rows, backward)
-        implicit = torch.cat([rewards for _, rewards in parts] or [torch.zeros(0)])
+        implicit = torch.cat([rewards for _, rewards in parts] or [torch.zeros(0, device=self.delta.device)])
         self.seen_rewards(self.ranks.rows({"rewards": implicit})["rewards"])
         every = self.ranks.join([shares for shares, _ in parts])
         sums = {name: sum(shares[name] for shares in every) for name in every[0]}
@@ -255,7 +256,7 @@ def train_preference(config: PreferenceConfig) -> Path:
     lengths = ((0, max(len(pair.chosen_ids), len(pair.rejected_ids))) for pair in encoded)
     size = fitting(config, "dpo", config.micro_batch_size, lengths, roles=roles, whole=across)
     torch.manual_seed(config.run.seed)
-    model = load_model(config.model, roles, config.run.seed)
+    model = load_model(config.model, roles, config.run.seed, device=device_of(config.run))
     trainer = Trainer(config.loss, model, packs_well(model) if config.packing is None else config.packing)
     total = math.ceil(len(kept) / config.batch_size) * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)

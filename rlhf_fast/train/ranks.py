@@ -121,18 +121,19 @@ class Ranks:
         """Tell the other ranks why this one stops."""
 
 
-def join(timeout: float, slow: float) -> Ranks:
+def join(timeout: float, slow: float, device: torch.device) -> Ranks:
     """The ranks that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT tell of them), or this process alone.
 
-    timeout: seconds to wait for another rank before giving up. slow: seconds before a warning that names who is late.
+    timeout: seconds to wait for another rank before giving up. slow: seconds before a warning that names who is late. device: of the
+    model of this rank.
 
-    Raises RankError when only some of these variables are there.
+    Raises RankError when only some of these variables are there, or PyTorch has no process group for the device.
     """
     world = int(os.environ.get("WORLD_SIZE") or 1)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world > 1 and missing:
         raise RankError(f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set: start the ranks with torchrun")
-    return ProcessRanks(world, timeout, slow) if world > 1 else Ranks()
+    return ProcessRanks(world, timeout, slow, device) if world > 1 else Ranks()
 
 
 class ProcessRanks(Ranks):
@@ -141,7 +142,8 @@ class ProcessRanks(Ranks):
     Beside the process group stands a store of texts, where a thread of every rank leaves signs of life and how far it has come.
     """
 
-    def __init__(self, world: int, timeout: float, slow: float) -> None:
+    def __init__(self, world: int, timeout: float, slow: float, device: torch.device) -> None:
+        self.device = device
         self.rank, self.world, self.timeout, self.slow = int(os.environ["RANK"]), world, timeout, slow
         self._step, self._exchanges, self._owned = 0, 0, False
         self._waits: tuple[float, str] | None = None
@@ -152,6 +154,11 @@ class ProcessRanks(Ranks):
     def __enter__(self) -> ProcessRanks:
         import torch.distributed as dist  # not every build of PyTorch has it
 
+        cuda = self.device.type == "cuda"
+        if cuda and not dist.is_nccl_available():
+            raise RankError(
+                f"rank {self.rank}: this PyTorch has no NCCL for ranks on CUDA devices: set run.device to cpu"
+            )
         self._dist, wait = dist, datetime.timedelta(seconds=self.timeout)
         run = f"rlhf_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joined)}"
         try:
@@ -170,9 +177,7 @@ class ProcessRanks(Ranks):
             missing = [f"rank {r}" for r, name in enumerate(names) if not self._store.check([name])]
             raise RankError(f"{', '.join(missing)} did not start within {self.timeout:g} s") from None
         if not dist.is_initialized():
-            cuda = torch.cuda.is_available() and dist.is_nccl_available()
-            if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            # Texts and what an engine on the CPU sampled go between hosts' memories.
             backend, group = "cpu:gloo,cuda:nccl" if cuda else "gloo", dist.PrefixStore("group", self._store)
             dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.world, timeout=wait)
             self._owned = True
@@ -200,7 +205,8 @@ class ProcessRanks(Ranks):
     def _of_a_gather(self, error: BaseException | None) -> bool:
         """Whether a layer of a sharded base could not be had: an exchange that is FSDP's, not ours."""
         ours = isinstance(error, RankError)
-        return bool(self._sharded) and isinstance(error, RuntimeError) and not ours and "gloo" in str(error).lower()
+        theirs = any(backend in str(error).lower() for backend in ("gloo", "nccl"))
+        return bool(self._sharded) and isinstance(error, RuntimeError) and not ours and theirs
 
     def gather(self, value: T) -> list[T]:
         return [json.loads(text) for text in self._texts(json.dumps(value).encode())]

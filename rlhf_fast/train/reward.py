@@ -14,7 +14,7 @@ from rlhf_fast import reward_loss
 from rlhf_fast.batch import Shuffle, pack, pad
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.model import SharedModel
-from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, device_of, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.rows import packs_well
 
@@ -23,7 +23,7 @@ Pair = tuple[list[int], list[int]]
 
 def pair_scores(model: SharedModel, pairs: Sequence[Pair], packing: bool = False) -> tuple[Tensor, Tensor]:
     """Scores (n,) of the chosen and of the rejected sequences, from one forward of 2 n rows, or of all of them end to end."""
-    ids, mask = pad([c for c, _ in pairs] + [r for _, r in pairs])
+    ids, mask = (x.to(model.backbone.device) for x in pad([c for c, _ in pairs] + [r for _, r in pairs]))
     if packing:
         flat, bounds = pack(ids, mask)
         scores = model(flat, roles=("reward",), cu_seqlens=bounds).reward.scores
@@ -58,7 +58,7 @@ def train_reward(config: RewardConfig) -> Path:
     sources = [encoded[i].record.source for i in order[held:]]
     size = fitting(config, "reward", config.micro_batch_size, ((0, max(map(len, pair))) for pair in pairs))
     torch.manual_seed(config.run.seed)
-    model = load_model(config.model, ("reward",), config.run.seed)
+    model = load_model(config.model, ("reward",), config.run.seed, device=device_of(config.run))
     total = math.ceil(len(kept) / config.batch_size) * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)

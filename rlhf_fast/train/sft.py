@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_fast.batch import Batch, Shuffle, collate, pack
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.model import SharedModel
-from rlhf_fast.train.loop import Run, State, load_data, load_model, load_tokenizer
+from rlhf_fast.train.loop import Run, State, device_of, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches, fitting
 from rlhf_fast.train.rows import packs_well
 from rlhf_fast.train.scoring import head_logprobs, next_token_logprobs
@@ -23,6 +23,7 @@ def sft_loss(model: SharedModel, batch: Batch, denominator: int, packing: bool =
 
     packing: the sequences go through the model end to end, without padding.
     """
+    batch = batch.to(model.backbone.device)
     if packing:
         ids, bounds = pack(batch.input_ids, batch.attention_mask)
         targets = batch.target_mask[batch.attention_mask]
@@ -46,7 +47,7 @@ def train_sft(config: SFTConfig) -> Path:
     texts, fingerprint = load_data(config.data, tokenizer, response_only=config.response_only)
     size = fitting(config, "sft", config.micro_batch_size, ((0, len(row.input_ids)) for row in texts))
     torch.manual_seed(config.run.seed)
-    model = load_model(config.model, ("policy",), config.run.seed)
+    model = load_model(config.model, ("policy",), config.run.seed, device=device_of(config.run))
     per_epoch = math.ceil(len(texts) / config.batch_size)
     total = per_epoch * config.epochs
     total = total if config.max_steps is None else min(total, config.max_steps)

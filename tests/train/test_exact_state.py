@@ -52,7 +52,7 @@ def test_wrong_rng_state_is_refused_and_changes_nothing():
     ):
         with pytest.raises(ValueError, match="incomplete state"):
             set_rng_state(broken)
-    with pytest.raises(ValueError, match="2 CUDA devices"):
+    with pytest.raises(ValueError, match="2 CUDA devices, expected at most 1"):
         set_rng_state({**before, "cuda": ["00", "00"]})
     assert rng_state() == before
 

@@ -460,7 +460,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(source,
 def test_exchanges_of_three_ranks(tmp_path):
     def work(rank: int) -> None:
         torch.manual_seed(rank)
-        with ProcessRanks(3, 20.0, 10.0) as ranks:
+        with ProcessRanks(3, 20.0, 10.0, torch.device("cpu")) as ranks:
             long = "é" * (LETTER * rank)
             assert [len(text) for text in ranks.gather(long)] == [0, LETTER, 2 * LETTER]
             assert ranks.join([rank] * rank) == [1, 2, 2]
@@ -534,7 +534,7 @@ def test_half_of_an_environment_is_refused(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RankError, match="WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set"):
-        join(1.0, 1.0)
+        join(1.0, 1.0, torch.device("cpu"))
 
 
 def test_what_does_not_train_refuses_torchrun(monkeypatch, capsys):
