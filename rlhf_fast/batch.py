@@ -35,8 +35,10 @@ class Batch:
         return int(self.attention_mask.sum())
 
 
-def pad(sequences: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """(ids (B, T) int64, mask (B, T) bool) of ragged sequences; T is the longest.
+def pad(
+    sequences: Sequence[Sequence[int]], *, left: bool = False, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """(ids (B, T) int64, mask (B, T) bool) of ragged sequences, on a device; T is the longest.
 
     Raises ValueError for an empty list or an empty sequence.
     """
@@ -52,7 +54,7 @@ def pad(sequences: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tens
         where = slice(T - len(s), T) if left else slice(0, len(s))
         ids[i, where] = torch.as_tensor(s, dtype=torch.int64)
         mask[i, where] = True
-    return ids, mask
+    return ids.to(device), mask.to(device)
 
 
 def collate(sequences: Sequence[Sequence[int]], learn: Sequence[Sequence[bool]]) -> Batch:

@@ -57,9 +57,9 @@ class RewardJudge:
         rows = [self._tokenizer(t, add_special_tokens=False).input_ids or [self._tokenizer.eos_token_id] for t in texts]
         parts = []
         for i in range(0, len(rows), self._size):
-            ids, mask = pad(rows[i : i + self._size])
+            ids, mask = pad(rows[i : i + self._size], device=self._model.backbone.device)
             parts.append(self._model(ids, mask, roles=("reward",)).reward.scores)
-        return torch.cat(parts).double().numpy()
+        return torch.cat(parts).double().cpu().numpy()
 
 
 def load_judges(names: Sequence[str], model: SharedModel, tokenizer: Any, batch_size: int) -> list[Judge]:

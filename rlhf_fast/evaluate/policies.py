@@ -59,8 +59,7 @@ def sample(
     completions: list[str] = []
     columns: list[tuple[torch.Tensor, ...]] = []
     for start in range(0, len(repeated), config.batch_size):
-        part = pad(repeated[start : start + config.batch_size], left=True)
-        ids, mask = (x.to(model.backbone.device) for x in part)
+        ids, mask = pad(repeated[start : start + config.batch_size], left=True, device=model.backbone.device)
         rollout = generate(
             model,
             ids,

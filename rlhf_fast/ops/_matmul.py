@@ -49,7 +49,7 @@ def matmul(
         else:
             torch.addmm(bias, a, b, out_dtype=out.dtype, out=out)
         return
-    if out.is_cuda or not native(out.dtype):
+    if not (out.is_cpu and native(out.dtype)):
         a, b = a.to(out.dtype), b.to(out.dtype)
         if add:
             out.addmm_(a, b)

@@ -72,7 +72,7 @@ class Engine(ABC):
 
 def sample(model: SharedModel, request: Request, packed: PackedRollout | None = None) -> Rollout:
     """The completions of a request by the policy of a model in this process, on its device; see `generate`."""
-    ids, mask = (x.to(model.backbone.device) for x in pad(request.prompts, left=True))
+    ids, mask = pad(request.prompts, left=True, device=model.backbone.device)
     return generate(
         model,
         ids,

@@ -187,8 +187,8 @@ class Sampler(ABC):
         names = ("responses", "response_mask", "finished", "logprobs", "entropy")
         known = {} if found is None else {name: getattr(found, name) for name in names}
         every = self.ranks.rows({name: x for name, x in known.items() if x is not None})
-        prompts = pad(request.prompts, left=True)
-        ids, mask = (x.repeat_interleave(request.num_samples, 0).to(device) for x in prompts)
+        prompts = pad(request.prompts, left=True, device=device)
+        ids, mask = (x.repeat_interleave(request.num_samples, 0) for x in prompts)
         every["input_ids"] = torch.cat([ids, every.pop("responses")], 1)
         return Rollout(attention_mask=torch.cat([mask, every["response_mask"]], 1), **every)
 

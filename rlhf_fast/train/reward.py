@@ -23,7 +23,7 @@ Pair = tuple[list[int], list[int]]
 
 def pair_scores(model: SharedModel, pairs: Sequence[Pair], packing: bool = False) -> tuple[Tensor, Tensor]:
     """Scores (n,) of the chosen and of the rejected sequences, from one forward of 2 n rows, or of all of them end to end."""
-    ids, mask = (x.to(model.backbone.device) for x in pad([c for c, _ in pairs] + [r for _, r in pairs]))
+    ids, mask = pad([c for c, _ in pairs] + [r for _, r in pairs], device=model.backbone.device)
     if packing:
         flat, bounds = pack(ids, mask)
         scores = model(flat, roles=("reward",), cu_seqlens=bounds).reward.scores
