@@ -45,6 +45,10 @@ ANOTHER_ENGINE = 1e-4
 """Log-probs in nats of an engine beside the trainer in fp32 against those of training: every sum in another order, and the folds an
 adapter there and weights here (1e-5 seen on two layers of width 128)."""
 
+ANOTHER_DEVICE = 1e-4
+"""Metrics, parameters and moments after two steps of training in fp32 by other kernels, absolute and relative (2e-5 seen on three
+layers of width 32)."""
+
 SPLIT = 1e-12
 """Losses and gradients of the parts of an fp64 batch against those of the whole, as a share of the largest magnitude."""
 
