@@ -51,6 +51,7 @@ def settings(source: Path, folder: Path, name: str, **run: Any) -> Any:
         changes["model"] = dataclasses.replace(changes["model"], shared_layers=1)
     if "learned" in name:
         changes["reward"] = RewardSource(str(source / "reward" / "adapter"), normalize="reference")
+        changes["rollout"] = dataclasses.replace(config.rollout, missing_eos="subtract")
     if "engine" in name:
         changes["rollout"] = dataclasses.replace(config.rollout, engine="process", staleness=1)
     return dataclasses.replace(config, **changes)

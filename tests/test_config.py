@@ -16,17 +16,21 @@ from rlhf_fast.config import (
     EvaluateConfig,
     OptimConfig,
     PPOConfig,
+    ProcessConfig,
     RewardConfig,
+    RolloutConfig,
     RunConfig,
     SFTConfig,
     config_hash,
     config_help,
     is_callable_spec,
     load_config,
+    resolve_device,
     resolve_dtype,
     to_yaml,
     validate,
 )
+from rlhf_fast.train.loop import device_of
 
 FILE = """\
 model: {path: models/base}
@@ -403,3 +407,49 @@ def test_auto_dtype_follows_the_processor(monkeypatch):
     assert resolve_dtype("bfloat16") is torch.bfloat16
     with pytest.raises(ValueError, match="float16"):
         resolve_dtype("float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "rank", "expected"),
+    [
+        ("auto", 0, None, "cpu"),
+        ("cpu", 4, "2", "cpu"),
+        ("auto", 4, None, "cuda:0"),
+        ("auto", 4, "2", "cuda:2"),
+        ("cuda", 4, "3", "cuda:3"),
+        ("cuda", 1, "3", "cuda:0"),  # a launcher that shows every rank its own GPU alone
+        ("cuda:1", 4, "3", "cuda:1"),
+    ],
+)
+def test_a_device_is_the_gpu_of_the_local_rank_unless_it_has_a_number(monkeypatch, name, devices, rank, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert resolve_device("RunConfig", name) == torch.device(expected)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(ValueError, match=rf"RunConfig: argument 'device' got '{name}', expected auto or cpu where"):
+            resolve_device("RunConfig", name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"'cuda:2', expected auto, cpu, cuda or cuda:0 to cuda:1"):
+        resolve_device("RunConfig", "cuda:2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"'cuda:1', expected auto, cpu or cuda under torchrun"):
+        device_of(RunConfig("run", device="cuda:1"))
+    for name in ("gpu", "cuda:", "cuda:01", "cuda:-1", "mps"):
+        for section in (lambda name=name: RunConfig("run", device=name), lambda name=name: ProcessConfig(device=name)):
+            with pytest.raises(ValueError, match="expected auto, cpu, cuda or cuda:N"):
+                section()
+
+
+def test_an_engine_on_another_device_is_another_policy():
+    local, process = RolloutConfig(), RolloutConfig(engine="process")
+    assert local.same_policy("cuda") and local.weighted("cuda") is None
+    assert process.same_policy("cpu") and not process.same_policy("cuda")
+    assert process.weighted("cuda") == "token-tis" and process.weighted("cpu") is None

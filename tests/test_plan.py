@@ -186,6 +186,13 @@ def run_of(folder: str, gib: float | None):
     return dataclasses.make_dataclass("Settings", ["model", "run"])(ModelConfig(folder, "float32", lora=lora), run)
 
 
+def test_a_budget_is_of_the_memory_of_a_cpu(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"'run.memory_gib' got 8.0, expected None for a run on a GPU"):
+        fitting(run_of(folder, 8.0), "ppo", 12, [(9, 3)])
+
+
 def test_a_run_takes_what_its_budget_has_room_for(folder, caplog, monkeypatch):
     called: list[bool] = []
     monkeypatch.setattr(micro_batches, "return_large_blocks", lambda: called.append(True))

@@ -537,6 +537,13 @@ def test_half_of_an_environment_is_refused(monkeypatch):
         join(1.0, 1.0, torch.device("cpu"))
 
 
+def test_ranks_on_gpus_want_nccl(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RankError, match="no NCCL for ranks on CUDA devices"):
+        ProcessRanks(2, 1.0, 1.0, torch.device("cuda", 0)).__enter__()
+
+
 def test_what_does_not_train_refuses_torchrun(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["doctor"]) == 2
