@@ -26,6 +26,7 @@ from rlhf_fast.model import SharedModel
 from rlhf_fast.rollout import Engine, Request, Rollout, sample
 from rlhf_fast.train import loop, online
 from rlhf_fast.train.online import Sampler
+from rlhf_fast.train.rows import packs_well
 
 STEPS = 2
 MORE = {
@@ -34,7 +35,7 @@ MORE = {
     "grpo: an engine on the CPU": "grpo",
     "dpo: packed": "dpo",
 }
-"""Further runs, and what they are like."""
+"""Further runs, which are not resumed, and what they are like."""
 ALL = (*RUNS, *MORE)
 
 
@@ -114,6 +115,22 @@ def watch(device: torch.device) -> None:
     loop.Run.__init__, Sampler.score = begun, scored
 
 
+def layers_wait_on_the_host(source: Path, device: torch.device) -> None:
+    """Of a base that ranks will share; all else is on the device."""
+    os.environ["WORLD_SIZE"] = "2"
+    try:
+        config = ModelConfig(str(source / "model"), dtype="float32", shard=True)
+        model = loop.load_model(config, ("policy", "value"), 0, device=device)
+    finally:
+        del os.environ["WORLD_SIZE"]
+    layers = {id(x) for x in model.backbone.layers.parameters()}
+    assert layers
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        assert x.device == (torch.device("cpu") if id(x) in layers else device), name
+    assert all(x.device == device for role in model.roles for x in model.parameters_of(role).values())
+    assert not packs_well(model)
+
+
 def main(source: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     device = install()
@@ -124,11 +141,17 @@ def main(source: Path, folder: Path) -> None:
         run, again, train = folder / name, folder / f"{name}.again", RUNS[MORE.get(name, name)].train
         try:
             train(settings(source, run, name))
+            if name in MORE:
+                continue
             shutil.copytree(run, again)
             shutil.rmtree(again / "checkpoints" / f"step-{STEPS}")
             train(settings(source, again, name, resume=True))
         except BaseException:
             (folder / f"{name}.error").write_text(traceback.format_exc())
+    try:
+        layers_wait_on_the_host(source, device)
+    except BaseException:
+        (folder / "shard.error").write_text(traceback.format_exc())
     try:
         evaluate(judged(source, folder / "evaluate"))
     except BaseException:

@@ -82,10 +82,14 @@ def load_model(
     *,
     device: torch.device,
 ) -> SharedModel:
-    """The shared model of a settings tree, base frozen, with its folds and adapters, on a device that becomes the current one."""
+    """The shared model of a settings tree, base frozen, with its folds and adapters, on a device that becomes the current one.
+
+    Layers that `Run.shard` spreads over GPUs wait on the host for it, since one of them need not hold them all.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels run on the current one
-    return SharedModel.from_pretrained(
+    waits = config.shard and device.type != "cpu" and int(os.environ.get("WORLD_SIZE") or 1) > 1
+    model = SharedModel.from_pretrained(
         config.path,
         roles=roles,
         lora=config.lora,
@@ -96,8 +100,13 @@ def load_model(
         quantize=config.quantize,
         seed=seed,
         gradient_checkpointing=config.gradient_checkpointing,
-        device=device,
+        device="cpu" if waits else device,
     )
+    if waits:
+        layers = model.backbone.layers
+        held = {id(x) for x in (*layers.parameters(), *layers.buffers())}
+        model._apply(lambda x: x if id(x) in held else x.to(device))
+    return model
 
 
 def device_of(settings: RunConfig) -> torch.device:

@@ -298,8 +298,8 @@ class ProcessRanks(Ranks):
 
         inside = {p for layer in layers for p in layer.parameters()}
         outside = {p for p in root.parameters() if p not in inside}
-        mesh = init_device_mesh(next(iter(inside)).device.type, (self.world,))
-        for layer in layers:
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for layer in layers:  # one after the other comes from the host, if it waits there
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         fully_shard(root, mesh=mesh, ignored_params=outside)
         self._sharded = list(layers)

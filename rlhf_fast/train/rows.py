@@ -14,10 +14,15 @@ from rlhf_fast.rollout import Rollout
 
 
 def packs_well(model: SharedModel) -> bool:
-    """Whether a packed pass is exact here and costs its tokens and the squares of its sequences: with flash-attn, and on the CPU."""
+    """Whether a packed pass is exact here and costs its tokens and the squares of its sequences: with flash-attn, and on the CPU.
+
+    False for layers that are not there yet, which `Run.shard` will spread over GPUs.
+    """
     attention, _ = model.packed_attention
     if attention != FLASH and (attention != SPLIT or model.backbone.device.type != "cpu"):
         return False
+    if any(p.device != model.backbone.device for p in model.backbone.layers.parameters()):
+        return False  # layers that wait on the host to be spread cannot prove it
     try:
         with model.backbone.packed():
             return True

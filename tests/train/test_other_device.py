@@ -73,8 +73,14 @@ def test_every_trainer_computes_elsewhere_what_it_does_on_the_cpu_and_resumes_th
         for key in expected:
             off = (found[key] - expected[key]).abs().max()
             assert off <= tolerances.ANOTHER_DEVICE * (1 + expected[key].abs().max()), (file, key, off)
-    assert numbers(elsewhere / f"{name}.again") == numbers(elsewhere / name)
-    assert outcome(elsewhere / f"{name}.again") == there
+    if name not in MORE:
+        assert numbers(elsewhere / f"{name}.again") == numbers(elsewhere / name)
+        assert outcome(elsewhere / f"{name}.again") == there
+
+
+def test_the_layers_of_a_base_to_be_sharded_wait_on_the_host(elsewhere):
+    error = elsewhere / "shard.error"
+    assert not error.exists(), error.read_text()
 
 
 def test_evaluate_samples_and_judges_elsewhere_as_on_the_cpu(source, elsewhere, tmp_path):
