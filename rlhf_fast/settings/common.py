@@ -177,8 +177,8 @@ class RunConfig:
     threads: Count | None = None
     """CPU threads (PyTorch's choice when left out)."""
     memory_gib: Positive | None = None
-    """On a CPU: GiB that the process may take, libraries and data included. micro_batch_size is then the most: the run takes the largest that
-    `rlhf-fast plan` finds room for in 90 % of it, or refuses to start. What lives is all that is held: blocks go back to the system as they die,
+    """On a CPU: GiB that the process may take, libraries and data included. micro_batch_size is then the most: the run takes the largest
+    that `rlhf-fast plan` finds room for in 90 % of it, or refuses to start. What lives is all that is held: blocks go back to the system as they die,
     which costs time (about a fifth of a step of a small model)."""
     halve_on_oom: bool = True
     """Out of memory in an update: go on with micro-batches half as large (the same gradient but for rounding), or stop."""
@@ -286,7 +286,7 @@ class ProcessConfig:
     threads: Count | None = None
     """Its CPU threads (PyTorch's choice when left out)."""
     device: Name = "cpu"
-    """Where it samples: as run.device."""
+    """Where it samples: auto, cpu, cuda or cuda:N, as run.device."""
     timeout: Positive = 600.0
     """Seconds to wait for a batch; then the run stops, and can be resumed."""
 

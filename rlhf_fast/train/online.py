@@ -457,9 +457,8 @@ def train_online(
     identity, flags = {"data": fingerprint}, rewards.fingerprints()
     pipeline = Pipeline(trainer, draw, config.steps)
     context = max(map(len, prompts)) + config.rollout.max_new_tokens
-    dtype = str(next(model.base.parameters()).dtype).removeprefix(
-        "torch."
-    )  # an engine's is the trainer's, also of auto
+    # An engine's dtype is the trainer's, also of auto.
+    dtype = str(next(model.base.parameters()).dtype).removeprefix("torch.")
     with (
         rewards,
         engine_of(replace(config.model, dtype=dtype), config.rollout, Path(config.run.output_dir), context)
