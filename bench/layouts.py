@@ -89,9 +89,8 @@ def main() -> int:
     print(
         f"""# PPO on a 70B model with 64 GPUs: planned, not run
 
-Made by `python bench/layouts.py`, as a dry run: **the commands of this version load the base on the CPU and do not move it to a GPU, so
-the trainer's half of this layout cannot be started yet.** Memory is the plan of the code that would run; bytes follow from shapes; every time is a bound from
-a data sheet, which no run reaches, and nothing here was measured on such machines. Attention's products are left out of the
+Made by `python bench/layouts.py`, as a dry run: **no command of it has run on a GPU yet.** Memory is the plan of the code that would
+run; bytes follow from shapes; every time is a bound from a data sheet, which no run reaches, and nothing here was measured on such machines. Attention's products are left out of the
 operations (1 to 2 % at this length), vLLM's activations out of its memory.
 
 The model has the shapes of Llama 3.1 70B ({parameters / 1e9:.1f} billion parameters, bf16), adapters of rank 16 on every linear layer,
