@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from rlhf_fast.model import SharedModel
 from rlhf_fast.train.monitor import read_json_lines
 
 SCORERS = Path(__file__).parent / "train" / "scorers.py"
@@ -53,3 +54,16 @@ def not_finite(loss: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "loss":  # the gradient stays finite
         return loss + (torch.tensor(float("nan")) - loss.detach()).detach()
     return loss * torch.tensor(float("inf" if kind == "inf" else "nan"))
+
+
+class Updates:
+    """Stands in for a Run: keeps the gradients of each update and takes no step."""
+
+    def __init__(self, model: SharedModel) -> None:
+        self.parameters, self.seen = model.parameters_of("policy"), []
+
+    def update(self, loss: float) -> float:
+        self.seen.append({n: p.grad.clone() for n, p in self.parameters.items()})
+        for p in self.parameters.values():
+            p.grad = None
+        return 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import letter_tokenizer, save_tiny, tiny_llama
+from runs import Updates
 
 from rlhf_fast import group_advantages
 from rlhf_fast.config import (
@@ -54,19 +55,6 @@ def folder(tmp_path: Path) -> Path:
     prompts = ["the film", "a story of", "we saw", "it was", "this"]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
     return tmp_path
-
-
-class Updates:
-    """Stands in for a Run: keeps the gradients of each update and takes no step."""
-
-    def __init__(self, model: SharedModel) -> None:
-        self.parameters, self.seen = model.parameters_of("policy"), []
-
-    def update(self, loss: float) -> float:
-        self.seen.append({n: p.grad.clone() for n, p in self.parameters.items()})
-        for p in self.parameters.values():
-            p.grad = None
-        return 0.0
 
 
 def make(folder: Path, **changes: object) -> tuple[Trainer, SharedModel]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import letter_tokenizer, save_tiny, tiny_llama
-from runs import SCORERS, numbers, write_lines
+from runs import SCORERS, Updates, numbers, write_lines
 
 from rlhf_fast.config import (
     ConfigError,
@@ -50,19 +50,6 @@ def folder(tmp_path: Path) -> Path:
     save_tiny(tmp_path / "model")
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": p} for p in PROMPTS])
     return tmp_path
-
-
-class Updates:
-    """Stands in for a Run: keeps the gradients of each update and takes no step."""
-
-    def __init__(self, model: SharedModel) -> None:
-        self.parameters, self.seen = model.parameters_of("policy"), []
-
-    def update(self, loss: float) -> float:
-        self.seen.append({n: p.grad.clone() for n, p in self.parameters.items()})
-        for p in self.parameters.values():
-            p.grad = None
-        return 0.0
 
 
 def make(folder: Path, **changes: object) -> tuple[Trainer, SharedModel]:
