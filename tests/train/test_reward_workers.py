@@ -280,9 +280,8 @@ pool = Pool([sys.argv[1]], 2, timeout=100.0 if sys.argv[2] != "hang in C" else 1
 print(*(w.process.pid for w in pool._workers), flush=True)
 if sys.argv[2].startswith("hang"):
     pool.run([Call(sys.argv[1], [""], [text]) for text in (sys.argv[2], "x")])
-if sys.argv[2] == "leave":
-    sys.exit(7)
-sys.stdin.read()
+sys.stdin.readline()
+sys.exit(7)
 """
 
 
@@ -300,7 +299,10 @@ def hold(state: str, cores: set[int] | None = None) -> tuple[subprocess.Popen, l
 @pytest.mark.parametrize(("state", "number"), [("leave", None), ("hang", signal.SIGINT), ("hang", signal.SIGKILL)])
 def test_case_43_the_trainer_ends_at_once_and_takes_its_workers_along(state, number):
     holder, pids = hold(state)
-    if number is not None:
+    if number is None:
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+    else:
         time.sleep(0.3)
         holder.send_signal(number)
     assert holder.wait(30.0) == (7 if number is None else -number)
