@@ -453,3 +453,13 @@ def test_an_engine_on_another_device_is_another_policy():
     assert local.same_policy("cuda") and local.weighted("cuda") is None
     assert process.same_policy("cpu") and not process.same_policy("cuda")
     assert process.weighted("cuda") == "token-tis" and process.weighted("cpu") is None
+
+
+@pytest.mark.parametrize(
+    "other", [{"min_new_tokens": 1}, {"correction": "sequence-tis"}, {"engine": "process", "staleness": 1}]
+)
+def test_logprobs_of_sampling_are_refused_as_the_old_ones_where_another_distribution_sampled(other):
+    with pytest.raises(ValueError, match=r"'old_logprobs' got 'sampled' with .*, expected scored unless"):
+        RolloutConfig(old_logprobs="sampled", **other)
+    RolloutConfig(**other)
+    RolloutConfig(old_logprobs="sampled", correction="none")

@@ -335,6 +335,9 @@ class RolloutConfig(GenerationConfig):
     """Importance weights for what an older policy or another engine sampled: none, or a kind of rlhf_fast.corrections (token-tis when
     left out and the sampling policy is not the one in training, bit for bit). With min_new_tokens they hold the probability of an
     early end as well, which that took from who sampled."""
+    old_logprobs: Literal["scored", "sampled"] = "scored"
+    """Log-probs that an update compares with: those of a pass by the arithmetic of the update, so that every ratio begins at 1 exactly, or
+    those that came with the completions, which saves the policy's part of scoring and differs by rounding (some 1e-6 in fp32)."""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     """The second process of engine = process."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
@@ -348,6 +351,13 @@ class RolloutConfig(GenerationConfig):
         if self.staleness and self.engine == "local":
             expected = "0 with engine = local, which samples with the model in training"
             raise _check.error(ValueError, owner, "staleness", self.staleness, expected)
+        if self.old_logprobs == "sampled":
+            differs = self.engine == "vllm" or self.staleness or self.correction not in (None, "none")
+            if differs or self.min_new_tokens:
+                got = f"{self.old_logprobs!r} with engine = {self.engine}, staleness = {self.staleness}"
+                got += f", correction = {self.correction}, min_new_tokens = {self.min_new_tokens}"
+                expected = "scored unless the policy in training samples, without a correction and a shortest length"
+                raise _check.error(ValueError, owner, "old_logprobs", got, expected)
         if self.engine == "vllm" and (self.vllm.python is None) == (self.vllm.server is None):
             got = f"{self.vllm.python!r} and server {self.vllm.server!r}"
             raise _check.error(ValueError, owner, "vllm.python", got, "exactly one of the two")

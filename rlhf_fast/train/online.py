@@ -108,8 +108,7 @@ class Sampler(ABC):
     samples_per_prompt = 1
     """Completions of one prompt, which lie side by side in a batch."""
     on_policy = False
-    """Whether a batch is learned from in one update, so that no one compares with the log-probs from before it: those of the rollout
-    do for what is logged, and scoring leaves the policy out."""
+    """Whether a batch is learned from in one update, so that no one compares with the log-probs from before it."""
 
     def __init__(
         self,
@@ -133,7 +132,7 @@ class Sampler(ABC):
         """Between the steps of a completion that are scored each; None = completions are."""
         self.micro_batches = MicroBatches(micro_batch_size, halve=halve, clear=model.zero_grad)
         self.limited = False
-        """Whether memory is short: scoring takes as many rows as an update, and what a rollout has used goes back to the system."""
+        """Whether memory is short: scoring takes as many rows as an update."""
         self.ranks = Ranks()
         """Those that share the work; train_online sets it."""
 
@@ -216,14 +215,14 @@ class Sampler(ABC):
     def score(self, rollout: Rollout) -> Experience:
         """Log-probs of policy and reference, values and scores, from one pass of the base per micro-batch for all that is not known."""
         known: dict[str, Tensor] = {}
-        if self.on_policy and rollout.logprobs is not None and rollout.entropy is not None:
+        reused = self.on_policy or self.settings.old_logprobs == "sampled"
+        if reused and rollout.logprobs is not None and rollout.entropy is not None:
             known = {"logprobs": rollout.logprobs, "entropy": rollout.entropy}
         asked = ("reference", "value", "reward") if known else ("policy", "reference", "value", "reward")
         roles = [role for role in asked if role in self.model.roles]
         parts: dict[str, list[Tensor]] = {}
         size = self.micro_batches.size if self.limited else self.micro_batch_size
-        if self.limited:
-            _buffers.release()
+        _buffers.release()  # the packed weights of the rollout, as large as the model, which no pass of training needs
         trunks: list[Tensor] = []
         own = self.sampled_here(len(rollout.input_ids))
         for i in range(own.start, own.stop if roles else own.start, size):

@@ -109,6 +109,22 @@ def test_item_12_two_scorings_of_one_batch_are_the_same_bits(folder):
         assert torch.equal(getattr(e, name), getattr(again, name)), name
 
 
+def test_logprobs_of_sampling_may_be_the_old_ones_and_scoring_leaves_the_policy_out(folder, monkeypatch):
+    trainer, _ = make(folder, warm=True)
+    scored = experience(trainer)
+    settings = RolloutConfig(batch_size=16, max_new_tokens=8, old_logprobs="sampled")
+    trainer, model = make(folder, warm=True, rollout=settings)
+    calls, plain = [], SharedModel.forward
+    monkeypatch.setattr(SharedModel, "forward", lambda self, *a, **k: calls.append(k["roles"]) or plain(self, *a, **k))
+    e = experience(trainer)
+    assert calls and not any("policy" in roles for roles in calls)
+    assert e.logprobs is e.rollout.logprobs and e.entropy is e.rollout.entropy and not e.mismatch()
+    for name in ("logprobs", "entropy", "ref_logprobs", "values", "scores"):
+        torch.testing.assert_close(getattr(e, name), getattr(scored, name), atol=1e-5, rtol=1e-5)
+    metrics = trainer.update(Updates(model), e, torch.Generator().manual_seed(1))
+    assert metrics["ppo/first_ratio_error"] <= 1e-5
+
+
 def test_item_8_only_response_tokens_carry_gradient_and_statistics(folder):
     trainer, _ = make(folder, warm=True)
     e = experience(trainer)
