@@ -36,6 +36,7 @@ from rlhf_fast.ops import (
     sample_tokens,
     silu_mul,
     token_logprobs,
+    varlen_attention,
     whiten,
 )
 from rlhf_fast.preference import running_delta, update_reference
@@ -90,6 +91,7 @@ __all__ = [
     "unpatch",
     "update_reference",
     "use_backend",
+    "varlen_attention",
     "vtrace",
     "whiten",
     "with_length_covariate",

@@ -253,6 +253,23 @@ def plain(x: Tensor) -> bool:
     )
 
 
+SERVED = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of the C++ kernels that stand in for the layers of a model."""
+
+
+def served(x: Tensor, op: str) -> bool:
+    """Whether the C++ kernel of an op computes on this tensor as it is, in the place of a layer."""
+    return (
+        plain(x)
+        and x.is_cpu
+        and x.dtype in SERVED
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and OPS[op].select("cpu").name == "cpp"
+    )
+
+
 def _tracked(x: Tensor) -> bool:
     """Whether a torch.func transform or forward mode differentiates towards x, at any level of nesting."""
     functorch = torch._C._functorch

@@ -141,7 +141,7 @@ OTHERS = {
     "backends", "covariance_mask", "cached_attention", "gather_rows", "kl_estimate", "length_adaptive_lambda", "linear_token_logprobs", "lora_linear",
     "off_policy_mask", "patch", "rms_norm", "rollout_correction", "rotary", "running_delta", "sample_tokens", "sequence_logprobs", "silu_mul",
     "token_logprobs",
-    "top_entropy_mask", "unpatch", "update_reference", "use_backend", "whiten", "with_length_covariate",
+    "top_entropy_mask", "unpatch", "update_reference", "use_backend", "varlen_attention", "whiten", "with_length_covariate",
 }  # fmt: skip
 """Public functions that are neither a loss nor an estimator of advantages."""
 

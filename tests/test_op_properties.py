@@ -263,6 +263,20 @@ def rotary(d: Draw) -> dict[str, Any]:
     }
 
 
+def varlen_attention(d: Draw) -> dict[str, Any]:
+    width, value_width, kv_heads, group = d.pick(1, 8, 20, 32), d.pick(4, 17), d.pick(1, 2), d.pick(1, 3)
+    bounds = torch.tensor([0, *(d.pick(0, 1, 3, 33, d.length) for _ in range(d.rows))]).cumsum(0)
+    N = int(bounds[-1])
+    return {
+        "query": d.normal(N, kv_heads * group * width).view(N, kv_heads * group, width),
+        "key": d.normal(N, kv_heads * width).view(N, kv_heads, width),
+        "value": d.normal(N, kv_heads * value_width).view(N, kv_heads, value_width),
+        "cu_seqlens": d.pick(bounds, bounds.int()),
+        "scale": d.pick(None, 0.5, 2.0),
+        "window": d.pick(None, 1, 9),
+    }
+
+
 def dpo_loss(d: Draw) -> dict[str, Any]:
     chosen, rejected, refs = d.tokens(), d.tokens(), d.pick(True, False)
     return {
@@ -344,6 +358,7 @@ def run(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Tenso
         rms_norm,
         silu_mul,
         rotary,
+        varlen_attention,
         cached_attention,
         dpo_loss,
     ],

@@ -11,7 +11,7 @@
 
 namespace rlhf_fast {
 
-constexpr int kAbi = 7;
+constexpr int kAbi = 8;
 
 struct GaeArgs {
   const void* rewards;        // (rows, length) or (cu_seqlens[rows],), wide
@@ -372,6 +372,31 @@ struct CachedAttentionArgs {
   int threads;
 };
 
+// Sequences end to end: token (t, head, d) of queries, and likewise of keys, values and upstream gradients, at t *
+// query_token + head * query_head + d. Results have no gaps.
+struct VarlenAttentionArgs {
+  const void* query;          // (tokens, heads, width), `dtype`
+  const void* key;            // (tokens, kv_heads, width)
+  const void* value;          // (tokens, kv_heads, value_width)
+  const void* grad;           // (tokens, heads, value_width) of the results: the backward; or null
+  const int64_t* cu_seqlens;  // (sequences + 1,); clamped to the tokens
+  float* state;  // (tokens, heads, 2) largest scaled score and 1 / sum e: written by the forward, read by the backward
+  void* out;     // (tokens, heads, value_width), or null in the backward
+  void* grad_query;  // (tokens, heads, width), or null in the forward, as the next two
+  void* grad_key;    // (tokens, kv_heads, width)
+  void* grad_value;  // (tokens, kv_heads, value_width)
+  float* workspace;  // `threads` times the floats that a call without one returns
+  int64_t tokens, sequences, longest, heads, kv_heads, width, value_width;
+  int64_t query_token, query_head, key_token, key_head, value_token, value_head, grad_token, grad_head;
+  int64_t window;  // 0: all keys up to the query's own
+  double scale;
+  int dtype;  // not kFloat64
+  int threads;
+};
+
+constexpr int64_t kAttentionBlock = 32;   // queries whose scores exist at a time
+constexpr int64_t kAttentionChunk = 512;  // queries of a task of the forward
+
 constexpr int64_t kAttentionWidth = 1024;  // largest width and value_width
 
 // Row i of the logits starts at (i / inner) * outer_stride + (i % inner) * inner_stride; the vocabulary has stride 1.
@@ -457,6 +482,7 @@ struct TokenLogprobsBackwardArgs {
   KERNEL(silu_mul_backward, SiluMulBackwardArgs)             \
   KERNEL(token_logprobs, TokenLogprobsArgs)                  \
   KERNEL(token_logprobs_backward, TokenLogprobsBackwardArgs) \
+  KERNEL(varlen_attention, VarlenAttentionArgs)              \
   KERNEL(whiten, WhitenArgs)                                 \
   KERNEL(whiten_backward, WhitenBackwardArgs)
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from rlhf_fast._op import OPS, plain
+from rlhf_fast._op import SERVED, served
 from rlhf_fast.model.linear import RowPlan, features, is_linear, weight_of
 from rlhf_fast.ops.rms_norm import apply as norm_rows
 from rlhf_fast.ops.rotary import _rotary as turn
@@ -28,22 +27,8 @@ from rlhf_fast.reference.rotary import rotary as rotary_formula
 from rlhf_fast.reference.rotary import sample as rotary_sample
 from rlhf_fast.reference.silu_mul import silu_mul as gate_formula
 
-_SERVED = (torch.float32, torch.bfloat16, torch.float16)
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Share of the largest number by which a layer and the formula may differ: a few roundings at other places."""
-
-
-def _served(x: Tensor, op: str) -> bool:
-    """Whether the C++ kernel of an op computes on this tensor as it is."""
-    return (
-        plain(x)
-        and x.is_cpu
-        and x.dtype in _SERVED
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
-        and OPS[op].select("cpu").name == "cpp"
-    )
 
 
 class _FusedNorm:
@@ -57,7 +42,7 @@ class _FusedNorm:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight: Tensor = self.weight
         other = args or kwargs or weight.dtype is not x.dtype or weight.requires_grad
-        if not self.plan.roles or other or not _served(x, "rms_norm"):
+        if not self.plan.roles or other or not served(x, "rms_norm"):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return norm_rows(x, weight, self.fused_eps, self.fused_offset)
 
@@ -70,7 +55,7 @@ class _FusedGate:
     """Names of the children gate, up and down."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.plan.roles or args or kwargs or not _served(x, "silu_mul"):
+        if not self.plan.roles or args or kwargs or not served(x, "silu_mul"):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         gate, up, down = (getattr(self, name) for name in self.fused_names)
         return down(gate_rows(gate(x), up(x)))
@@ -137,7 +122,7 @@ def _example(*shape: int, like: Tensor) -> Tensor:
 def _norm_of(layer: nn.Module) -> tuple[float, float] | None:
     """(eps, offset) of an RMSNorm; None for another layer."""
     weights = dict(layer.named_parameters())
-    if list(weights) != ["weight"] or weights["weight"].dim() != 1 or weights["weight"].dtype not in _SERVED:
+    if list(weights) != ["weight"] or weights["weight"].dim() != 1 or weights["weight"].dtype not in SERVED:
         return None
     weight = weights["weight"]
     x = _example(2, len(weight), like=weight)
@@ -161,7 +146,7 @@ def _gate_of(layer: nn.Module) -> tuple[str, str, str] | None:
         return None
     (width, count), *_ = Counter(features(child)[0] for child in linears.values()).most_common()
     weight = weight_of(next(iter(linears.values())))
-    if count < 2 or weight.dtype not in _SERVED:
+    if count < 2 or weight.dtype not in SERVED:
         return None
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # input and output
     handles = [
@@ -236,7 +221,7 @@ def _turns(function: Callable[..., Any]) -> bool:
 
 def _turning(original: Callable[..., Any]) -> Callable[..., Any]:
     def rotary(query: Any, key: Any, cosine: Any, sine: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not all(_alike(query, x) for x in (key, cosine, sine)) or not _served(query, "rotary"):
+        if args or kwargs or not all(_alike(query, x) for x in (key, cosine, sine)) or not served(query, "rotary"):
             return original(query, key, cosine, sine, *args, **kwargs)
         return turn(query, key, cosine, sine)
 

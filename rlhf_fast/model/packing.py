@@ -16,11 +16,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+from rlhf_fast._op import served
+from rlhf_fast.ops.varlen_attention import apply as varlen_attention
+
 FLASH = "flash_attention_2"
 """transformers' name for flash-attn's kernels (Dao 2023, arXiv:2307.08691)."""
 SPLIT = "rlhf_fast_split"
-"""PyTorch's attention, one sequence after the other: what flash-attn is where it does not run. The cost of a row of tokens is that
-of its sequences, not the square of its length."""
+"""Attention of each sequence by itself, what flash-attn is where it does not run: by our op on a CPU, else by PyTorch's attention, one
+sequence after the other. The cost of a row of tokens is that of its sequences, not the square of its length."""
 FLASH_HEAD = 256
 """Largest head dimension of those kernels."""
 
@@ -74,6 +77,10 @@ def _split_attention(
 ) -> tuple[Tensor, None]:
     """Attention of packed rows (B, heads, N, D), as transformers' interface has it: (B, N, heads, D)."""
     bounds = _current.get().cu_seqlens
+    # As PyTorch's attention takes them; the window has been looked at where the mask is made.
+    causal = options.get("is_causal") is not False and getattr(module, "is_causal", True)
+    if attention_mask is None and causal and not options.get("dropout") and served(query, "varlen_attention"):
+        return _in_one_pass(query, key, value, bounds, options.get("scaling")), None
     lengths = bounds.diff().tolist()
     parts = []
     each = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
@@ -81,6 +88,15 @@ def _split_attention(
         mask = None if attention_mask is None else attention_mask[:, :, start:stop, start:stop]
         parts.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(parts, dim=1), None
+
+
+def _in_one_pass(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None) -> Tensor:
+    """The same by our op, which takes the sequences of all rows at once."""
+    B, _, N, D = query.shape
+    starts = torch.arange(B, device=bounds.device)[:, None] * N
+    every = torch.cat([bounds[:1], (bounds[1:] + starts).flatten()])
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return varlen_attention(q, k, v, every, D**-0.5 if scale is None else scale, 0).view(B, N, query.shape[1], -1)
 
 
 def _split_mask(local_size: int | None = None, **options: Any) -> Tensor | None:

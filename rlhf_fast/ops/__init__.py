@@ -18,6 +18,7 @@ from rlhf_fast.ops.rotary import rotary
 from rlhf_fast.ops.sample_tokens import sample_tokens
 from rlhf_fast.ops.silu_mul import silu_mul
 from rlhf_fast.ops.token_logprobs import token_logprobs
+from rlhf_fast.ops.varlen_attention import varlen_attention
 from rlhf_fast.ops.whiten import whiten
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "sample_tokens",
     "silu_mul",
     "token_logprobs",
+    "varlen_attention",
     "whiten",
 ]

@@ -13,6 +13,7 @@ from model.tiny import FAMILIES, VOCABULARY, disturb, tiny_base
 from tolerances import FLOOR
 from transformers import PreTrainedModel
 
+import rlhf_fast
 from rlhf_fast.batch import cu_seqlens, pack, pad
 from rlhf_fast.model import ROLES, LoraConfig, SharedModel, backbone, packing
 
@@ -174,18 +175,31 @@ def test_a_sliding_window_holds_within_each_sequence(window):
 
 @torch.no_grad()
 def test_attention_costs_its_sequences_and_not_their_square(monkeypatch):
-    sizes = []
-    plain = packing.sdpa_attention_forward
+    sizes, bounded = [], []
+    plain, op = packing.sdpa_attention_forward, packing.varlen_attention
 
     def counted(module, query, key, *rest, **options):
         sizes.append((query.shape[2], key.shape[2]))
         return plain(module, query, key, *rest, **options)
 
+    def one_pass(query, key, value, cu_seqlens, *rest):
+        bounded.append(cu_seqlens.tolist())
+        return op(query, key, value, cu_seqlens, *rest)
+
     monkeypatch.setattr(packing, "sdpa_attention_forward", counted)
+    monkeypatch.setattr(packing, "varlen_attention", one_pass)
     _, _, flat, bounds = batch()
     model = shared()
-    model(flat, cu_seqlens=bounds)
-    assert set(sizes) == {(n, n) for n in (*LENGTHS, 2, 3)}, "and those of the proof"
+    got = model(flat, roles=("policy",), cu_seqlens=bounds).policy.hidden
+    assert not sizes and bounded[-3:] == [bounds.tolist()] * 3, "our op in each of three layers"
+    with torch.no_grad():
+        model(flat, cu_seqlens=bounds)
+    rows = range(len(model.roles))
+    assert bounded[-1] == [0, *(row * len(flat) + b for row in rows for b in bounds.tolist()[1:])]
+    with rlhf_fast.use_backend("reference"):
+        other = model(flat, roles=("policy",), cu_seqlens=bounds).policy.hidden
+    assert set(sizes) == {(n, n) for n in LENGTHS}
+    torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-5)
 
 
 class Varlen:

@@ -71,7 +71,8 @@ def elementwise(
         contenders = {OURS: partial(call, function=function), "eager": partial(call, function=eager)}
 
         def truth(x: dict[str, Any], call: Callable[..., Results] = call) -> Results:
-            return call({k: v.double() if isinstance(v, Tensor) else v for k, v in x.items()}, eager)
+            floating = {k: v.double() for k, v in x.items() if isinstance(v, Tensor) and v.is_floating_point()}
+            return call({**x, **floating}, eager)
 
         yield Case(op, f"{name}, {what}", make, contenders, truth)
 
