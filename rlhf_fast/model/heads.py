@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+HEAD_INIT = {"value": "zero", "reward": "normal"}
+"""The roles that have a head, and how its weight starts."""
+
 
 class ScalarHead(nn.Module):
     """One number per token, in fp32 whatever the dtype of the base: `hidden (…, H) -> (…)`.

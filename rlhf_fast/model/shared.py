@@ -10,36 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast import _check
+from rlhf_fast.model.adapter_set import AdapterSet, check_fits, fold_file
 from rlhf_fast.model.adapters import AdapterFile, concatenate, read_adapter, write_adapter
 from rlhf_fast.model.backbone import Backbone
 from rlhf_fast.model.fused import fuse
-from rlhf_fast.model.heads import ScalarHead
+from rlhf_fast.model.heads import HEAD_INIT, ScalarHead
 from rlhf_fast.model.inputs import checked_roles, packed, padded
-from rlhf_fast.model.linear import (
-    RowPlan,
-    adapt,
-    check_adaptable,
-    features,
-    fold_into,
-    is_adapted,
-    is_known,
-    pairs_on,
-    select,
-    weight_of,
-)
-from rlhf_fast.model.lora import LoraConfig, LoraPair, LowRank
+from rlhf_fast.model.linear import RowPlan, adapt, is_adapted, is_known, select, weight_of
+from rlhf_fast.model.load import load_base
+from rlhf_fast.model.lora import LoraConfig, LowRank
 from rlhf_fast.model.outputs import RoleOutput, SharedOutput
 from rlhf_fast.model.packing import Packing, attending, implementation_of
-from rlhf_fast.model.quantized import loading, settle
 
 ROLES = ("policy", "reference", "value", "reward")
 _NO_ROLE = ("",)
 """Plan of a pass whose rows have no adapter anywhere."""
-_HEAD_INIT = {"value": "zero", "reward": "normal"}
 
 PathLike = str | os.PathLike[str]
 
@@ -93,24 +82,25 @@ class SharedModel(nn.Module):
         checked_roles(tuple(adapters or ()), self.roles, "the roles of this model", allow_none=True)
         folded = [read_adapter(folder) for folder in _folders(fold)]
         loaded = {role: read_adapter(folder) for role, folder in (adapters or {}).items()}
-        self._linears = self.backbone.linears()
-        targets = select(self._linears, self.lora.suffixes)
+        targets = select(self.backbone.linears(), self.lora.suffixes)
         for file in folded:
-            self._check_fits(file, None)
+            check_fits(file, self.backbone, None)
         for role, file in loaded.items():
-            self._check_fits(file, role)
+            check_fits(file, self.backbone, role)
         base.eval()
         if shared_layers:
             self.backbone.check_shared_layers()
 
         self.base = base.requires_grad_(False)
-        self._folded = [self._fold(file) for file in folded]
+        for file in folded:
+            fold_file(file, self.backbone)
+        self._folded = [file.weights for file in folded]
         self._plan = RowPlan()
         fuse(self.backbone.decoder, self._plan)
         for layer in self.backbone.all_linears().values():
             if is_known(layer):  # without adapters, its product is still the op's
                 adapt(layer, self._plan)
-        self.adapters = nn.ModuleDict({role: nn.ModuleDict() for role in self.roles})
+        self.adapters = AdapterSet(self.roles, self.backbone, self._plan, self.lora)
         self.heads = nn.ModuleDict()
         for role in self.roles:
             self._start(role, targets, seed)
@@ -140,17 +130,8 @@ class SharedModel(nn.Module):
         device: where the base, its adapters and its heads are. Their start is drawn on the CPU, the same on every device.
         Raises ValueError if there is no such model; otherwise as the constructor.
         """
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-        options |= loading("SharedModel.from_pretrained", quantize, dtype, device)
-        try:
-            base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-        except OSError as error:
-            raise ValueError(
-                f"SharedModel.from_pretrained: no local safetensors model at {str(path)!r}: {error}"
-            ) from error
-        settle("SharedModel.from_pretrained", base)
         return cls(
-            base if quantize != "none" else base.to(device),  # type: ignore[arg-type]
+            load_base("SharedModel.from_pretrained", path, dtype, quantize, device),
             roles,
             lora,
             shared_layers,
@@ -203,7 +184,7 @@ class SharedModel(nn.Module):
             trunk = trunk.unsqueeze(0) if flat else trunk
         elif self.shared_layers:
             trunk = self._trunk(input_ids, mask)
-        trained = [role for role in roles if torch.is_grad_enabled() and self._trains(role)]
+        trained = [role for role in roles if torch.is_grad_enabled() and self.adapters.trains(role)]
         frozen = [role for role in roles if role not in trained]
         with torch.no_grad():
             hidden = self._pass(input_ids, mask, frozen, trunk)
@@ -279,7 +260,7 @@ class SharedModel(nn.Module):
         """Everything a role can train: LoRA factors (fp32) by module name, and its head."""
         checked_roles((role,), self.roles, "the roles of this model")
         found: dict[str, nn.Parameter] = {}
-        for name, pair in self._pairs(role).items():
+        for name, pair in self.adapters.of(role).items():
             found[f"{name}.lora_A.weight"] = pair.lora_A
             found[f"{name}.lora_B.weight"] = pair.lora_B
         if role in self.heads:
@@ -311,7 +292,7 @@ class SharedModel(nn.Module):
         Raises ValueError if `source` has no adapter.
         """
         checked_roles((source, target), self.roles, "the roles of this model")
-        self._set_adapter(target, self._adapter("SharedModel.copy_role", source))
+        self.adapters.replace(target, self._adapter("SharedModel.copy_role", source))
 
     def save_adapter(self, role: str, folder: PathLike) -> None:
         """Write the role's adapter and head in PEFT's format, relative to the base with its folds.
@@ -327,7 +308,7 @@ class SharedModel(nn.Module):
         computes this role. Raises ValueError if there is neither a fold nor an adapter.
         """
         checked_roles((role,), self.roles, "the roles of this model")
-        weights = concatenate([*self._folded, {name: pair.data() for name, pair in self._pairs(role).items()}])
+        weights = concatenate([*self._folded, self.adapters.data(role)])
         if not weights:
             raise ValueError(f"SharedModel.export_adapter: nothing folded, and the role {role!r} has no adapter")
         self._write(role, folder, weights)
@@ -341,7 +322,7 @@ class SharedModel(nn.Module):
         """
         checked_roles((role,), self.roles, "the roles of this model")
         file = read_adapter(folder)
-        self._check_fits(file, role)
+        check_fits(file, self.backbone, role)
         self._install(role, file)
 
     def _pass(
@@ -399,95 +380,29 @@ class SharedModel(nn.Module):
         _check.shape("SharedModel", "trunk", trunk, shape, "the hidden states")
         _check.device("SharedModel", "trunk", trunk, input_ids, "input_ids")
 
-    def _check_fits(self, file: AdapterFile, role: str | None) -> None:
-        """ValueError unless the file's modules and head are this model's; role None: to be folded."""
-        linears = self.backbone.all_linears() if role is None else self._linears
-        where = "a fold" if role is None else f"the role {role!r}"
-        for name, update in file.weights.items():
-            if name not in linears:
-                raise ValueError(
-                    f"{file.folder}: module {name!r} is no linear layer that {where} can adapt"
-                    f" (decoder layers from {0 if role is None else self.shared_layers} on)"
-                )
-            check_adaptable(name, linears[name], fold=role is None)
-            maps, base_maps = (update.a.shape[1], update.b.shape[0]), features(linears[name])
-            if maps != base_maps:
-                raise ValueError(f"{file.folder}: module {name!r} maps (in, out) {maps}, the base's {base_maps}")
-        if file.head and role not in _HEAD_INIT:
-            raise ValueError(f"{file.folder}: has a scalar head, which {where} cannot take")
-        if role == "reward" and not file.head:
-            raise ValueError(f"{file.folder}: has no scalar head ('score.weight'), expected one for {where}")
-        if file.head and file.head["weight"].shape[1] != self.backbone.hidden_size:
-            got, expected = file.head["weight"].shape[1], self.backbone.hidden_size
-            raise ValueError(f"{file.folder}: the head reads {got} features, the base has {expected}")
-
-    def _fold(self, file: AdapterFile) -> dict[str, LowRank]:
-        linears = self.backbone.all_linears()
-        for name, update in file.weights.items():
-            fold_into(linears[name], update)
-        return file.weights
-
     def _start(self, role: str, targets: Sequence[str], seed: int) -> None:
         """New head and adapter; one random stream per role, so its start depends on no other."""
         generator = torch.Generator().manual_seed(seed * len(ROLES) + ROLES.index(role))
-        if role in _HEAD_INIT:
+        if role in HEAD_INIT:
             device = weight_of(self.base.get_output_embeddings()).device
-            self.heads[role] = ScalarHead(self.backbone.hidden_size, _HEAD_INIT[role], generator, device)
+            self.heads[role] = ScalarHead(self.backbone.hidden_size, HEAD_INIT[role], generator, device)
         if role != "reference":
-            for name in targets:
-                in_features, out_features = features(self._linears[name])
-                self._place(role, name, LoraPair.fresh(self.lora, in_features, out_features, generator))
+            self.adapters.start(role, targets, generator)
 
     def _install(self, role: str, file: AdapterFile) -> None:
-        self._set_adapter(role, file.weights)
+        self.adapters.replace(role, file.weights)
         if file.head:
             head = self.head_of(role)
             with torch.no_grad():
                 head.weight.copy_(file.head["weight"])
                 head.bias.copy_(file.head["bias"])
 
-    def _trains(self, role: str) -> bool:
-        return any(p.requires_grad for pair in self._pairs(role).values() for p in pair.parameters())
-
-    def _pairs(self, role: str) -> dict[str, LoraPair]:
-        on_layers = ((name, pairs_on(layer).get(role)) for name, layer in self._linears.items())
-        return {name: pair for name, pair in on_layers if pair is not None}
-
     def _adapter(self, op: str, role: str) -> dict[str, LowRank]:
         checked_roles((role,), self.roles, "the roles of this model")
-        weights = {name: pair.data() for name, pair in self._pairs(role).items()}
+        weights = self.adapters.data(role)
         if not weights:
             raise ValueError(f"{op}: the role {role!r} has no adapter")
         return weights
-
-    def _children(self, role: str) -> nn.ModuleDict:
-        return self.adapters[role]  # type: ignore[return-value]
-
-    def _place(self, role: str, name: str, pair: LoraPair) -> None:
-        """Register a pair twice: as a child (for .to, .train, .parameters) and on the layer that runs it."""
-        layer = self._linears[name]
-        adapt(layer, self._plan)
-        device = weight_of(layer).device
-        if pair.lora_A.device != device:
-            pair.to(device)
-        pair.requires_grad_(role != "reference").train(self.training)
-        self._children(role)[name.replace(".", "/")] = pair  # a child's name must not contain a dot
-        pairs_on(layer)[role] = pair
-
-    @torch.no_grad()
-    def _set_adapter(self, role: str, weights: Mapping[str, LowRank]) -> None:
-        current = self._pairs(role)
-        for name in current.keys() - weights.keys():
-            del pairs_on(self._linears[name])[role], self._children(role)[name.replace(".", "/")]
-        for name, update in weights.items():
-            pair = current.get(name)
-            if pair is not None and pair.lora_A.shape == update.a.shape:
-                pair.lora_A.copy_(update.a)
-                pair.lora_B.copy_(update.b)
-                pair.scale = update.scale
-            else:
-                a, b = update.a.clone(), update.b.clone()
-                self._place(role, name, LoraPair(a, b, update.scale, self.lora.dropout))
 
     def _write(self, role: str, folder: PathLike, weights: Mapping[str, LowRank]) -> None:
         linears = self.backbone.all_linears()
