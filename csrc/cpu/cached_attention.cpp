@@ -3,6 +3,7 @@
 //
 // A token's keys are walked in blocks with a running maximum (online softmax). Blocks are counted from the first key
 // the token sees, so a token has the same bits in any batch, whatever padding or other tokens lie beside it.
+#include "formats.h"
 #include "ops.h"
 #include "parallel.h"
 #include "softmax_blocks.h"
@@ -161,7 +162,7 @@ void attend(const CachedAttentionArgs& a, int64_t token, int64_t kv_head, const 
 }
 
 template <class T>
-void run(const CachedAttentionArgs& a) {
+void run(Format<T>, const CachedAttentionArgs& a) {
   const SoftCap<Float> soft(a.softcap > 0 ? a.softcap : 1);
   const ScaledExp<Float> exp_of(1);
   int64_t next = 0, products = 0;
@@ -186,16 +187,7 @@ void run(const CachedAttentionArgs& a) {
 namespace RLHF_FAST_ISA {
 
 int64_t cached_attention(const CachedAttentionArgs& a) {
-  switch (a.dtype) {
-    case kBFloat16:
-      run<BFloat16>(a);
-      break;
-    case kFloat16:
-      run<Float16>(a);
-      break;
-    default:
-      run<float>(a);
-  }
+  with_format(a.dtype, [&](auto format) { run(format, a); });
   return -1;
 }
 

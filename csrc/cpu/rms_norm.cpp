@@ -1,6 +1,7 @@
 // RMSNorm of rows with a frozen weight: y = x rstd (w + offset), rstd = 1 / sqrt(mean(x^2) + eps), rounded once.
 //
 // A row is read twice and lies in the first-level cache the second time. Its sums are ordered by its width alone.
+#include "formats.h"
 #include "ops.h"
 #include "parallel.h"
 #include "vec.h"
@@ -21,7 +22,7 @@ inline RLHF_FAST_INLINE void each_vector(int64_t width, Body body) {
 }
 
 template <class T>
-void forward(const RmsNormArgs& a) {
+void forward(Format<T>, const RmsNormArgs& a) {
   const Float offset = Float::splat(static_cast<float>(a.offset));
   const T* weight = static_cast<const T*>(a.weight);
   for_ranges(a.rows, kGrain / (a.width + 1) + 1, a.threads, [&](int64_t begin, int64_t end) {
@@ -46,7 +47,7 @@ void forward(const RmsNormArgs& a) {
 
 // grad_x = rstd (u - x rstd^2 mean(u x)), u = grad (w + offset).
 template <class T>
-void backward(const RmsNormBackwardArgs& a) {
+void backward(Format<T>, const RmsNormBackwardArgs& a) {
   const Float offset = Float::splat(static_cast<float>(a.offset));
   const T* weight = static_cast<const T*>(a.weight);
   for_ranges(a.rows, kGrain / (a.width + 1) + 1, a.threads, [&](int64_t begin, int64_t end) {
@@ -74,30 +75,12 @@ void backward(const RmsNormBackwardArgs& a) {
 namespace RLHF_FAST_ISA {
 
 int64_t rms_norm(const RmsNormArgs& a) {
-  switch (a.dtype) {
-    case kBFloat16:
-      forward<BFloat16>(a);
-      break;
-    case kFloat16:
-      forward<Float16>(a);
-      break;
-    default:
-      forward<float>(a);
-  }
+  with_format(a.dtype, [&](auto format) { forward(format, a); });
   return -1;
 }
 
 int64_t rms_norm_backward(const RmsNormBackwardArgs& a) {
-  switch (a.dtype) {
-    case kBFloat16:
-      backward<BFloat16>(a);
-      break;
-    case kFloat16:
-      backward<Float16>(a);
-      break;
-    default:
-      backward<float>(a);
-  }
+  with_format(a.dtype, [&](auto format) { backward(format, a); });
   return -1;
 }
 

@@ -1,6 +1,7 @@
 // Rotary positions of queries and keys, by halves: (a, b) to (a cos - b sin, b cos' + a sin'), rounded once, where cos
 // and cos' are the two halves of a table's row. The transpose, which the backward needs, is the same with the tables
 // changed places.
+#include "formats.h"
 #include "ops.h"
 #include "parallel.h"
 #include "vec.h"
@@ -43,7 +44,7 @@ void all(const RotaryArgs& a) {
 }
 
 template <class T>
-void either(const RotaryArgs& a) {
+void either(Format<T>, const RotaryArgs& a) {
   a.transposed ? all<T, true>(a) : all<T, false>(a);
 }
 
@@ -52,16 +53,7 @@ void either(const RotaryArgs& a) {
 namespace RLHF_FAST_ISA {
 
 int64_t rotary(const RotaryArgs& a) {
-  switch (a.dtype) {
-    case kBFloat16:
-      either<BFloat16>(a);
-      break;
-    case kFloat16:
-      either<Float16>(a);
-      break;
-    default:
-      either<float>(a);
-  }
+  with_format(a.dtype, [&](auto format) { either(format, a); });
   return -1;
 }
 

@@ -6,6 +6,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("schedule-insns", "sched-pressure")
 #endif
+#include "formats.h"
 #include "ops.h"
 #include "softmax_blocks.h"
 
@@ -139,8 +140,9 @@ int64_t sample_rows(const SampleTokensArgs& a) {
   return -1;
 }
 
-template <class V, class T>
-int64_t run(const SampleTokensArgs& a) {
+template <class T>
+int64_t run(Format<T>, const SampleTokensArgs& a) {
+  using V = VectorOf<T>;
   if (const int64_t row = first_refused<typename V::Scalar>(a); row >= 0) return row;
   return a.softcap > 0 ? sample_rows<V, T, true>(a) : sample_rows<V, T, false>(a);
 }
@@ -150,16 +152,7 @@ int64_t run(const SampleTokensArgs& a) {
 namespace RLHF_FAST_ISA {
 
 int64_t sample_tokens(const SampleTokensArgs& a) {
-  switch (a.dtype) {
-    case kBFloat16:
-      return run<Float, BFloat16>(a);
-    case kFloat16:
-      return run<Float, Float16>(a);
-    case kFloat64:
-      return run<Double, double>(a);
-    default:
-      return run<Float, float>(a);
-  }
+  return with_any_format(a.dtype, [&](auto format) { return run(format, a); });
 }
 
 }  // namespace RLHF_FAST_ISA

@@ -1,4 +1,5 @@
 // The gate of a feed-forward layer, silu(gate) up with silu(x) = x / (1 + e^-x), rounded once.
+#include "formats.h"
 #include "ops.h"
 #include "parallel.h"
 #include "vec.h"
@@ -32,7 +33,7 @@ inline void each(const Args& a, Body body) {
 }
 
 template <class T>
-void forward(const SiluMulArgs& a) {
+void forward(Format<T>, const SiluMulArgs& a) {
   const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up);
   T* out = static_cast<T*>(a.out);
   each(a, [&](int64_t i, int64_t j, int lanes) RLHF_FAST_INLINE {
@@ -42,7 +43,7 @@ void forward(const SiluMulArgs& a) {
 }
 
 template <class T>
-void backward(const SiluMulBackwardArgs& a) {
+void backward(Format<T>, const SiluMulBackwardArgs& a) {
   const T *gate = static_cast<const T*>(a.gate), *up = static_cast<const T*>(a.up),
           *grad = static_cast<const T*>(a.grad);
   T *grad_gate = static_cast<T*>(a.grad_gate), *grad_up = static_cast<T*>(a.grad_up);
@@ -61,30 +62,12 @@ void backward(const SiluMulBackwardArgs& a) {
 namespace RLHF_FAST_ISA {
 
 int64_t silu_mul(const SiluMulArgs& a) {
-  switch (a.dtype) {
-    case kBFloat16:
-      forward<BFloat16>(a);
-      break;
-    case kFloat16:
-      forward<Float16>(a);
-      break;
-    default:
-      forward<float>(a);
-  }
+  with_format(a.dtype, [&](auto format) { forward(format, a); });
   return -1;
 }
 
 int64_t silu_mul_backward(const SiluMulBackwardArgs& a) {
-  switch (a.dtype) {
-    case kBFloat16:
-      backward<BFloat16>(a);
-      break;
-    case kFloat16:
-      backward<Float16>(a);
-      break;
-    default:
-      backward<float>(a);
-  }
+  with_format(a.dtype, [&](auto format) { backward(format, a); });
   return -1;
 }
 

@@ -12,6 +12,10 @@
 namespace rlhf_fast {
 namespace {
 
+// What a row of T is computed in.
+template <class T>
+using VectorOf = decltype(load(static_cast<const T*>(nullptr)));
+
 template <class T>
 constexpr int64_t kBlock = 8192 / sizeof(T);  // elements
 constexpr int64_t kProbe = 128;               // logits whose largest is the first point of reference

@@ -5,6 +5,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("schedule-insns", "sched-pressure")  // exponentials side by side: a tenth faster
 #endif
+#include "formats.h"
 #include "memory.h"
 #include "ops.h"
 #include "softmax_blocks.h"
@@ -183,41 +184,33 @@ int64_t backward_rows(const TokenLogprobsBackwardArgs& a) {
   return -1;
 }
 
-template <class V, class T>
-int64_t run(const TokenLogprobsArgs& a) {
+template <class T>
+int64_t run(Format<T>, const TokenLogprobsArgs& a) {
+  using V = VectorOf<T>;
   if (const int64_t row = first_refused<typename V::Scalar>(a); row >= 0) return row;
   if (a.softcap > 0) return a.ref_logits ? forward_rows<V, T, true, true>(a) : forward_rows<V, T, true, false>(a);
   return a.ref_logits ? forward_rows<V, T, false, true>(a) : forward_rows<V, T, false, false>(a);
 }
 
-template <class V, class T>
-int64_t run(const TokenLogprobsBackwardArgs& a) {
+template <class T>
+int64_t run(Format<T>, const TokenLogprobsBackwardArgs& a) {
+  using V = VectorOf<T>;
   if (const int64_t row = first_refused<typename V::Scalar>(a); row >= 0) return row;
   if (a.softcap > 0) return a.ref_logits ? backward_rows<V, T, true, true>(a) : backward_rows<V, T, true, false>(a);
   return a.ref_logits ? backward_rows<V, T, false, true>(a) : backward_rows<V, T, false, false>(a);
-}
-
-template <class Args>
-int64_t by_dtype(const Args& a) {
-  switch (a.dtype) {
-    case kBFloat16:
-      return run<Float, BFloat16>(a);
-    case kFloat16:
-      return run<Float, Float16>(a);
-    case kFloat64:
-      return run<Double, double>(a);
-    default:
-      return run<Float, float>(a);
-  }
 }
 
 }  // namespace
 
 namespace RLHF_FAST_ISA {
 
-int64_t token_logprobs(const TokenLogprobsArgs& a) { return by_dtype(a); }
+int64_t token_logprobs(const TokenLogprobsArgs& a) {
+  return with_any_format(a.dtype, [&](auto format) { return run(format, a); });
+}
 
-int64_t token_logprobs_backward(const TokenLogprobsBackwardArgs& a) { return by_dtype(a); }
+int64_t token_logprobs_backward(const TokenLogprobsBackwardArgs& a) {
+  return with_any_format(a.dtype, [&](auto format) { return run(format, a); });
+}
 
 }  // namespace RLHF_FAST_ISA
 }  // namespace rlhf_fast
