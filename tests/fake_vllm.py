@@ -37,6 +37,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        if self.path == "/v1/completions" and not server.open.is_set():
+            server.waiting += 1
+            server.open.wait(600.0)
         with server.lock:
             server.seen.append((self.path, self.headers.get("Authorization"), body))
             if self.path == "/v1/completions":
@@ -107,7 +110,10 @@ def error(message: str) -> dict:
 
 
 class FakeVLLM(ThreadingHTTPServer):
-    """context, max_rank, updating, raw: --max-model-len, --max-lora-rank, whether adapters may be loaded, log-probs of temperature 1."""
+    """context, max_rank, updating, raw: --max-model-len, --max-lora-rank, whether adapters may be loaded, log-probs of temperature 1.
+
+    open: cleared, completions wait; `waiting` counts them.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -118,7 +124,8 @@ class FakeVLLM(ThreadingHTTPServer):
         self.adapters: dict[str, Path] = {}
         self.script: list = []
         self.seen: list[tuple[str, str | None, dict | None]] = []
-        self.lock = threading.Lock()
+        self.lock, self.open, self.waiting = threading.Lock(), threading.Event(), 0
+        self.open.set()
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 

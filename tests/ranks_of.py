@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import random
 import socket
 import sys
 import time
@@ -15,9 +17,11 @@ import torch
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One below those that the system hands out: nobody gets it between now and its use by chance."""
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port := random.SystemRandom().randrange(20_000, 32_000)))
+            return port
 
 
 class Started:
@@ -26,8 +30,8 @@ class Started:
     def __init__(self, pids: list[int], folder: Path) -> None:
         self.pids, self.folder = pids, folder
 
-    def wait(self, seconds: float = 60.0) -> list[int]:
-        """Exit status of each rank, minus the signal that ended it. Those that hang are killed: -9."""
+    def wait(self, seconds: float = 300.0) -> list[int]:
+        """Exit status of each rank, minus the signal that ended it. Those that hang for so long are killed: -9."""
         deadline, found = time.monotonic() + seconds, {}
         while len(found) < len(self.pids):
             for rank, pid in enumerate(self.pids):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import gone, until
 
 from rlhf_fast import _guarded
 from rlhf_fast._guarded import Guarded
@@ -22,23 +23,8 @@ PROGRAM = (
 
 
 def pids(log: Path) -> list[int]:
-    deadline = time.monotonic() + 20
-    while "pids" not in (text := log.read_text() if log.exists() else "") or not text.endswith("\n"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return [int(word) for word in text.split("pids")[1].split()[:2]]
-
-
-def wait_until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return
-        except FileNotFoundError:
-            return
-        time.sleep(0.01)
-    pytest.fail(f"process {pid} is still there")
+    until(lambda: log.exists() and "pids" in (text := log.read_text()) and text.endswith("\n"))
+    return [int(word) for word in log.read_text().split("pids")[1].split()[:2]]
 
 
 def start(tmp_path: Path, *command: str) -> Guarded:
@@ -49,11 +35,11 @@ def test_end_leaves_nothing_of_the_group(tmp_path):
     program = start(tmp_path, sys.executable, "-c", PROGRAM)
     found = pids(tmp_path / "log")
     assert not program.ended
-    started = time.monotonic()
     program.end()
-    assert program.ended and time.monotonic() - started < 5
-    for pid in found:
-        wait_until_gone(pid)
+    assert (
+        program.ended and "the program was ended by signal 15" in program.last_words()
+    )  # asked, not killed after GRACE
+    assert all(map(gone, found))
     program.end()  # once more does nothing
 
 
@@ -63,8 +49,7 @@ def test_a_program_that_does_not_listen_is_killed(tmp_path, monkeypatch):
     program = start(tmp_path, sys.executable, "-c", deaf)
     found = pids(tmp_path / "log")
     program.end()
-    for pid in found:
-        wait_until_gone(pid)
+    assert all(map(gone, found))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -87,8 +72,7 @@ def test_it_ends_with_its_parent_however_that_dies(tmp_path, number):
         found = pids(tmp_path / "log")
         parent.send_signal(number)
         parent.wait()
-        for pid in found:
-            wait_until_gone(pid)
+        assert all(map(gone, found))
         os.killpg(parent.pid, signal.SIGKILL)
 
 

