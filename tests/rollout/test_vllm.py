@@ -3,11 +3,8 @@ that has vLLM, against vLLM itself."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,102 +12,15 @@ import fake_vllm
 import pytest
 import tolerances
 import torch
-from fake_vllm import FakeVLLM
-from models import letter_tokenizer, save_tiny
+from asking import EOS, VLLM, ask, assert_same, engine, policy, real, request, shake
+from models import save_tiny
 from processes import PATIENCE, gone, until
-from ranks_of import start
-from runs import SCORERS, TEXTS, numbers, outcome, write_lines
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_fast import _http
-from rlhf_fast.config import (
-    ConfigError,
-    GroupConfig,
-    GroupUpdateConfig,
-    ModelConfig,
-    OptimConfig,
-    PPOConfig,
-    PPOUpdateConfig,
-    PromptDataConfig,
-    RewardSource,
-    RolloutConfig,
-    RunConfig,
-    VLLMConfig,
-    config_hash,
-    load_config,
-)
 from rlhf_fast.model import LoraConfig, SharedModel
-from rlhf_fast.rollout.engines import Request, sample
-from rlhf_fast.rollout.vllm import EngineError, VLLMEngine
-from rlhf_fast.train.group import train_group
-from rlhf_fast.train.ppo import train_ppo
+from rlhf_fast.rollout.engines import sample
+from rlhf_fast.rollout.vllm import EngineError
 
-EOS = 1
-PROMPTS = [[5, 9, 12], [7], [4, 4, 8, 20, 3]]
-VLLM = os.environ.get("RLHF_FAST_VLLM_PYTHON")
-real = pytest.mark.skipif(not VLLM, reason="RLHF_FAST_VLLM_PYTHON names no Python that has vLLM")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def fake(base):
-    server = FakeVLLM(base)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def pauses(monkeypatch):
-    """Pauses between attempts, which take no time here."""
-    sleep, pauses = time.sleep, []
-    monkeypatch.setattr(_http.time, "sleep", lambda s: pauses.append(s) if s >= _http.FIRST_PAUSE else sleep(s))
-    return pauses
-
-
-def shake(model: SharedModel, seed: int) -> None:
-    """Another policy."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.parameters_of("policy").items():
-            if "lora_B" in name:
-                p.normal_(0, 0.3, generator=generator)
-
-
-def policy(path: Path, seed: int = 1, **options) -> SharedModel:
-    options = {"lora": LoraConfig(r=4, alpha=8.0), **options}
-    model = SharedModel.from_pretrained(path, roles=("policy", "reference"), **options)
-    shake(model, seed)
-    return model
-
-
-def engine(folder: Path, path: Path, *, context: int = 32, **settings) -> VLLMEngine:
-    settings = VLLMConfig(**{"retries": 2, **settings})
-    return VLLMEngine(settings, ModelConfig(str(path), dtype="float32"), context=context, folder=folder / "vllm")
-
-
-def request(**changes) -> Request:
-    n = changes.get("num_samples", 4)
-    # As a trainer draws them: vLLM's generators on a CPU read the low 32 bits.
-    seeds = torch.randint(2**63 - 1, (len(PROMPTS) * n,), generator=torch.Generator().manual_seed(4))
-    return dataclasses.replace(Request(PROMPTS, n, seeds, 9, 0, 0.9, EOS), **changes)
-
-
-def ask(engine: VLLMEngine, request: Request):
-    engine.submit(request)
-    return engine.collect()
-
-
-def assert_same(found, expected) -> None:
-    for name in ("input_ids", "attention_mask", "response_mask", "finished", "logprobs"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+pytestmark = pytest.mark.usefixtures("pauses")
 
 
 @pytest.mark.parametrize(
@@ -362,131 +272,6 @@ def test_a_server_that_does_not_start_says_why(base, tmp_path):
     assert time.monotonic() - started < PATIENCE
 
 
-def online(folder: Path, model: Path, name: str, kind: type, **rollout):
-    write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in TEXTS])
-    own = (
-        {"ppo": PPOUpdateConfig(epochs=2, minibatch_size=4, micro_batch_size=4)}
-        if kind is PPOConfig
-        else {"group_size": 4, "group": GroupUpdateConfig(minibatch_size=8, micro_batch_size=4)}
-    )
-    return kind(
-        model=ModelConfig(str(model), dtype="float32", lora=LoraConfig(r=4, alpha=8.0)),
-        data=PromptDataConfig(str(folder / "prompts.jsonl")),
-        run=RunConfig(str(folder / name), save_every=1, sample_every=0),
-        reward=RewardSource(source=f"{SCORERS}:count_e", workers=0),
-        optim=OptimConfig(lr=2e-2, schedule="constant"),
-        rollout=RolloutConfig(batch_size=8, max_new_tokens=8, **rollout),
-        steps=3,
-        **own,
-    )
-
-
-def elsewhere(config, url: str, name: str, **rollout):
-    """The same run with another folder, whose completions come from a server."""
-    rollout = dataclasses.replace(config.rollout, engine="vllm", vllm=VLLMConfig(server=url), **rollout)
-    run = dataclasses.replace(config.run, output_dir=str(Path(config.run.output_dir).with_name(name)))
-    return dataclasses.replace(config, rollout=rollout, run=run)
-
-
-TRAIN = {PPOConfig: train_ppo, GroupConfig: train_group}
-
-
-@pytest.mark.parametrize("kind", [PPOConfig, GroupConfig])
-def test_a_run_learns_the_same_from_a_server_that_samples_the_same(fake, base, tmp_path, kind):
-    # Without the weights and in two epochs: one learns from the rollout's own log-probs, which a server has no entropies with.
-    here = online(tmp_path, base, "here", kind, correction="none")
-    if kind is GroupConfig:
-        here = dataclasses.replace(here, group=dataclasses.replace(here.group, epochs=2))
-    there = elsewhere(here, fake.url, "there")
-    TRAIN[kind](here)
-    TRAIN[kind](there)
-    assert outcome(tmp_path / "here") == outcome(tmp_path / "there")
-    rows = numbers(tmp_path / "there")
-    assert numbers(tmp_path / "here") == [{k: v for k, v in row.items() if k != "staleness"} for row in rows]
-    assert len(fake.bodies("/v1/load_lora_adapter")) == 3 and not fake.adapters
-    for row in rows:
-        assert 0.0 <= row["mismatch/mean"] <= row["mismatch/max"] < tolerances.ANOTHER_ENGINE
-        assert abs(row["mismatch/kl"]) < tolerances.ANOTHER_ENGINE
-    (tmp_path / "there" / "checkpoints" / "step-3").rename(tmp_path / "gone")
-    TRAIN[kind](dataclasses.replace(there, run=dataclasses.replace(there.run, resume=True)))
-    assert outcome(tmp_path / "here") == outcome(tmp_path / "there")
-
-
-@pytest.mark.parametrize("kind", [PPOConfig, GroupConfig])
-def test_what_a_server_sampled_is_weighted_unless_told_otherwise(fake, base, tmp_path, kind):
-    TRAIN[kind](elsewhere(online(tmp_path, base, "here", kind), fake.url, "there", staleness=1))
-    rows = numbers(tmp_path / "there")
-    assert [row["staleness"] for row in rows] == [0.0, 1.0, 1.0]
-    assert abs(rows[0]["correction/weight_mean"] - 1) < tolerances.ANOTHER_ENGINE
-    for row in rows[1:]:  # sampled by the policy before the last update
-        assert row["mismatch/max"] > 100 * tolerances.ANOTHER_ENGINE and row["mismatch/kl"] > 0
-        assert abs(row["correction/weight_mean"] - 1) > tolerances.ANOTHER_ENGINE
-
-
-def test_one_server_samples_for_two_ranks(fake, base, tmp_path):
-    config = online(tmp_path, base, "one", GroupConfig, min_new_tokens=1)
-    update = GroupUpdateConfig(minibatch_size=8, micro_batch_size=2)
-    one = elsewhere(dataclasses.replace(config, group=update, optim=OptimConfig(lr=1e-3)), fake.url, "one")
-    train_group(one)
-    asked = len(fake.bodies("/v1/completions"))
-    two = dataclasses.replace(one, run=dataclasses.replace(one.run, output_dir=str(tmp_path / "two")))
-    ranks = start(lambda rank: train_group(two), tmp_path / "ranks")
-    assert ranks.wait() == [0, 0], ranks.words(0) + ranks.words(1)
-    assert len(fake.bodies("/v1/completions")) == 2 * asked and not fake.adapters
-    for a, b in zip(numbers(tmp_path / "one"), numbers(tmp_path / "two"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-
-
-def test_settings(tmp_path):
-    with pytest.raises(ValueError, match="expected exactly one of the two"):
-        RolloutConfig(engine="vllm")
-    with pytest.raises(ValueError, match="expected exactly one of the two"):
-        RolloutConfig(engine="vllm", vllm=VLLMConfig(python="p", server="http://s"))
-    words = ["--model.path", "m", "--data.path", "d", "--run.output-dir", "o", "--reward.source", "r"]
-    file = tmp_path / "run.yaml"
-    for key, value in (("python", "/bin/sh"), ("server", "http://host"), ("arguments", "[--trust-remote-code]")):
-        file.write_text(
-            f"rollout: {{vllm: {{{key}: '{value}'}}}}\n"
-            if key != "arguments"
-            else f"rollout: {{vllm: {{{key}: {value}}}}}\n"
-        )
-        with pytest.raises(ConfigError, match=rf"rollout\.vllm\.{key}.*a settings file may not name"):
-            load_config(PPOConfig, file, words)
-    given = load_config(PPOConfig, None, [*words, "--rollout.engine", "vllm", "--rollout.vllm.server", "http://a"])
-    other = load_config(PPOConfig, None, [*words, "--rollout.engine", "vllm", "--rollout.vllm.python", "p"])
-    assert config_hash(given) == config_hash(other)  # a resumed run may find its server elsewhere
-    assert config_hash(given) != config_hash(load_config(PPOConfig, None, words))
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory) -> Path:
-    """A base with heads of 64, which vLLM's attention on a CPU has kernels for."""
-    config = LlamaConfig(
-        vocab_size=34,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        initializer_range=0.3,
-    )
-    folder = tmp_path_factory.mktemp("wide")
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    letter_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def small_cache(monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-
-
 @real
 def test_vllm_samples_what_we_do(wide, tmp_path, small_cache, monkeypatch):
     policy(wide, 5).save_adapter("policy", tmp_path / "sft")
@@ -521,15 +306,3 @@ def test_vllm_samples_what_we_do(wide, tmp_path, small_cache, monkeypatch):
             assert torch.equal(again.input_ids, ask(vllm, request())[0].input_ids)  # the seeds count
             assert len(again.input_ids[:4].unique(dim=0)) > 1
         assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
-
-
-@real
-@pytest.mark.parametrize("kind", [PPOConfig, GroupConfig])
-def test_a_run_through_vllm(wide, tmp_path, small_cache, kind):
-    config = online(tmp_path, wide, "run", kind, engine="vllm", vllm=VLLMConfig(python=VLLM))
-    TRAIN[kind](config)
-    rows = numbers(tmp_path / "run")
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    for row in rows:
-        assert 0.0 < row["mismatch/max"] < tolerances.ANOTHER_ENGINE
-    assert "vllm" in {p.name for p in (tmp_path / "run").iterdir()}
