@@ -73,11 +73,6 @@ def no_trunk_to_share(owner: object, model: ModelConfig) -> None:
         raise _check.error(ValueError, type(owner).__name__, "model.shard", True, expected)
 
 
-def no_shards(owner: object, model: ModelConfig, why: str) -> None:
-    if model.shard:
-        raise _check.error(ValueError, type(owner).__name__, "model.shard", True, f"False: {why}, and passes with it")
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """Texts or chats to learn from."""

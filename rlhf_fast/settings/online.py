@@ -25,7 +25,6 @@ from rlhf_fast.settings.common import (
     RolloutConfig,
     RunConfig,
     at_most,
-    no_shards,
     no_steps,
     no_trunk_to_share,
 )
@@ -250,7 +249,7 @@ class OnlineDPOConfig:
     """Rollout batches."""
 
     def __post_init__(self) -> None:
-        no_shards(self, self.model, "the number of pairs of a batch varies")
+        no_trunk_to_share(self, self.model)
         _no_correction(self, self.rollout)
         no_steps(self, self.reward, "none: whole completions are compared")
         _whole_groups(self, self.group_size, self.rollout)
@@ -302,7 +301,7 @@ class RaftConfig:
     """Rollout batches."""
 
     def __post_init__(self) -> None:
-        no_shards(self, self.model, "how many completions are kept varies")
+        no_trunk_to_share(self, self.model)
         _no_correction(self, self.rollout)
         no_steps(self, self.reward, "none: whole completions are compared")
         _whole_groups(self, self.group_size, self.rollout)

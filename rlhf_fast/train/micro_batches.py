@@ -94,15 +94,17 @@ class MicroBatches:
     def __init__(self, size: int, *, halve: bool, clear: Callable[[], object]) -> None:
         self.size, self.halve, self._clear = size, halve, clear
 
-    def map(self, rows: int, work: Callable[[slice], T]) -> list[T]:
+    def map(self, rows: int, work: Callable[[slice], T], *, least: int = 0) -> list[T]:
         """Results of `work` for consecutive slices that cover `rows` rows.
 
+        least: so many calls at least, where other ranks wait for each of them; those without rows get an empty slice at the end.
         Random numbers are drawn as if the size that fits had been the size all along. Raises OutOfMemory.
         """
         before = rng_state()
         while True:
             try:
-                return [work(slice(i, min(i + self.size, rows))) for i in range(0, rows, self.size)]
+                starts = range(0, max(rows, least * self.size), self.size)
+                return [work(slice(min(i, rows), min(i + self.size, rows))) for i in starts]
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -211,6 +211,13 @@ class Sampler(ABC):
         first = minibatch if minibatch.dim() == 1 else minibatch[:, 0]
         return minibatch[(first >= own.start) & (first < own.stop)]
 
+    def idle(self, e: Experience) -> Tensor | None:
+        """0 with a gradient of 0 from a pass of the policy over any row, for the ranks that wait for their part of its layers; None
+        where none of them does."""
+        if not self.ranks.passes(1, 1):
+            return None
+        return 0 * self.rows(e.rollout, slice(0, 1)).forward(self.model, ("policy",), None).policy.hidden.sum()
+
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Experience:
         """Log-probs of policy and reference, values and scores, from one pass of the base per micro-batch for all that is not known."""
@@ -467,8 +474,7 @@ def train_online(
         trainer.ranks = rewards.ranks = run.ranks
         run.shard(trainer.micro_batches, **{"rollout.batch_size": size, **trainer.shared_sizes()})
         if config.reward.normalize == "reference" and run.start == 0:
-            # Before step 1 the policy is the reference; a step number of its own keeps its draws apart from training.
-            rewards.observe(trainer.score(trainer.rollout(*draw(config.steps))).raw_scores)
+            rewards.observe(trainer.score(pipeline.reference()).raw_scores)
         for step in run.steps():
             records = [encoded[i].record for i in shuffle.batch(step, size)]
             run.records = [record.source for record in records]

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_fast import _check
 from rlhf_fast.config import KLConfig, OnlineDPOConfig
 from rlhf_fast.model import SharedModel
-from rlhf_fast.train.loop import Run, State, TrainingError
+from rlhf_fast.train.loop import Run, State
 from rlhf_fast.train.online import Experience, Sampler, train_online
 from rlhf_fast.train.preference import Answer, AnswerTokens
 from rlhf_fast.train.preference import Trainer as PairLoss
@@ -63,7 +63,7 @@ class Trainer(Sampler):
         super().limit(max(1, rows // 2))  # of pairs
 
     def shared_sizes(self) -> dict[str, int]:
-        return {}  # settings with model.shard are refused: the number of pairs varies
+        return {}  # the number of pairs varies: `idle` passes make up for it
 
     def state(self) -> State:
         return {**super().state(), "delta": (self.loss.get, self.loss.put)}
@@ -71,11 +71,6 @@ class Trainer(Sampler):
     def update(self, run: Run, e: Experience, generator: torch.Generator) -> dict[str, float]:
         """All epochs of updates on the pairs of one experience; a batch without a pair takes none."""
         self.loss.ranks = self.ranks
-        if self.loss.across and self.ranks.world > 1:
-            raise TrainingError(
-                f"online-dpo: {self.ranks.world} ranks with {' + '.join(self.loss.loss.kinds)}, which looks across the pairs, "
-                "expected one rank"
-            )
         dpo, ranked = self.config.dpo, best_and_worst(e.scores, e.mask.any(1), self.samples_per_prompt)
         found: list[dict[str, float]] = []
         for _ in range(dpo.epochs if len(ranked.rows) else 0):
@@ -83,9 +78,13 @@ class Trainer(Sampler):
             for minibatch in order.split(dpo.minibatch_size or len(order)):
                 pairs = ranked.rows[minibatch]
                 own, total = self.part(e, pairs), len(pairs)
+                # A loss across the pairs is found by all ranks together, also by one without a pair.
+                least = (
+                    int(self.ranks.world > 1) if self.loss.across else self.ranks.passes(total, self.micro_batches.size)
+                )
                 kl = self.loss.mismatched(self._winners(e, pairs), self.micro_batches.size)
                 backward = lambda part, own=own, total=total, kl=kl: self._backward(e, own[part], total, kl)
-                found.append(self.loss.step(run, len(own), self.micro_batches, backward))
+                found.append(self.loss.step(run, len(own), self.micro_batches, backward, least=least))
         gaps = e.scores[ranked.rows[:, 0]] - e.scores[ranked.rows[:, 1]]
         return {
             **{f"dpo/{name}": sum(one[name] for one in found) / len(found) for name in (found or [{}])[0]},
@@ -99,14 +98,21 @@ class Trainer(Sampler):
     def _backward(self, e: Experience, pairs: Tensor, total: int, kl: Tensor | None) -> tuple[dict[str, float], Tensor]:
         """Gradient of pairs (b, 2) of a minibatch of `total`."""
         rows = pairs.t().flatten()  # those that won, then those that lost
-        part = self.rows(e.rollout, rows)
-        stats = self.response_stats(part, part.forward(self.model, ("policy",), e.trunk_of(rows)).policy.hidden)
-        logprobs = {"policy": part.spread(stats.logprobs)}
+        nothing: Tensor | None = None
+        logprobs = {"policy": e.logprobs[rows]}
+        if len(rows):
+            part = self.rows(e.rollout, rows)
+            stats = self.response_stats(part, part.forward(self.model, ("policy",), e.trunk_of(rows)).policy.hidden)
+            logprobs["policy"] = part.spread(stats.logprobs)
+        else:
+            nothing = self.idle(e)
         if "reference" in self.loss.roles:
             assert e.ref_logprobs is not None
             logprobs["reference"] = e.ref_logprobs[rows]
-        loss, shares, rewards = self.loss.of(AnswerTokens(logprobs, part.mask), total, kl)
-        loss.backward()
+        loss, shares, rewards = self.loss.of(AnswerTokens(logprobs, e.rollout.response_mask[rows]), total, kl)
+        loss = loss if nothing is None else loss + nothing
+        if loss.requires_grad:  # that of the pairs of other ranks is a constant
+            loss.backward()
         return shares, rewards
 
     def _winners(self, e: Experience, pairs: Tensor) -> list[Answer]:

@@ -77,6 +77,20 @@ class Pipeline:
         self._given: int | None = None
         """Version of the engine's adapter."""
 
+    def reference(self) -> Rollout:
+        """A batch for no step, before the first one, when the policy is the reference: the number behind the last step keeps its draws
+        apart from training."""
+        prompts, generator = self.draw(self.steps)
+        if self.engine is None:
+            return self.trainer.rollout(prompts, generator)
+        request = self.trainer.request(prompts, generator)
+        self._give(0)
+        own, found = self._own(request), None
+        if own is not None:
+            self.engine.submit(own)
+            found, _ = self.engine.collect()
+        return self.trainer.gathered(request, found)
+
     def take(self, step: int) -> Sampled:
         """The batch of the next step, which the trainer has reached."""
         if self.engine is None:

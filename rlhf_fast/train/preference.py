@@ -36,7 +36,9 @@ class AnswerTokens(NamedTuple):
 
     def whole(self, tail_weight: float = 1.0) -> dict[str, SequenceLogprobs]:
         """Of whole answers. With a tail_weight, answers come as those that won followed by those that lost, in the same order."""
-        common = None if tail_weight == 1 else self.mask.sum(1).view(2, -1).amin(0).repeat(2)
+        common = None
+        if tail_weight != 1:
+            common = self.mask.sum(1).unflatten(0, (2, len(self.mask) // 2)).amin(0).repeat(2)
         return {
             role: sequence_logprobs(x, self.mask, common_lengths=common, tail_weight=tail_weight)
             for role, x in self.logprobs.items()
@@ -102,10 +104,12 @@ def mismatched_logratios(
     own, others = ranks.share(len(answers)), [*answers[1:], *answers[:1]]
     strange = [(ids[:n] + other[m:], n) for (ids, n), (other, m) in zip(answers[own], others[own], strict=True)]
     roles, found = ("policy", "reference"), [torch.zeros(0, device=model.backbone.device)]
-    for i in range(0, len(strange), micro_batch_size):
+    passes = max(-(-len(strange) // micro_batch_size), ranks.passes(len(answers), micro_batch_size))
+    for i in range(0, passes * micro_batch_size, micro_batch_size):
         part = strange[i : i + micro_batch_size]
-        each = answer_logprobs(model, part, roles, packing=packing, temperature=temperature)
-        found.append(each["policy"].logprobs - each["reference"].logprobs)
+        # Without one of its own a rank reads another's, for the layers that it holds.
+        each = answer_logprobs(model, part or answers[:1], roles, packing=packing, temperature=temperature)
+        found.append((each["policy"].logprobs - each["reference"].logprobs)[: len(part)])
     return ranks.rows({"kl": torch.cat(found)})["kl"]
 
 
@@ -114,7 +118,7 @@ def _answers(pairs: Sequence[EncodedPair]) -> list[Answer]:
 
 
 def _of_all_ranks(found: SequenceLogprobs, n: int) -> SequenceLogprobs:
-    """Of the n pairs of every rank: all that won, then all that lost."""
+    """Of the n pairs of every rank, a number of its own: all that won, then all that lost."""
     return SequenceLogprobs(*(torch.cat([gather_rows(x[:n]), gather_rows(x[n:])]) for x in found))
 
 
@@ -171,7 +175,8 @@ class Trainer:
             whole = found.whole(self.loss.tail_weight)
             if gathered:  # every rank finds the loss of all pairs, and the gradient of its own
                 whole = {role: _of_all_ranks(of_role, n) for role, of_role in whole.items()}
-                n, own, parts = total, self.ranks.share(total), self.ranks.world
+                before = sum(self.ranks.gather(n)[: self.ranks.rank])
+                n, own, parts = total, slice(before, before + n), self.ranks.world
             policy = whole["policy"].logprobs
             reference = None if reference is None else whole["reference"].logprobs
             lengths = whole["policy"].lengths
@@ -204,12 +209,14 @@ class Trainer:
         rows: int,
         micro_batches: MicroBatches,
         backward: Callable[[slice], tuple[dict[str, float], Tensor]],
+        *,
+        least: int = 0,
     ) -> dict[str, float]:
         """One update from `rows` pairs of this rank, and what it says of the pairs of all.
 
-        backward: the shares and the implicit rewards of some of them, with their gradients.
+        backward: the shares and the implicit rewards of some of them, with their gradients. least: as in MicroBatches.map.
         """
-        parts = micro_batches.map(rows, backward)
+        parts = micro_batches.map(rows, backward, least=least)
         implicit = torch.cat([rewards for _, rewards in parts] or [torch.zeros(0, device=self.delta.device)])
         self.seen_rewards(self.ranks.rows({"rewards": implicit})["rewards"])
         every = self.ranks.join([shares for shares, _ in parts])

@@ -50,7 +50,7 @@ class Trainer(Sampler):
         self.config, self.samples_per_prompt, self.correction = config, config.group_size, None
 
     def shared_sizes(self) -> dict[str, int]:
-        return {}  # settings with model.shard are refused: how many are kept varies
+        return {}  # how many are kept varies: `idle` passes make up for it
 
     def kept(self, e: Experience) -> Tensor:
         """(m,) rows that are learned."""
@@ -68,7 +68,8 @@ class Trainer(Sampler):
                 rows = kept[minibatch]
                 own, tokens = self.part(e, rows), int(e.mask[rows].sum())
                 backward = lambda part, own=own, tokens=tokens: self._backward(e, own[part], tokens)
-                losses.append(sum(self.ranks.join(self.micro_batches.map(len(own), backward))))
+                least = self.ranks.passes(len(rows), self.micro_batches.size)
+                losses.append(sum(self.ranks.join(self.micro_batches.map(len(own), backward, least=least))))
                 norms.append(run.update(losses[-1]))
         learned = {"raft/loss": sum(losses) / len(losses), "raft/grad_norm": sum(norms) / len(norms)} if losses else {}
         return {
@@ -81,6 +82,10 @@ class Trainer(Sampler):
 
     def _backward(self, e: Experience, rows: Tensor, tokens: int) -> float:
         """Gradient of -log p of the tokens of some completions, over the tokens of their minibatch."""
+        if not len(rows):
+            if (nothing := self.idle(e)) is not None:
+                nothing.backward()
+            return 0.0
         part = self.rows(e.rollout, rows)
         hidden = part.forward(self.model, ("policy",), e.trunk_of(rows)).policy.hidden
         # Not at the temperature of sampling: the model itself learns what was kept.

@@ -61,6 +61,11 @@ class Ranks:
         start = self.rank * each + min(self.rank, rest)
         return slice(start, start + each + (self.rank < rest))
 
+    def passes(self, rows: int, size: int) -> int:
+        """How many passes of `size` rows all ranks have to make over their shares of some rows: those of the largest share where layers
+        are spread, which every pass gathers from all. 0 where a rank's passes are its own affair."""
+        return 0
+
     def gather(self, value: T) -> list[T]:
         """A JSON value of every rank, in their order."""
         return [value]
@@ -207,6 +212,9 @@ class ProcessRanks(Ranks):
         ours = isinstance(error, RankError)
         theirs = any(backend in str(error).lower() for backend in ("gloo", "nccl"))
         return bool(self._sharded) and isinstance(error, RuntimeError) and not ours and theirs
+
+    def passes(self, rows: int, size: int) -> int:
+        return -(-rows // (self.world * size)) if self._sharded else 0
 
     def gather(self, value: T) -> list[T]:
         return [json.loads(text) for text in self._texts(json.dumps(value).encode())]

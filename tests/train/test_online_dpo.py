@@ -29,7 +29,6 @@ from rlhf_fast.model import LoraConfig, SharedModel
 from rlhf_fast.preference_kinds import KINDS
 from rlhf_fast.train import preference
 from rlhf_fast.train.online_dpo import Trainer, best_and_worst, train_online_dpo
-from rlhf_fast.train.ranks import Ranks
 from rlhf_fast.train.rewards import Rewards
 
 PROMPTS = ["the film", "a story of", "we saw", "it was", "this"]
@@ -188,15 +187,10 @@ def test_a_completion_without_a_score_is_in_no_pair(folder):
     assert metrics["pairs/unscorable"] == 1 and metrics["pairs/gap"] < 1e3
 
 
-def test_a_kind_across_the_pairs_runs_on_one_rank_alone(folder):
+def test_a_kind_across_the_pairs_keeps_them_in_one_pass(folder):
     dpo = OnlineDPOUpdateConfig(minibatch_size=4, micro_batch_size=4)
-    trainer, model = make(folder, loss=PreferenceLossConfig("aot"), dpo=dpo)
-    e = experience(trainer)
+    trainer, _ = make(folder, loss=PreferenceLossConfig("aot"), dpo=dpo)
     assert not trainer.micro_batches.halve
-    trainer.ranks = Ranks()
-    trainer.ranks.world = 2
-    with pytest.raises(RuntimeError, match="online-dpo: 2 ranks with aot, which looks across"):
-        trainer.update(Updates(model), e, torch.Generator().manual_seed(1))
 
 
 JUDGE = """
@@ -234,7 +228,7 @@ BAD = {
     "size": (["--group-size", "5"], "divisor"),
     "minibatch": (["--dpo.minibatch-size", "5"], "at most rollout.batch_size / group_size = 4"),
     "across": (["--loss.kind", "aot", "--dpo.micro-batch-size", "2"], "looks across"),
-    "shard": (["--model.shard"], "number of pairs of a batch varies"),
+    "shard": (["--model.shard"], "whose outputs stay with the rank that sampled"),
 }
 
 

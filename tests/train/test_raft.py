@@ -184,7 +184,7 @@ BAD = {
     "nothing chooses": (["--raft.best", "none"], "a number, or a threshold"),
     "best": (["--raft.best", "5"], "at most group_size = 4"),
     "size": (["--group-size", "5", "--raft.best", "1"], "divisor"),
-    "shard": (["--model.shard"], "how many completions are kept varies"),
+    "shard": (["--model.shard"], "whose outputs stay with the rank that sampled"),
 }
 
 

@@ -148,32 +148,38 @@ def of_group(recipe: str, shared_layers: int = 0, **reward: object) -> Callable:
     return config
 
 
-def of_online_dpo(shared_layers: int) -> Callable:
-    def config(source: Path, folder: Path, **run: object) -> OnlineDPOConfig:
-        return OnlineDPOConfig(
+def of_online_dpo(shared_layers: int, across: bool = False) -> Callable:
+    def config(source: Path, folder: Path, changes: dict | None = None, **run: object) -> OnlineDPOConfig:
+        size = 3 if across else 1
+        base = OnlineDPOConfig(
             **common(source, folder, shared_layers, **run),
             reward=SCORE,
             rollout=RolloutConfig(batch_size=12, max_new_tokens=6),
             group_size=4,
-            loss=PreferenceLossConfig(mix={"dpo": 0.5, "kto": 0.3, "bco": 0.2}),
-            dpo=OnlineDPOUpdateConfig(epochs=2, minibatch_size=2, micro_batch_size=1),
+            loss=PreferenceLossConfig(mix={"aot_unpaired" if across else "dpo": 0.5, "kto": 0.3, "bco": 0.2}),
+            dpo=OnlineDPOUpdateConfig(epochs=2, minibatch_size=max(size, 2), micro_batch_size=size),
             optim=OptimConfig(lr=1e-3),
             steps=3,
         )
+        return dataclasses.replace(base, **(changes or {}))
 
     return config
 
 
-def of_raft(source: Path, folder: Path, **run: object) -> RaftConfig:
-    return RaftConfig(
-        **common(source, folder, 1, **run),
-        reward=SCORE,
-        rollout=RolloutConfig(batch_size=12, max_new_tokens=6),
-        group_size=4,
-        raft=RaftUpdateConfig(best=2, epochs=2, minibatch_size=4, micro_batch_size=2),
-        optim=OptimConfig(lr=1e-3),
-        steps=3,
-    )
+def of_raft(shared_layers: int) -> Callable:
+    def config(source: Path, folder: Path, changes: dict | None = None, **run: object) -> RaftConfig:
+        base = RaftConfig(
+            **common(source, folder, shared_layers, **run),
+            reward=SCORE,
+            rollout=RolloutConfig(batch_size=12, max_new_tokens=6),
+            group_size=4,
+            raft=RaftUpdateConfig(best=2, epochs=2, minibatch_size=4, micro_batch_size=2),
+            optim=OptimConfig(lr=1e-3),
+            steps=3,
+        )
+        return dataclasses.replace(base, **(changes or {}))
+
+    return config
 
 
 RUNS: dict[str, tuple[Callable, Callable]] = {
@@ -197,7 +203,9 @@ RUNS: dict[str, tuple[Callable, Callable]] = {
     "remax": (group.train_group, of_group("remax", shared_layers=1)),
     "online-dpo": (online_dpo.train_online_dpo, of_online_dpo(0)),
     "online-dpo with shared layers": (online_dpo.train_online_dpo, of_online_dpo(1)),
-    "raft": (raft.train_raft, of_raft),
+    "online-dpo across pairs": (online_dpo.train_online_dpo, of_online_dpo(0, across=True)),
+    "online-dpo across pairs with shared layers": (online_dpo.train_online_dpo, of_online_dpo(1, across=True)),
+    "raft": (raft.train_raft, of_raft(1)),
 }
 
 
@@ -227,21 +235,33 @@ def test_two_ranks_learn_what_one_learns(source, tmp_path, name):
     assert len({row["loss"] if "loss" in row else next(iter(row.values())) for row in losses(tmp_path / "one")}) > 1
 
 
-@pytest.mark.parametrize(("name", "world"), [("sft", 5), ("ppo", 4), ("ppo with shared layers", 3)])
+@pytest.mark.parametrize(
+    ("name", "world"), [("sft", 5), ("ppo", 4), ("ppo with shared layers", 3), ("online-dpo across pairs", 4)]
+)
 def test_case_61_ranks_without_rows_hang_nobody_and_the_numbers_are_those_of_one(source, tmp_path, name, world):
     train, config = RUNS[name]
-    changes = {"rollout": RolloutConfig(batch_size=3, max_new_tokens=6)} if name != "sft" else {"batch_size": 3}
+    rollout = {} if "online" in name else {"rollout": RolloutConfig(batch_size=3, max_new_tokens=6)}
+    changes = {"batch_size": 3} if name == "sft" else rollout
     train(config(source, tmp_path / "one", changes))
     ranks = start(lambda _: train(config(source, tmp_path / "many", changes)), tmp_path, world)
     assert ranks.wait() == [0] * world, ranks.words(world - 1)
-    assert_same_curve(tmp_path / "many", tmp_path / "one", 3 if "ppo" in name else 4)
+    assert_same_curve(tmp_path / "many", tmp_path / "one", 4 if name == "sft" else 3)
 
 
-@pytest.mark.parametrize("name", ["sft", "kto", "ppo", "lite_ppo"])
+@pytest.mark.parametrize(
+    "name", ["sft", "kto", "ppo", "lite_ppo", "online-dpo", "online-dpo across pairs", "raft without shared layers"]
+)
 def test_a_base_that_is_spread_over_the_ranks_learns_the_same(source, tmp_path, monkeypatch, name):
-    train, config = RUNS[name]
+    train, config = RUNS[name] if name in RUNS else (raft.train_raft, of_raft(0))
     size = {"batch_size": 4, "micro_batch_size": 1, "max_steps": 3}
-    if name == "ppo":
+    if name.startswith(("online-dpo", "raft")):
+        # Two prompts a rank. Shares of three pairs or completions are uneven, and of one a rank has nothing.
+        size = {"rollout": RolloutConfig(batch_size=16, max_new_tokens=6)}
+        if name == "online-dpo":
+            size["dpo"] = OnlineDPOUpdateConfig(epochs=2, minibatch_size=3, micro_batch_size=1)
+        elif name.startswith("raft"):
+            size["raft"] = RaftUpdateConfig(best=2, epochs=2, minibatch_size=3, micro_batch_size=1)
+    elif name == "ppo":
         settings = PPOUpdateConfig(epochs=2, minibatch_size=4, micro_batch_size=2)
         size = {"rollout": RolloutConfig(batch_size=8, max_new_tokens=6), "ppo": settings}
     elif name == "lite_ppo":
