@@ -16,13 +16,14 @@ from checkpoints import child
 from models import save_tiny
 from processes import gone
 from ranks_of import start
-from runs import TEXTS, numbers, outcome, write_lines
+from runs import SCORERS, TEXTS, numbers, outcome, write_lines
 from runs import steps as steps_of
 
 from rlhf_fast.config import (
     GroupUpdateConfig,
     ModelConfig,
     OptimConfig,
+    RewardSource,
     RolloutConfig,
     RunConfig,
 )
@@ -30,7 +31,9 @@ from rlhf_fast.model import LoraConfig, SharedModel
 from rlhf_fast.rollout import Engine, EngineError, Request, Rollout, sample
 from rlhf_fast.rollout.process import ProcessEngine
 from rlhf_fast.train import online
+from rlhf_fast.train.checkpoint import CheckpointStore
 from rlhf_fast.train.group import train_group
+from rlhf_fast.train.online import Sampler
 from rlhf_fast.train.ppo import train_ppo
 
 TENSORS = ("input_ids", "attention_mask", "response_mask", "finished", "logprobs", "entropy")
@@ -222,6 +225,29 @@ def test_no_batch_is_older_than_the_bound_and_none_is_asked_for_in_vain(source, 
         ahead += 1 if what == "submit" else -1
         most = max(most, ahead)
     assert most == min(staleness, 4) + 1
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_the_batch_that_scores_are_normalised_by_is_the_engine_s(source, tmp_path, inside, monkeypatch, staleness):
+    reward = RewardSource(f"{SCORERS}:spread", normalize="reference", workers=0)
+
+    def run(name: str, rollout: RolloutConfig, **changes: object) -> dict[str, float]:
+        config = dataclasses.replace(of_ppo(source, tmp_path / name, rollout, **changes), reward=reward)
+        train_ppo(config)
+        state = CheckpointStore(tmp_path / name / "checkpoints").load_latest().state
+        return state["extra"]["rewards"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(online, "engine_of", lambda *_: None)
+        expected = run("local", dataclasses.replace(AHEAD, engine="local", staleness=0))
+    assert expected["count"] == 8 and expected["m2"] > 0
+    monkeypatch.setattr(Sampler, "rollout", lambda *_: pytest.fail("sampled beside the engine"))
+    rollout = dataclasses.replace(AHEAD, staleness=staleness)
+    assert run("engine", rollout) == expected
+    (engine,) = inside
+    assert engine.log[:2] == [("submit", 0), ("collect", 0)] and len(engine.log) == 2 * (5 + 1) + 1
+    run("engine", rollout, resume=True)
+    assert [what for what, _ in inside[1].log] == ["close"], "moments are those of the checkpoint"
 
 
 def test_the_policy_that_samples_ahead_is_that_of_the_step_before(source, tmp_path, inside):
