@@ -2,8 +2,8 @@
 
 Every run is the whole command on a random Llama and random tokens, two steps with run.memory_gib in a process of its own: reading,
 sampling, scoring, updates and a checkpoint. Measured is its highest resident set, libraries and mapped weights included; both
-figures are also given without what the process held before its model, which is where a plan can be wrong. `--free` runs without
-run.memory_gib, and shows what the C library holds beyond what lives.
+figures are also given without what the process held before its model, which is where a plan can be wrong. A second process that
+samples is measured and planned beside it. `--free` runs without run.memory_gib, and shows what the C library holds beyond what lives.
 """
 
 from __future__ import annotations
@@ -40,7 +40,21 @@ RUNS: list[dict[str, Any]] = [
     {"trainer": "ppo", "shared": 0.5},
     {"trainer": "ppo", "micro": 4, "checkpointing": True},
     {"trainer": "ppo", "dtype": "bfloat16"},
+    {"trainer": "ppo", "steps": True},
+    {"trainer": "ppo", "engine": "process"},
+    {"trainer": "ppo", "engine": "process", "dtype": "bfloat16"},
+    {"trainer": "grpo", "remax": True},
+    {"trainer": "grpo", "remax": True, "engine": "process", "micro": 4, "checkpointing": True},
+    {"trainer": "kto"},
+    {"trainer": "kto", "micro": 3, "checkpointing": True},
+    {"trainer": "online-dpo", "micro": 2},
+    {"trainer": "online-dpo", "micro": 4, "shared": 0.5},
+    {"trainer": "raft"},
+    {"trainer": "raft", "micro": 2, "dtype": "bfloat16"},
 ]
+ONLINE = ("ppo", "grpo", "online-dpo", "raft")
+GROUP = 4
+"""Completions of each prompt."""
 
 
 def saved(folder: Path, args: argparse.Namespace) -> str:
@@ -67,27 +81,38 @@ def data(path: Path, args: argparse.Namespace, trainer: str) -> str:
             prompt = {"prompt": words(args.prompt)}
             answers = {name: " " + words(args.response - 1) for name in ("chosen", "rejected")}
             text = {"text": words(args.prompt + args.response - 1)}
-            row = text if trainer == "sft" else prompt if trainer in ("ppo", "grpo") else prompt | answers
+            label = prompt | {"completion": answers["chosen"], "label": draw.random() < 0.5}
+            row = {"sft": text, "kto": label}.get(trainer, prompt if trainer in ONLINE else prompt | answers)
             file.write(json.dumps(row) + "\n")
     return str(path)
 
 
 def score(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """Of grpo."""
-    return [float(len(c) % 7) for c in completions]
+    """Hardly any two score the same."""
+    return [float(len(c) % 7) + len(c) / 1e3 for c in completions]
+
+
+def highest(pid: int | str) -> int:
+    """Highest resident set of a process, in bytes."""
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def measured(run: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
-    """MiB: what the process holds when its model is about to be read, its highest resident set, and the plan's of both."""
+    """MiB: what the process holds when its model is about to be read, its highest resident set, and the plan's of both; the highest
+    resident set of the process that samples, and the plan's, where there is one."""
     import torch
 
     import rlhf_fast.config as c
     import rlhf_fast.train.loop as loop
     from rlhf_fast._allocator import resident_bytes
     from rlhf_fast.plan import plan
+    from rlhf_fast.rollout.process import ProcessEngine
     from rlhf_fast.train.group import train_group
+    from rlhf_fast.train.kto import train_kto
+    from rlhf_fast.train.online_dpo import train_online_dpo
     from rlhf_fast.train.ppo import train_ppo
     from rlhf_fast.train.preference import train_preference
+    from rlhf_fast.train.raft import train_raft
     from rlhf_fast.train.reward import train_reward
     from rlhf_fast.train.sft import train_sft
 
@@ -99,23 +124,32 @@ def measured(run: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
     )
     settings = c.RunConfig(str(work / "out"), threads=1, save_every=1, memory_gib=None if args.free else 64.0)
     path = data(work / "data.jsonl", args, trainer)
-    rollout = c.RolloutConfig(batch_size=args.batch, max_new_tokens=args.response, stop_at_eos=False)
+    engine, remax = run.get("engine", "local"), run.get("remax", False)
+    rollout = c.RolloutConfig(
+        args.batch, args.response, stop_at_eos=False, engine=engine, process=c.ProcessConfig(threads=1)
+    )
     offline = {"batch_size": args.batch, "micro_batch_size": micro, "max_steps": 2}
     online = {"data": c.PromptDataConfig(path), "rollout": rollout, "steps": 2}
     update = {"minibatch_size": args.batch, "micro_batch_size": micro}
     pairs = c.PairDataConfig(path)
     held: list[int] = []
-    read = loop.SharedModel.from_pretrained
+    sampler: list[int] = []
+    read, close = loop.SharedModel.from_pretrained, ProcessEngine.close
 
     def reading(*a: Any, **k: Any) -> Any:
         held.append(resident_bytes())
         Path("/proc/self/clear_refs").write_text("5")  # the highest resident set begins anew
         return read(*a, **k)
 
+    def closing(engine: Any) -> None:
+        sampler.append(highest(engine._worker.process.pid))
+        close(engine)
+
     told = plan(
         c.PlanConfig(
             folder, trainer=trainer, dtype=model.dtype, quantize=model.quantize, lora=lora, shared_layers=shared,
             gradient_checkpointing=model.gradient_checkpointing, batch_size=args.batch, micro_batch_size=micro,
+            group_size=GROUP, greedy=remax, engine=engine,
             prompt_tokens=args.prompt if trainer != "sft" else 1,
             response_tokens=args.response if trainer != "sft" else args.prompt + args.response - 1,
         )
@@ -125,23 +159,34 @@ def measured(run: dict[str, Any], args: argparse.Namespace) -> dict[str, float]:
         made.save_adapter("reward", work / "reward")
         del made
     loop.SharedModel.from_pretrained = reading  # type: ignore[method-assign]
+    ProcessEngine.close = closing  # type: ignore[method-assign]
+    scores = c.RewardSource(f"{__file__}:score", workers=0)
+    grouped = {"run": settings, "reward": scores, "group_size": GROUP}
     if trainer == "sft":
         train_sft(c.SFTConfig(model, c.DataConfig(path), settings, **offline))
     elif trainer == "reward":
         train_reward(c.RewardConfig(model, pairs, settings, **offline))
     elif trainer == "dpo":
         train_preference(c.PreferenceConfig(model, pairs, settings, **offline))
+    elif trainer == "kto":
+        train_kto(c.KTOConfig(model, c.LabelDataConfig(path), settings, **offline))
     elif trainer == "grpo":
-        source = c.RewardSource(f"{__file__}:score", workers=0)
-        kl, group = c.GroupKLConfig(coef=0.05), c.GroupUpdateConfig(**update)
-        train_group(c.GroupConfig(model, run=settings, reward=source, group_size=8, kl=kl, group=group, **online))
+        group = c.GroupUpdateConfig("remax" if remax else "grpo", **update)
+        train_group(c.GroupConfig(model, kl=c.GroupKLConfig(coef=0.05), group=group, **grouped, **online))
+    elif trainer == "online-dpo":
+        dpo = c.OnlineDPOUpdateConfig(micro_batch_size=micro)
+        train_online_dpo(c.OnlineDPOConfig(model, dpo=dpo, **grouped, **online))
+    elif trainer == "raft":
+        best = c.RaftUpdateConfig(best=GROUP, micro_batch_size=micro)
+        train_raft(c.RaftConfig(model, raft=best, **grouped, **online))
     else:
-        source, ppo = c.RewardSource(str(work / "reward")), c.PPOUpdateConfig(epochs=1, **update)
+        source = c.RewardSource(str(work / "reward"), separator=" " if run.get("steps") else None)
+        ppo = c.PPOUpdateConfig(epochs=1, **update)
         train_ppo(c.PPOConfig(model, run=settings, reward=source, ppo=ppo, **online))
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
     before = told.always.pop("process before the model")
-    found = {"held": held[-1], "peak": peak, "plan": told.peak + held[-1], "told": before}
+    found = {"held": held[-1], "peak": highest("self"), "plan": told.peak + held[-1], "told": before}
+    if told.sampler is not None:
+        found |= {"sampler peak": sampler[-1], "sampler plan": told.sampler.peak}
     phase = max(told.phases, key=lambda name: told.phases[name])
     return {name: x / 2**20 for name, x in found.items()} | {"phase": phase, "isa": torch.get_num_threads()}
 
@@ -183,6 +228,11 @@ def main() -> int:
                 f"{net[0]:>6.0f} /{net[1]:>6.0f} ={net[0] / net[1]:>5.2f}  {found['phase']}",
                 flush=True,
             )
+            if "sampler peak" in found:
+                ratio = found["sampler plan"] / found["sampler peak"]
+                outcome = "met" if abs(ratio - 1) <= LIMIT else "missed"
+                sizes = f"{found['sampler plan']:>8.0f}{found['sampler peak']:>10.0f}{ratio:>7.2f}"
+                print(f"{'  the process that samples':<44}{sizes} {outcome}", flush=True)
     if args.json:
         print(json.dumps({"rows": rows, "limit": LIMIT}))
     return 0

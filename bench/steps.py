@@ -13,6 +13,7 @@ itself 5 at 17M and 2 at 135M, where a step of the others takes half a minute.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -42,11 +43,11 @@ BARS = {
 MEMORY_BAR = 0.7
 PROMPT_TOKENS = 8
 STEPS = {"17M": 5, "135M": 2}
-CURVE_STEPS, SEEDS, POINTS = 40, 3, 8
+CURVE_STEPS, SEEDS, POINTS = 40, 6, 8
 CURVE_VOCABULARY = 128
 """Words of the model that learns: so few that a batch shows each several times, or forty steps would teach nothing."""
-APART = 3.0
-"""Curves overlay when their mean rewards differ by fewer standard errors of the difference, at every point."""
+CHANCE = 0.05
+"""Curves differ when seeds alone would set them as far apart with no more than this probability."""
 
 
 def tokenizer_of(words: int) -> Any:
@@ -345,33 +346,39 @@ def points(curve: Sequence[float]) -> list[float]:
 
 
 def curves(arguments: Sequence[str], seeds: int) -> None:
-    """Rewards of both sides, point by point: means over the seeds, their difference and its standard error.
+    """Rewards of both sides, stretch by stretch, and how likely seeds alone would set them so far apart.
 
-    The variance between seeds is taken over all points and both sides: a few seeds say little of it at one point.
+    Of all ways to deal the curves to two sides, the share whose largest difference of means is at least that of the two trainers: an
+    exact test without assumptions on how curves spread, which they do most where they are steepest (Fisher's permutation test with
+    the maximum over stretches, Westfall and Young 1993).
     """
     names = tuple(CONTENDERS["curves"])
-    found = {
-        name: [points(run([*arguments, "--seed", str(seed)], "curves", name)["rewards"]) for seed in range(seeds)]
+    found = [
+        points(run([*arguments, "--seed", str(seed)], "curves", name)["rewards"])
         for name in names
-    }
-    columns = {name: list(zip(*each, strict=True)) for name, each in found.items()}
-    if seeds > 1:
-        spread = statistics.fmean(statistics.variance(at) for name in names for at in columns[name])
-        error = (2 * spread / seeds) ** 0.5
-    else:
-        error = float("nan")
-    worst = 0.0
-    for i, (a, b) in enumerate(zip(*(columns[name] for name in names), strict=True)):
-        difference = statistics.fmean(a) - statistics.fmean(b)
-        worst = max(worst, abs(difference))
+        for seed in range(seeds)
+    ]
+    table = torch.tensor(found, dtype=torch.float64)
+    sides = table.view(2, seeds, -1)
+    means = sides.mean(1)
+    spread = sides.var(1).mean(0).sqrt() if seeds > 1 else torch.full_like(means[0], float("nan"))
+    for i, (a, b, deviation) in enumerate(zip(*means.tolist(), spread.tolist(), strict=True)):
         print(
-            f"curves   stretch {i + 1}: {names[0]} {statistics.fmean(a):.3f}, {names[1]} {statistics.fmean(b):.3f}, {difference:+.3f}"
+            f"curves   stretch {i + 1}: {names[0]} {a:.3f}, {names[1]} {b:.3f}, {a - b:+.3f}; "
+            f"deviation between seeds {deviation:.3f}"
         )
-    learned = [statistics.fmean(columns[name][-1]) - statistics.fmean(columns[name][0]) for name in names]
-    verdict = "no seeds to compare with" if seeds < 2 else "overlay" if worst <= APART * error else "differ"
+    farthest = lambda a, b: float((a.mean(0) - b.mean(0)).abs().max())
+    whole, observed = set(range(2 * seeds)), farthest(*sides)
+    dealt = [
+        farthest(table[[*ours]], table[[*(whole - {*ours})]])
+        for ours in itertools.combinations(range(2 * seeds), seeds)
+    ]
+    chance = statistics.fmean(x >= observed - 1e-12 for x in dealt)
+    learned = (means[:, -1] - means[:, 0]).tolist()
+    verdict = "too few seeds to tell" if 2 / len(dealt) > CHANCE else "overlay" if chance > CHANCE else "differ"
     print(
-        f"curves   learned {learned[0]:+.3f} and {learned[1]:+.3f}; largest difference {worst:.3f},"
-        f" standard error of a difference {error:.3f} over {seeds} seeds a side: {verdict}"
+        f"curves   learned {learned[0]:+.3f} and {learned[1]:+.3f}; largest difference {observed:.3f}, which seeds alone reach with"
+        f" probability {chance:.3f} ({seeds} seeds a side): {verdict}"
     )
 
 

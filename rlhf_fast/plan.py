@@ -23,10 +23,19 @@ ROLES = {
     "sft": (("policy",), ("policy",)),
     "reward": (("reward",), ("reward",)),
     "dpo": (("policy", "reference"), ("policy",)),
+    "kto": (("policy", "reference"), ("policy",)),
     "grpo": (("policy", "reference"), ("policy",)),
+    "online-dpo": (("policy", "reference"), ("policy",)),
+    "raft": (("policy",), ("policy",)),
     "ppo": (("policy", "reference", "value", "reward"), ("policy", "value")),
 }
 """(roles, those that train) by trainer."""
+SAMPLE, IN_GROUPS, PAIRS = (
+    ("ppo", "grpo", "online-dpo", "raft"),
+    ("grpo", "online-dpo", "raft"),
+    ("dpo", "online-dpo", "reward"),
+)
+"""Trainers that learn from their own samples, those with several of a prompt, and those whose micro-batches are of pairs."""
 FREE = 0.9
 """Share of a budget that a plan may fill. A GPU's context and libraries, the holes between blocks, and on a CPU what a process touches of
 its libraries at the first step (some 35 MiB, bench/plan.py) are not in it."""
@@ -38,16 +47,23 @@ class DoesNotFit(ValueError):
 
 @dataclass
 class Plan:
-    """Bytes by part. `always` is there all the time; of `phases` one at a time."""
+    """Bytes by part of one process. `always` is there all the time; of `phases` one at a time."""
 
     always: dict[str, int] = field(default_factory=dict)
     phases: dict[str, int] = field(default_factory=dict)
     micro_batch_size: int = 1
+    sampler: Plan | None = None
+    """Of the second process, where one samples."""
 
     @property
     def peak(self) -> int:
-        """Bytes of the widest moment."""
+        """Bytes of the widest moment of this process."""
         return sum(self.always.values()) + max(self.phases.values())
+
+    @property
+    def total(self) -> int:
+        """With those of the second process. What both map of one file is in memory once, and counted twice."""
+        return self.peak + (0 if self.sampler is None else self.sampler.peak)
 
     def lines(self, gpu: str | None = None) -> list[str]:
         """For a reader."""
@@ -57,6 +73,9 @@ class Plan:
         ]
         found = [f"{name:36} {size / 2**20:12,.1f} MiB  {note}".rstrip() for name, note, size in rows]
         found.append(f"{'peak':36} {self.peak / 2**20:12,.1f} MiB")
+        if self.sampler is not None:
+            found += ["beside it the process that samples:", *self.sampler.lines()]
+            found.append(f"{'both':36} {self.total / 2**20:12,.1f} MiB")
         if gpu is not None:
             room = GPUS[gpu] * 2**30
             verdict = "fits" if self.peak <= FREE * room else "fits barely" if self.peak <= room else "does not fit"
@@ -110,22 +129,22 @@ class Planner:
                 gradient_checkpointing=config.gradient_checkpointing,
             )
         self.passes = Passes(fake, self.model, packed=self.cpu)
-        self.online = config.trainer in ("ppo", "grpo")
+        self.online = config.trainer in SAMPLE
         self.length = config.prompt_tokens + config.response_tokens
         share = -(-config.batch_size // (config.ranks * self._samples))
         self.batch = share * self._samples
         """Completions that a rank samples: those of a prompt stay together."""
-        self._rollout: int | None = None
+        self._rollouts: dict[int, int] = {}
 
     @property
     def _samples(self) -> int:
-        return self.config.group_size if self.config.trainer == "grpo" else 1
+        return self.config.group_size if self.config.trainer in IN_GROUPS else 1
 
     def at(self, micro_batch_size: int) -> Plan:
         """The plan with so many sequences (pairs) in a pass."""
         config, model, base = self.config, self.model, self.model.base
         own = {role: sum(p.nbytes for p in model.parameters_of(role).values()) for role in model.roles}
-        rows = micro_batch_size * (2 if config.trainer in ("dpo", "reward") else 1)
+        rows = micro_batch_size * (2 if config.trainer in PAIRS else 1)
         learned = rows * (config.response_tokens if self.online else self.length)
         weights, widest = self._weights()
         gradients = sum(own[role] for role in self.trained)
@@ -148,13 +167,28 @@ class Planner:
             found.always["chunks of the LM head"] = head_bytes(learned, head, not self.cpu)
         if widest:
             found.always["widest layer, dequantised"] = widest
+        reading = {}
         if self.cpu and (self.stored != self.dtype or config.quantize != "none"):
-            found.phases["reading the weights"] = sum(p.numel() for p in base.parameters()) * self.stored.itemsize
+            reading["reading the weights"] = sum(p.numel() for p in base.parameters()) * self.stored.itemsize
+        found.phases |= reading
         if self.online:
             if config.engine == "local":
-                self._rollout = self._sampling() if self._rollout is None else self._rollout
-                found.phases["rollout"] = self._rollout + sum(layers)  # whole, for as long as it samples
-            found.phases["scoring"] = self.passes.scores(self.roles, rows, self.length, kept_trunk=True)
+                found.phases["rollout"] = self._sampling(self._samples) + sum(
+                    layers
+                )  # whole, for as long as it samples
+            elif config.engine == "process" and self.cpu:
+                always = {"process before the model": self.held, "base weights": weights, "adapter": own["policy"]}
+                always["packed weights"] = self._packed()
+                if widest:
+                    always["widest layer, dequantised"] = widest
+                rollout = self._sampling(self._samples) - self._packed()
+                found.sampler = Plan(always, {**reading, "rollout": rollout}, micro_batch_size)
+            if config.greedy:
+                found.phases["greedy rollout"] = self._sampling(1) + sum(layers)
+            if scored := [role for role in self.roles if role != "policy" or self._scores_policy]:
+                found.phases["scoring"] = self.passes.scores(scored, micro_batch_size, self.length, kept_trunk=True)
+        if config.trainer == "kto":
+            found.phases["answers to other prompts"] = self.passes.scores(self.roles, rows, self.length)
         for role in self.trained:
             found.phases[f"update of {role}"] = self._update(role, rows)
         parameters = [p.nbytes for role in self.trained for p in model.parameters_of(role).values()]
@@ -164,6 +198,10 @@ class Planner:
             # Of the moments: copies, their bytes, and those of the whole file (train/checkpoint.py).
             found.phases["checkpoint"] = 3 * 2 * gradients
         return found
+
+    @property
+    def _scores_policy(self) -> bool:
+        return self.config.old_logprobs == "scored" and self.config.trainer != "raft"
 
     def _weights(self) -> tuple[int, int]:
         """Bytes of the base, and of its widest quantised layer in the dtype of products (0 without)."""
@@ -185,32 +223,39 @@ class Planner:
     def _update(self, role: str, rows: int) -> int:
         config, online = self.config, self.online
         head = "values" if role in ("value", "reward") else "ppo" if config.trainer == "ppo" else "logprobs"
-        before = ("reference",) if config.trainer == "dpo" and "reference" in self.roles else ()
+        before = ("reference",) if config.trainer in ("dpo", "kto") and "reference" in self.roles else ()
         responses = config.response_tokens if online and head != "values" else None
         return self.passes.trains(
             role, rows, self.length, head=head, before=before, responses=responses, kept_trunk=online
         )
 
-    def _sampling(self) -> int:
-        """Keys and values of every layer, prompts once for all their samples; the pass over the prompts, or the logits of a token
-        beside those of the one before; on a CPU the packed weights (rollout/packed.py)."""
-        from rlhf_fast.model.linear import weight_of
-        from rlhf_fast.rollout.packed import packable
-
+    def _sampling(self, samples: int) -> int:
+        """Of `samples` of every prompt: keys and values of every layer, prompts once for all their samples; the pass over the prompts, or
+        the logits of a token beside those of the one before; on a CPU the packed weights."""
+        if samples in self._rollouts:
+            return self._rollouts[samples]
         config, text = self.config, self.text
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         prompts = self.batch // self._samples
-        tokens = prompts * config.prompt_tokens + self.batch * config.response_tokens
+        tokens = prompts * (config.prompt_tokens + samples * config.response_tokens)
         cache = 2 * text.num_hidden_layers * heads * width * self.dtype.itemsize * tokens
-        logits = 2 * self.batch * text.vocab_size * 4
-        packed = 0
-        if self.cpu:
-            plain = config.quantize == "none"
-            layers = [weight_of(layer) for layer in self.model.backbone.all_linears().values() if plain]
-            layers.append(weight_of(self.model.base.get_output_embeddings()))
-            packed = sum(w.nbytes for w in layers if packable(w))
-        return packed + cache + max(logits, self.passes.reads("policy", prompts, config.prompt_tokens))
+        logits = 2 * prompts * samples * text.vocab_size * 4
+        read = max(logits, self.passes.reads("policy", prompts, config.prompt_tokens))
+        self._rollouts[samples] = self._packed() + cache + read
+        return self._rollouts[samples]
+
+    def _packed(self) -> int:
+        """Of rollout/packed.py."""
+        from rlhf_fast.model.linear import weight_of
+        from rlhf_fast.rollout.packed import packable
+
+        if not self.cpu:
+            return 0
+        plain = self.config.quantize == "none"
+        layers = [weight_of(layer) for layer in self.model.backbone.all_linears().values() if plain]
+        layers.append(weight_of(self.model.base.get_output_embeddings()))
+        return sum(w.nbytes for w in layers if packable(w))
 
 
 def _held(folder: str) -> int:
@@ -226,7 +271,7 @@ def _held(folder: str) -> int:
 
 
 def plan(config: PlanConfig) -> Plan:
-    """The memory of one process of a run.
+    """The memory of one process of a run, and of the second one where that samples.
 
     Without a micro_batch_size: with the largest that fits 90 % of `memory_gib` or of the GPU, and at most batch_size. Raises DoesNotFit
     when none does, ValueError as Planner.
@@ -257,22 +302,23 @@ def largest(planner: Planner, room: float, most: int) -> Plan:
     second = planner.at(2)
     size = max(n for n in range(1, most + 1) if n == 1 or _along(first, second, n) <= room)
     found = first
-    while size > 1 and (found := planner.at(size)).peak > room:
+    while size > 1 and (found := planner.at(size)).total > room:
         size, found = size - 1, first
     return found
 
 
 def _along(first: Plan, second: Plan, n: int) -> float:
-    """Peak of a micro-batch of n by the plans of 1 and 2."""
+    """`total` of a micro-batch of n by the plans of 1 and 2."""
     line = lambda a, b: {name: a[name] + (n - 1) * (b[name] - a[name]) for name in a}
-    return sum(line(first.always, second.always).values()) + max(line(first.phases, second.phases).values())
+    beside = 0 if first.sampler is None else first.sampler.peak  # a rollout has no micro-batches
+    return sum(line(first.always, second.always).values()) + max(line(first.phases, second.phases).values()) + beside
 
 
 def checked(found: Plan, room: float) -> Plan:
     """The same plan. Raises DoesNotFit when it takes more than `room` bytes."""
-    if found.peak <= room:
+    if found.total <= room:
         return found
-    got = f"{found.peak / 2**30:.2f} GiB with a micro-batch of {found.micro_batch_size}"
+    got = f"{found.total / 2**30:.2f} GiB with a micro-batch of {found.micro_batch_size}"
     table = "\n".join(found.lines())
     raise DoesNotFit(
         f"plan: argument 'memory_gib' got a run that takes {got}, expected at most {room / 2**30:.2f}, 90 % of it:\n{table}"

@@ -99,6 +99,55 @@ def test_ranks_share_the_layers_and_the_batch(folder):
     assert "rollout" not in plan(settings(folder, ranks=4, shard=True, engine="process")).phases
 
 
+def test_each_trainer_is_planned_by_its_own_passes(folder):
+    of = lambda trainer, rows, **k: Planner(settings(folder, trainer=trainer, group_size=4, **k)).at(rows)
+    update = "update of policy"
+    pairs, alone = of("online-dpo", 3), of("grpo", 6)
+    assert pairs.phases[update] == alone.phases[update], "a pair is two completions, whose reference is known"
+    assert pairs.phases["scoring"] < alone.phases["scoring"], "of as many completions as a pass has pairs"
+    assert of("kto", 6).phases[update] == of("dpo", 3).phases[update]
+    reads = Planner(settings(folder, trainer="kto"))
+    strange = reads.passes.scores(("policy", "reference"), 6, 17)
+    assert reads.at(6).phases["answers to other prompts"] == strange
+    learned = of("raft", 6)
+    assert learned.phases[update] == alone.phases[update]
+    assert "scoring" not in learned.phases
+    assert of("raft", 6, roles=("policy", "reward")).phases["scoring"] > 0
+    known = of("ppo", 6, old_logprobs="sampled")
+    assert known.phases["scoring"] < of("ppo", 6).phases["scoring"]
+
+
+def test_a_greedy_completion_of_each_prompt_is_a_rollout_of_its_own(folder):
+    of = lambda **k: Planner(settings(folder, trainer="grpo", greedy=True, **k))
+    both = of(group_size=4).at(2)
+    alone = Planner(settings(folder, trainer="grpo", group_size=1, batch_size=4)).at(2)
+    assert both.phases["greedy rollout"] == alone.phases["rollout"] < both.phases["rollout"]
+    beside = of(group_size=4, engine="process").at(2)
+    assert beside.phases["greedy rollout"] == both.phases["greedy rollout"], "the trainer decodes it"
+    assert "rollout" not in beside.phases
+
+
+def test_a_process_that_samples_has_a_plan_of_its_own(folder):
+    here, beside = (plan(settings(folder, engine=engine, dtype="bfloat16")) for engine in ("local", "process"))
+    sampler = beside.sampler
+    assert here.sampler is None and here.total == here.peak and sampler is not None
+    assert sampler.always["base weights"] == here.always["base weights"]
+    policy = SharedModel(tiny_llama(), ("policy",), LoraConfig(r=4)).parameters_of("policy").values()
+    assert sampler.always["adapter"] == sum(p.nbytes for p in policy)
+    assert sampler.always["packed weights"] + sampler.phases["rollout"] == here.phases["rollout"]
+    assert sampler.phases["reading the weights"] == here.phases["reading the weights"]
+    assert beside.total == beside.peak + sampler.peak
+    assert beside.lines()[-1].split()[:2] == ["both", f"{beside.total / 2**20:,.1f}"]
+    for elsewhere in ({"engine": "vllm"}, {"engine": "process", "gpu": "h100"}):
+        assert plan(settings(folder, **elsewhere)).sampler is None
+    with pytest.raises(DoesNotFit):
+        checked(beside, beside.total - 1)
+    planner = Planner(settings(folder, engine="process"))
+    tight = planner.at(6).total - 1
+    found = largest(planner, tight, 6)
+    assert found.micro_batch_size == 5 and found.total <= tight < planner.at(6).total
+
+
 def test_a_base_of_another_dtype_is_read_beside_its_file(folder):
     found = plan(settings(folder, trainer="sft", dtype="bfloat16"))
     numbers = sum(p.numel() for p in tiny_llama().parameters())
@@ -231,7 +280,7 @@ import sys, torch
 from rlhf_fast._allocator import LARGE, resident_bytes, return_large_blocks
 assert return_large_blocks() == sys.argv[1].startswith("glibc")
 pinned, before = [], resident_bytes()
-for _ in range(64):
+for _ in range(512):
     block = torch.ones(2 * LARGE // 4)
     pinned.append(torch.ones(LARGE // 32))  # what would keep the top of the heap in its place
     del block
@@ -241,7 +290,7 @@ print(resident_bytes() - before)
     done = subprocess.run([sys.executable, "-c", code, libc], capture_output=True, text=True, check=True)
     assert resident_bytes() > 2**26
     if libc == "glibc":
-        assert int(done.stdout) < 2**24, "64 blocks of 2 MiB came and went"
+        assert int(done.stdout) < 2**24, "512 blocks of 256 KiB came and went"
 
 
 def test_the_command_prints_every_part_and_whether_it_fits(folder, capsys):

@@ -172,7 +172,7 @@ class RunConfig:
     threads: Count | None = None
     """CPU threads (PyTorch's choice when left out)."""
     memory_gib: Positive | None = None
-    """On a CPU: GiB that the process may take, libraries and data included. micro_batch_size is then the most: the run takes the largest
+    """On a CPU: GiB that the process may take, libraries and data included, and that of rollout.engine = process with it. micro_batch_size is then the most: the run takes the largest
     that `rlhf-fast plan` finds room for in 90 % of it, or refuses to start. What lives is all that is held: blocks go back to the system as they die,
     which costs time (about a fifth of a step of a small model)."""
     halve_on_oom: bool = True

@@ -28,7 +28,7 @@ class PlanConfig:
 
     model: Name
     """Folder with the config of a Hugging Face causal language model; its weights are not read."""
-    trainer: Literal["ppo", "grpo", "dpo", "sft", "reward"] = "ppo"
+    trainer: Literal["ppo", "grpo", "online-dpo", "raft", "dpo", "kto", "sft", "reward"] = "ppo"
     """Which run."""
     roles: tuple[Literal["policy", "reference", "value", "reward"], ...] = ()
     """Roles on the base (those of the trainer when left out)."""
@@ -47,17 +47,22 @@ class PlanConfig:
     batch_size: Count = 64
     """Completions per step."""
     micro_batch_size: Count | None = 16
-    """Sequences (pairs, for dpo and reward) per pass; none: the largest that fits, up to batch_size."""
+    """Sequences (pairs, for dpo, online-dpo and reward) per pass; none: the largest that fits, up to batch_size."""
     memory_gib: Positive | None = None
-    """GiB of which the plan may fill 90 %, on a CPU with the process itself; left out: those of the GPU, any number on a CPU."""
+    """GiB of which the plan may fill 90 %, on a CPU with the processes themselves; left out: those of the GPU, any number on a CPU."""
     group_size: Count = 8
-    """grpo: completions of each prompt."""
+    """grpo, online-dpo, raft: completions of each prompt."""
+    greedy: bool = False
+    """grpo: one more completion of each prompt, the greedy one (group.advantages = remax)."""
+    old_logprobs: Literal["scored", "sampled"] = "scored"
+    """Whether scoring runs the policy (rollout.old_logprobs)."""
     ranks: Count = 1
     """Processes that share the run under torchrun; batch_size is of all of them, the plan is of one."""
     shard: bool = False
     """Every rank keeps its part of the frozen decoder layers (model.shard)."""
     engine: Literal["local", "process", "vllm"] = "local"
-    """Where completions are sampled: in the trainer, or elsewhere, with memory that is not planned here."""
+    """Where completions are sampled: in the trainer, in a second process, which on a CPU has a plan of its own, or in a server, whose
+    memory is not planned here."""
     prompt_tokens: Count = 128
     """Tokens of a prompt."""
     response_tokens: Count = 128

@@ -110,8 +110,7 @@ def train_kto(config: KTOConfig) -> Path:
     held = int(len(encoded) * config.eval_fraction)
     held_out, kept = [encoded[i] for i in order[:held]], [encoded[i] for i in order[held:]]
     weights = weights_of(config, [x.record.label for x in kept])
-    # A pair of the plan is two answers.
-    pairs = fitting(config, "dpo", -(-config.micro_batch_size // 2), ((0, len(x.input_ids)) for x in encoded))
+    size = fitting(config, "kto", config.micro_batch_size, ((0, len(x.input_ids)) for x in encoded))
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, ROLES, config.run.seed, device=device_of(config.run))
     trainer = Trainer(config, weights, model, packs_well(model) if config.packing is None else config.packing)
@@ -119,9 +118,7 @@ def train_kto(config: KTOConfig) -> Path:
     total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
     model.train()
-    micro_batches = MicroBatches(
-        min(2 * pairs, config.micro_batch_size), halve=config.run.halve_on_oom, clear=model.zero_grad
-    )
+    micro_batches = MicroBatches(size, halve=config.run.halve_on_oom, clear=model.zero_grad)
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}
     with Run("kto", config, model, {"policy": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         run.shard(micro_batches, batch_size=config.batch_size)

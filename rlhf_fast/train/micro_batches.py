@@ -31,21 +31,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def fitting(
     config: Any,
-    trainer: Literal["ppo", "grpo", "dpo", "sft", "reward"],
+    trainer: str,
     most: int,
     lengths: Iterable[tuple[int, int]],
     *,
     roles: tuple[str, ...] = (),
     batch_size: int = 1,
     group_size: int = 1,
+    greedy: bool = False,
     engine: Literal["local", "process", "vllm"] = "local",
+    old_logprobs: Literal["scored", "sampled"] = "scored",
     whole: bool = False,
 ) -> int:
     """Rows (pairs) of a micro-batch: `most`, or with run.memory_gib the largest number up to it that a plan of the run finds room for.
 
     To be asked before the model is loaded, when the process holds its libraries and its data: they are counted as they stand.
-    lengths: (prompt, response) tokens of every sequence; the longest stand for all. batch_size, group_size, engine: of the rollouts of
-    all ranks. whole: a smaller number will not do. Raises rlhf_fast.plan.DoesNotFit, a ValueError.
+    trainer, greedy, old_logprobs: as in PlanConfig. lengths: (prompt, response) tokens of every sequence; the longest stand for all.
+    batch_size, group_size, engine: of the rollouts of all ranks. whole: a smaller number will not do. Raises
+    rlhf_fast.plan.DoesNotFit, a ValueError.
     """
     gib = config.run.memory_gib
     if gib is None:
@@ -61,7 +64,7 @@ def fitting(
     prompt, response = max(lengths, key=sum)
     settings = PlanConfig(
         config.model.path,
-        trainer=trainer,
+        trainer=trainer,  # type: ignore[arg-type]
         roles=roles,  # type: ignore[arg-type]
         dtype=config.model.dtype,
         quantize=config.model.quantize,
@@ -70,6 +73,8 @@ def fitting(
         gradient_checkpointing=config.model.gradient_checkpointing,
         batch_size=batch_size,
         group_size=group_size,
+        greedy=greedy,
+        old_logprobs=old_logprobs,
         ranks=int(os.environ.get("WORLD_SIZE") or 1),
         shard=config.model.shard,
         engine=engine,
@@ -79,8 +84,8 @@ def fitting(
     planner = Planner(settings)
     room = FREE * gib * 2**30
     found = checked(planner.at(most), room) if whole else largest(planner, room, most)
-    size, peak = found.micro_batch_size, found.peak / 2**30
-    logger.info("micro-batches of %d: the plan takes %.2f of %.2f GiB", size, peak, gib)
+    size, total = found.micro_batch_size, found.total / 2**30
+    logger.info("micro-batches of %d: the plan takes %.2f of %.2f GiB", size, total, gib)
     return size
 
 

@@ -294,6 +294,7 @@ class Sampler(ABC):
             with self.ranks.whole():
                 found = sample(self.model, request.part(own))
         rollout, of_role = self.gathered(request, found), None
+        _buffers.release()
         if "reward" in self.model.roles:
             parts = []
             for i in range(own.start, own.stop, self.micro_batch_size):
@@ -434,16 +435,18 @@ def train_online(
     adapters = {}
     if rewards.adapter is not None:
         roles, adapters = (*roles, "reward"), {"reward": rewards.adapter}
-    memory, rollout = config.run.memory_gib, config.rollout
+    memory, rollout, group_size = config.run.memory_gib, config.rollout, getattr(config, "group_size", 1)
     room = fitting(
         config,
-        "ppo" if "value" in rates else "grpo",
-        rollout.batch_size,
+        title,
+        rollout.batch_size // (group_size if title == "online-dpo" else 1),  # of whose prompts each gives one pair
         ((len(ids), rollout.max_new_tokens) for ids in prompts),
         roles=tuple(roles),
         batch_size=rollout.batch_size,
-        group_size=getattr(config, "group_size", 1),
+        group_size=group_size,
+        greedy=title == "grpo" and config.group.kind == "remax",
         engine=rollout.engine,
+        old_logprobs=rollout.old_logprobs,
     )
     model = load_model(config.model, tuple(roles), config.run.seed, adapters, device=device_of(config.run))
     if rewards.adapter is not None and "value" in roles:

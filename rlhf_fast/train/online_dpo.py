@@ -57,10 +57,10 @@ class Trainer(Sampler):
             self.micro_batches.halve = False
 
     def limit(self, rows: int) -> None:
-        if self.loss.across and rows < 2 * self.micro_batches.size:
-            expected = f"room for {2 * self.micro_batches.size} completions, which the loss compares"
+        if self.loss.across and rows < self.micro_batches.size:
+            expected = f"room for {self.micro_batches.size} pairs, which the loss compares"
             raise _check.error(ValueError, "online-dpo", "run.memory_gib", f"room for {rows}", expected)
-        super().limit(max(1, rows // 2))  # of pairs
+        super().limit(rows)
 
     def shared_sizes(self) -> dict[str, int]:
         return {}  # the number of pairs varies: `idle` passes make up for it

@@ -9,7 +9,7 @@ import torch
 from models import letter_tokenizer, save_tiny, tiny_llama
 from runs import Updates
 
-from rlhf_fast import group_advantages
+from rlhf_fast import _buffers, group_advantages
 from rlhf_fast.config import (
     GROUP_ADVANTAGES,
     ConfigError,
@@ -211,14 +211,17 @@ def greedy_texts(trainer: Trainer, model: SharedModel) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [4, 1])
-def test_remax_compares_with_the_greedy_completion(folder, size):
+def test_remax_compares_with_the_greedy_completion(folder, monkeypatch, size):
     update = GroupUpdateConfig("remax", minibatch_size=4 * size, micro_batch_size=4)
     reward = RewardSource(SCORE, workers=0, normalize="running")
     rollout = RolloutConfig(batch_size=4 * size, max_new_tokens=8, temperature=1.7)
     trainer, model = make(folder, group=update, reward=reward, group_size=size, rollout=rollout)
     e = experience(trainer)
     moments, batch = trainer.rewards.get(), e.rollout.input_ids.clone()
+    released: list[bool] = []
+    monkeypatch.setattr(_buffers, "release", lambda: released.append(True))
     greedy = trainer.greedy_scores(e)
+    assert released == [True], "what it packed goes back before the update"
     expected = trainer.rewards.normalized(torch.tensor([float(t.count("e")) for t in greedy_texts(trainer, model)]))
     torch.testing.assert_close(greedy, expected)
     assert trainer.rewards.get() == moments and torch.equal(e.rollout.input_ids, batch)
