@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -76,8 +77,9 @@ def generate(
     """Sample completions of left-padded prompts, with their log-probs.
 
     A prompt is read once for all its samples, and its keys and values are kept once where our attention serves the model
-    (rlhf_fast.rollout.attention_of says why not). Rows that have finished leave the batch. A token comes from one read of the
-    logits (ops.sample_tokens), which are fp32 sums whatever the dtype of the model, as in training. On the CPU the linear layers
+    (rlhf_fast.rollout.attention_of says why not). Rows that have finished leave the batch, on a device
+    one step later, so that it never waits for the host. A token comes from one read of the logits (ops.sample_tokens), which are
+    fp32 sums whatever the dtype of the model, as in training. On the CPU the linear layers
     run from packed weights (rollout/packed.py), a second copy of them for the time of the call; the adapter's factors are rounded
     and its product added as in training, but to sums that are rounded once less. Every sequence draws from a stream of its own:
     what it becomes depends on its prompt and seed. Where attention and every linear layer run by our kernels it has the same bits in any
@@ -118,7 +120,7 @@ def generate(
     sampled = torch.zeros(B, R, dtype=torch.bool, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
     logprobs, entropy = (torch.zeros(B, R, device=device) for _ in range(2))
-    running = torch.arange(B, device=device)
+    batch = _Batch(B, device)
     if packed is None:
         packed = PackedRollout(model)
     elif packed.model is not model:
@@ -129,6 +131,7 @@ def generate(
         hidden = decoder.read(ids[::num_samples, :P], prompt_mask)
         logits = packed.logits(hidden)[:, None].expand(-1, num_samples, -1)  # one row for the samples of a prompt
         for t in range(R):
+            running = batch.rows
             found = sample_tokens(
                 logits,
                 None if uniform is None else uniform[running, t].view(logits.shape[:-1]),
@@ -136,22 +139,104 @@ def generate(
                 softcap=packed.softcap,
                 banned_ids=ends if len(ends) and t < min_new_tokens else None,
             )
-            tokens = found.token_ids.flatten()
-            if bool((tokens < 0).any()):
-                row = int(running[tokens < 0][0])
-                raise ValueError(f"generate: the logits of row {row} at new token {t} are NaN or infinite")
-            ids[running, P + t], sampled[running, t] = tokens, True
-            logprobs[running, t], entropy[running, t] = found.logprobs.flatten(), found.entropy.flatten()
-            if len(ends):
-                ended = torch.isin(tokens, ends)
-                finished[running] = ended
-                running, tokens = running[~ended], tokens[~ended]
-            if t + 1 == R or not len(running):
+            tokens, live = found.token_ids.flatten(), batch.live
+            ended = torch.isin(tokens, ends) & live if len(ends) else torch.zeros_like(live)
+            ids[running, P + t], sampled[running, t] = tokens.where(live, 0), live
+            logprobs[running, t], entropy[running, t] = (
+                x.flatten().where(live, 0.0) for x in (found.logprobs, found.entropy)
+            )
+            finished[running] |= ended
+            kept = batch.end(ended, tokens < 0)
+            if t + 1 == R or not len(batch.rows):
                 break
-            logits = packed.logits(decoder.step(tokens, running))
-    R = t + 1
+            tokens = tokens.clamp(min=0)  # a row without a token may be found out a step late
+            logits = packed.logits(decoder.step(tokens if kept is None else tokens[kept], batch.rows))
+        batch.settle()
+    R = batch.length
     mask = torch.cat([prompt_mask.repeat_interleave(num_samples, 0), sampled[:, :R]], 1)
     return Rollout(ids[:, : P + R], mask, sampled[:, :R], finished, logprobs[:, :R], entropy[:, :R])
+
+
+_ENDED, _BROKEN, _PAST = 1, 2, 3
+"""What a new token is to its row: the last one, none at all, one behind the last."""
+
+
+class _Batch:
+    """The rows of a decode loop. A row that ends leaves as soon as the host knows.
+
+    On the CPU that is at once. On a device the loop would have to wait for it in every step, and the device for the loop: there a
+    step's ends are copied to the host behind it, and looked at when the next step has been queued. Until then a row goes on unseen,
+    which changes nothing for the others.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows = torch.arange(rows, device=device)
+        """(A,) int64, ascending: the rows in the batch, by their number in the rollout."""
+        self.live = torch.ones(rows, dtype=torch.bool, device=device)
+        """(A,) bool: those that have not ended."""
+        self.length = 0
+        """Tokens of the longest completion, as far as the host knows."""
+        self._steps = 0
+        self._numbers = list(range(rows))  # `rows` on the host
+        self._told: deque[tuple[_Copy, list[int], int]] = deque()  # ends of a step, its rows, its number
+        self._behind = _steps_behind(device)
+
+    def end(self, ended: Tensor, broken: Tensor) -> Tensor | None:
+        """Live rows that end with this new token (A,), or have none (A,); gives the places (K,) of the rows that stay, None for all.
+
+        Raises ValueError for a row without a token, here or in the step after.
+        """
+        what = torch.where(self.live, _ENDED * ended + _BROKEN * broken, _PAST)
+        self.live = self.live & ~ended
+        self._told.append((_Copy(what), self._numbers, self._steps))
+        self._steps += 1
+        if len(self._told) <= self._behind:
+            return None
+        over = self._look()
+        kept = [i for i, row in enumerate(self._numbers) if row not in over]
+        if len(kept) == len(self._numbers):
+            return None
+        self._numbers = [self._numbers[i] for i in kept]
+        places = torch.tensor(kept, dtype=torch.int64).to(self.rows.device, non_blocking=True)
+        self.rows, self.live = self.rows[places], self.live[places]
+        return places
+
+    def settle(self) -> None:
+        """Look at what is left to look at."""
+        while self._told:
+            self._look()
+
+    def _look(self) -> set[int]:
+        """The rows that the earliest step not looked at leaves ended."""
+        copy, rows, t = self._told.popleft()
+        what = copy.wait()
+        if _BROKEN in what:
+            row = rows[what.index(_BROKEN)]
+            raise ValueError(f"generate: the logits of row {row} at new token {t} are NaN or infinite")
+        if any(x != _PAST for x in what):
+            self.length = t + 1
+        return {row for row, x in zip(rows, what, strict=True) if x}
+
+
+class _Copy:
+    """A vector on its way to the host, behind what its device has queued."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.done: torch.cuda.Event | None = None
+        self.there = x.to("cpu", non_blocking=x.is_cuda)  # pinned, so that nobody waits here
+        if x.is_cuda:
+            self.done = torch.cuda.Event()
+            self.done.record(torch.cuda.current_stream(x.device))
+
+    def wait(self) -> list[int]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.there.tolist()
+
+
+def _steps_behind(device: torch.device) -> int:
+    """How many steps the host is behind a device when it looks what has ended."""
+    return 0 if device.type == "cpu" else 1
 
 
 class PackedRollout:

@@ -14,7 +14,7 @@ from torch import Tensor
 import rlhf_fast
 from rlhf_fast.batch import pad
 from rlhf_fast.model import LoraConfig, SharedModel
-from rlhf_fast.rollout import PackedRollout, Rollout, attention_of, decoders, generate
+from rlhf_fast.rollout import PackedRollout, Rollout, attention_of, decoders, generate, hf
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
 from tiny import FAMILIES, VOCABULARY, disturb, tiny_base
@@ -128,6 +128,48 @@ def test_a_prompt_is_read_once_and_finished_rows_leave(path):
     else:  # a quarter of the rows at a time
         assert all(have <= held and have > 3 * held // 4 for have, held in zip(running, rows, strict=True))
     assert len(set(running)) > 2
+
+
+ENDING = {"num_samples": 4, "eos_token_id": list(range(2, 14)), "temperature": 4.0, "seeds": torch.arange(16) + 160}
+
+
+@pytest.mark.parametrize("behind", [1, 3])
+def test_a_host_that_looks_later_finds_the_same(path, behind, monkeypatch):
+    """As on a device: what a step has ended is looked at when later ones are queued."""
+    model = disturb(shared())
+    expected = run(model, **ENDING, max_new_tokens=50)
+    lengths = expected.response_mask.sum(1)
+    assert expected.finished.all() and int(lengths.max()) < 50  # the loop ends early
+    monkeypatch.setattr(hf, "_steps_behind", lambda device: behind)
+    fed = Fed(model)
+    found = run(model, **ENDING, max_new_tokens=50)
+    for name in ("input_ids", "attention_mask", "response_mask", "finished"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for name in ("logprobs", "entropy"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    if path == "ours":
+        steps = range(1, int(lengths.max()) + behind)
+        assert [shape[0] for shape in fed.shapes[1:]] == [int((lengths > max(t - behind, 0)).sum()) for t in steps]
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("step", [0, 4, 8])
+def test_a_row_without_a_token_is_named(path, behind, step, monkeypatch):
+    """Rows that have ended have none to miss, and the last step has none behind it in which the host would look."""
+    model = disturb(shared())
+    lengths = run(model, **ENDING, max_new_tokens=9).response_mask.sum(1)
+    row = int((lengths > step).nonzero()[0])
+    assert step == 0 or row > 0
+    monkeypatch.setattr(hf, "_steps_behind", lambda device: behind)
+    logits, calls = PackedRollout.logits, []
+
+    def broken(self, hidden):
+        calls.append(None)
+        return logits(self, hidden * (torch.nan if len(calls) == step + 1 else 1.0))
+
+    monkeypatch.setattr(PackedRollout, "logits", broken)
+    with pytest.raises(ValueError, match=rf"logits of row {row} at new token {step} are NaN"):
+        run(model, **ENDING, max_new_tokens=9)
 
 
 def test_the_keys_of_a_prompt_are_stored_once_and_written_in_place():
