@@ -3,7 +3,8 @@
 A decode step has few queries, so the keys of a token are cut into parts of a fixed number, one program each (Flash-Decoding, Dao et
 al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html): the first launch leaves the softmax of every part relative to its
 own maximum, the second one adds the parts up in their order. Parts are counted from the first key of the prompt and from that of the
-slot: what a token gives depends on its keys alone, whatever is in the batch and however much room there is.
+slot: what a token gives depends on its keys alone, whatever is in the batch and however much room there is. Where a token brings a
+key of its own, the one program that reads its place writes it there first: a decode step needs no launch for that.
 
 Queries of a group of heads are the rows of one product, fp32 without TF32; weights are rounded to the dtype of the values, sums are
 fp32. No tile has 64 rows, from which on Triton would take other instructions of sm_90 and sm_100 for a product.
@@ -73,12 +74,15 @@ def _attend(
     prefix_rows,
     prefix_start,
     prefix_stop,
+    new_keys,  # (tokens, kv_heads, width)
+    new_values,
     stats,  # (tokens, heads, parts, 2): largest exponent, sum e
     sums,  # (tokens, heads, parts, value_width)
     query_token, query_head, key_row, key_head, key_step, value_row, value_head, value_step,
     prefix_key_row, prefix_key_head, prefix_key_step, prefix_value_row, prefix_value_head, prefix_value_step,
+    new_key_token, new_key_head, new_value_token, new_value_head,
     slots, room, prompts, prompt_length, own_parts, parts, scale, softcap, window,
-    OWN: tl.constexpr, PREFIX: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
+    OWN: tl.constexpr, NEW: tl.constexpr, PREFIX: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
@@ -111,6 +115,14 @@ def _attend(
     if OWN and part < own_parts:
         first = part * PART
         last = tl.minimum(first + PART, own)
+        if NEW and (first < own) & (own == last):
+            at, to = new_keys + token * new_key_token + head * new_key_head, keys + row * key_row + head * key_head
+            tl.store(to + (own - 1) * key_step + d, tl.load(at + d, d < WIDTH, other=0.0), d < WIDTH)
+            at = new_values + token * new_value_token + head * new_value_head
+            to = values + row * value_row + head * value_head
+            inside = dv < VALUE_WIDTH
+            tl.store(to + (own - 1) * value_step + dv, tl.load(at + dv, inside, other=0.0), inside)
+            tl.debug_barrier()  # other threads read them
         top, total, found = _sum_part(
             q, keys + row * key_row + head * key_head, values + row * value_row + head * value_head, key_step, value_step,
             tl.maximum(first, unseen - shared), last, scale, softcap, CAP, WIDTH, VALUE_WIDTH, HEADS, D, DV, KEYS,
@@ -157,10 +169,17 @@ def _combine(stats, sums, out, parts, VALUE_WIDTH: tl.constexpr, DV: tl.constexp
 
 def forward(  # type: ignore[no-untyped-def]
     query, keys, values, rows, lengths, prefix_keys, prefix_values, prefix_rows, prefix_start, prefix_stop, scale, softcap,
-    window,
+    window, new_keys=None, new_values=None,
 ):  # fmt: skip
-    """The cell of cached_attention. A token whose row is out of range has no keys there."""
-    query, keys, values, prefix_keys, prefix_values = map(_dense, (query, keys, values, prefix_keys, prefix_values))
+    """The cell of cached_attention. A token whose row is out of range has no keys there.
+
+    new_keys, new_values: as in ops.cached_attention.attend.
+    """
+    query, prefix_keys, prefix_values, new_keys, new_values = map(
+        _dense, (query, prefix_keys, prefix_values, new_keys, new_values)
+    )
+    if new_keys is None:
+        keys, values = _dense(keys), _dense(values)
     places = [contiguous(x) for x in (rows, lengths, prefix_rows, prefix_start, prefix_stop)]
     own, shared = keys is not None, prefix_keys is not None
     tokens, heads, width = query.shape
@@ -180,13 +199,14 @@ def forward(  # type: ignore[no-untyped-def]
     strides = [
         s for x in (keys, values, prefix_keys, prefix_values) for s in ((0,) * 3 if x is None else x.stride()[:3])
     ]
+    strides += [s for x in (new_keys, new_values) for s in ((0,) * 2 if x is None else x.stride()[:2])]
     group = heads // kv_heads
     d, dv = (max(16, next_power_of_2(n)) for n in (width, value_width))
     with on_device(query):
         _attend[(tokens * kv_heads * parts,)](
-            query, keys, values, places[0], places[1], prefix_keys, prefix_values, *places[2:], stats, sums,
+            query, keys, values, places[0], places[1], prefix_keys, prefix_values, *places[2:], new_keys, new_values, stats, sums,
             *query.stride()[:2], *strides, slots, room, prompts, prompt_length, own_parts, parts, scale, softcap, window,
-            OWN=own, PREFIX=shared, CAP=softcap > 0, WINDOW=window > 0, GROUP=group, KV_HEADS=kv_heads, WIDTH=width,
+            OWN=own, NEW=new_keys is not None, PREFIX=shared, CAP=softcap > 0, WINDOW=window > 0, GROUP=group, KV_HEADS=kv_heads, WIDTH=width,
             VALUE_WIDTH=value_width, HEADS=max(16, next_power_of_2(group)), D=d, DV=dv, KEYS=min(32, max(16, 2048 // max(d, dv))),  # a thread holds few of a tile
             PART=PART, num_stages=1, **spread(WARPS),
         )  # fmt: skip

@@ -37,7 +37,7 @@ rounding errors of a pass over the vocabulary, and KL is a difference of logarit
 ROUNDED = 2.0**-7
 """A product of fp32 operands that are rounded to bf16, as a share of the sum of the magnitudes of its terms: 2^-8 for two operands."""
 
-TEACHER_FORCED = {torch.float32: 1e-5, torch.bfloat16: 0.08}
+TEACHER_FORCED = {torch.float32: 1e-5, torch.bfloat16: 0.08, torch.float16: 0.01}
 """Log-probs of a rollout against those of one pass over the finished text, absolute and relative: the same sums in another order, and
 in bf16 activations that are rounded at other places (0.05 seen on three layers of width 32)."""
 

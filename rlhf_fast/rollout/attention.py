@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from rlhf_fast._op import OPS
-from rlhf_fast.ops.cached_attention import WIDTH, attend
+from rlhf_fast._op import OPS, Backend
+from rlhf_fast.ops.cached_attention import TRITON_WIDTH, WIDTH
 from rlhf_fast.rollout.cache import PrefixCache
 
 NAME = "rlhf_fast_cached"
@@ -36,6 +36,13 @@ class Pass:
 
 
 _current: Pass | None = None
+_WIDEST = {"cpp": WIDTH, "triton": TRITON_WIDTH}
+"""Kernels that attend and write the token's keys in one call, and their largest head width."""
+
+
+def kernel_on(device: torch.device) -> Backend:
+    """The cell of cached_attention that is in use on the device."""
+    return OPS["cached_attention"].select(device.type)
 
 
 @contextmanager
@@ -70,7 +77,7 @@ def _attention(
     if told.windows is not None:
         told.windows[told.cache.last] = sliding_window
     own = told.rows is not None
-    out = attend(
+    out = kernel_on(query.device).fn(
         tokens,
         part.keys,
         part.values,
@@ -96,11 +103,11 @@ AttentionInterface.register(NAME, _attention)
 def unusable(base: PreTrainedModel) -> str | None:
     """Why our attention cannot serve this model where it lies now, before it is tried; or None."""
     weight: Tensor = base.get_input_embeddings().weight  # type: ignore[assignment]
-    if weight.device.type != "cpu":
-        return f"the model is on device {weight.device}"
-    if OPS["cached_attention"].select("cpu").name != "cpp":
-        return "the C++ kernels are not in use"
-    if torch.is_autocast_enabled("cpu"):
+    device = weight.device.type
+    kernel = kernel_on(weight.device).name
+    if kernel not in _WIDEST:
+        return f"no kernel of cached_attention is in use on {device}"
+    if torch.is_autocast_enabled(device):
         return "autocast is on"
     if weight.dtype is torch.float64:
         return "the model computes in fp64"
@@ -111,7 +118,7 @@ def unusable(base: PreTrainedModel) -> str | None:
     if kinds:
         return f"layers of type {', '.join(sorted(kinds))}"
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return f"heads are wider than {WIDTH}" if width > WIDTH else None
+    return f"heads are wider than {_WIDEST[kernel]}" if width > _WIDEST[kernel] else None
 
 
 def windows_of(base: PreTrainedModel, layers: int) -> list[int | None]:

@@ -17,7 +17,7 @@ from rlhf_fast.model import SharedModel
 from rlhf_fast.model.backbone import Backbone
 from rlhf_fast.model.linear import weight_of
 from rlhf_fast.model.packing import attending
-from rlhf_fast.rollout.attention import NAME, Pass, passing, unusable, windows_of
+from rlhf_fast.rollout.attention import NAME, Pass, kernel_on, passing, unusable, windows_of
 from rlhf_fast.rollout.cache import PrefixCache, in_place_cache
 from rlhf_fast.rollout.packed import PackedBase, can_pack
 
@@ -33,48 +33,47 @@ class Decoder(Protocol):
 
 
 class CachedDecoder:
-    """By our attention, which the base must be using: the prompt's keys lie there once for its samples, and finished rows just
-    stop asking."""
+    """By our attention: the prompt's keys lie there once for its samples, and finished rows just stop asking.
 
-    def __init__(self, backbone: Backbone, samples: int, room: int) -> None:
-        self.backbone, self.samples, self.room = backbone, samples, room
+    The C++ kernel reads prompts as well. A GPU has faster ways to attend with many tokens of a sequence at once: there the model
+    reads them by its own attention. `stack` holds what the base attends by.
+    """
+
+    def __init__(self, backbone: Backbone, samples: int, room: int, stack: ExitStack) -> None:
+        self.backbone, self.samples, self.room, self.stack = backbone, samples, room, stack
         self.takes_positions = _takes_positions(backbone)
         self.windows: dict[int, int | None] = {}
-        """Sliding window of every layer that has attended."""
+        """Sliding window of every layer that has attended by our kernel."""
 
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
         G, P = ids.shape
         self.cache = PrefixCache(len(self.backbone.layers), G * self.samples, self.room)
         self.starts = P - mask.sum(1)
-        places = torch.arange(P)
+        self.prompt_length, self.steps = P, 0
+        places = torch.arange(P, device=ids.device)
+        positions = (places - self.starts[:, None]).clamp_(min=0)
+        attend_by_us = attending(self.backbone.base, NAME)
+        if kernel_on(ids.device).name != "cpp":
+            hidden = _hidden(self, ids, positions, mask.long())
+            self.stack.enter_context(attend_by_us)
+            return hidden[:, -1]
+        self.stack.enter_context(attend_by_us)
         # A real token sees the prompt up to itself; a padding token sees nothing.
         stops = torch.where(mask, places + 1, self.starts[:, None])
         prompts, starts, stops = _flat(torch.arange(G)[:, None], self.starts[:, None], stops)
-        told = Pass(self.cache, prompts, starts, stops, windows=self.windows)
-        hidden = self._run(told, ids, (places - self.starts[:, None]).clamp_(min=0))
-        self.prompt_length, self.steps = P, 0
-        return hidden[:, -1]
+        return self._run(Pass(self.cache, prompts, starts, stops), ids, positions)[:, -1]
 
     def step(self, ids: Tensor, rows: Tensor) -> Tensor:
         prompts = rows // self.samples
         starts = self.starts[prompts]
         self.steps += 1
         own, stops = torch.full_like(rows, self.steps), torch.full_like(rows, self.prompt_length)
-        told = Pass(self.cache, prompts, starts, stops, rows, own)
+        told = Pass(self.cache, prompts, starts, stops, rows, own, windows=self.windows)
         return self._run(told, ids[:, None], (self.prompt_length + self.steps - 1 - starts)[:, None])[:, -1]
 
     def _run(self, told: Pass, ids: Tensor, positions: Tensor) -> Tensor:
         with passing(told):
-            extra = {"position_ids": positions} if self.takes_positions else {}
-            out = self.backbone.decoder(
-                input_ids=ids,
-                attention_mask=None,
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-                **extra,
-            )
-        return out.last_hidden_state
+            return _hidden(self, ids, positions, None)
 
 
 class PlainDecoder:
@@ -106,16 +105,21 @@ class PlainDecoder:
         return self._run(fed[:, None], self.mask.sum(1, keepdim=True) - 1)[at, -1]
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        extra = {"position_ids": positions} if self.takes_positions else {}
-        out = self.backbone.decoder(
-            input_ids=ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **extra,
-        )
-        return out.last_hidden_state
+        return _hidden(self, ids, positions, self.mask)
+
+
+def _hidden(decoder: CachedDecoder | PlainDecoder, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Hidden states (rows, S, H) of the tokens `ids` (rows, S) behind what the decoder's cache holds."""
+    extra = {"position_ids": positions} if decoder.takes_positions else {}
+    out = decoder.backbone.decoder(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=decoder.cache,
+        use_cache=True,
+        return_dict=True,
+        **extra,
+    )
+    return out.last_hidden_state
 
 
 def _takes_positions(backbone: Backbone) -> bool:
@@ -127,16 +131,21 @@ def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.flatten() for x in torch.broadcast_tensors(*tensors))
 
 
-_tried: weakref.WeakKeyDictionary[PreTrainedModel, str | None] = weakref.WeakKeyDictionary()
+_tried: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = weakref.WeakKeyDictionary()
 _groups: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple[str, ...], ...]] = weakref.WeakKeyDictionary()
 
 
 def attention_of(model: SharedModel) -> str | None:
-    """Why rollouts of this model run by its own attention instead of ours, or None; tried out once per base, on a few tokens."""
+    """Why rollouts of this model run by its own attention instead of ours, or None; tried out once per base and kernel, on a few
+    tokens."""
     reason = unusable(model.base)
-    if reason is None and model.base not in _tried:
-        _tried[model.base] = _try_attention(model.backbone)
-    return reason or _tried[model.base]
+    if reason is not None:
+        return reason
+    tried = _tried.setdefault(model.base, {})
+    kernel = kernel_on(model.backbone.device).name
+    if kernel not in tried:
+        tried[kernel] = _try_attention(model.backbone)
+    return tried[kernel]
 
 
 @contextmanager
@@ -146,10 +155,10 @@ def decoding(model: SharedModel, role: str, samples: int, room: int, packed: Pac
         stack.enter_context(model.as_role(role))
         if packed is not None:
             stack.enter_context(packed.running(role))
-        ours = attention_of(model) is None
-        if ours:
-            stack.enter_context(attending(model.base, NAME))
-        yield (CachedDecoder if ours else PlainDecoder)(model.backbone, samples, room)
+        if attention_of(model) is None:
+            yield CachedDecoder(model.backbone, samples, room, stack)
+        else:
+            yield PlainDecoder(model.backbone, samples, room)
 
 
 def pack(model: SharedModel) -> PackedBase | None:
@@ -198,19 +207,19 @@ def _try_attention(backbone: Backbone) -> str | None:
 
     Layer by layer, each from the same input: what 30 layers make of the roundings of bf16 can be a quarter of the result.
     """
-    base = backbone.base
+    base, device = backbone.base, backbone.device
     vocabulary = weight_of(base.get_input_embeddings()).shape[0]
-    ids, new = torch.arange(10).view(2, 5) % min(7, vocabulary), torch.arange(8).view(4, 2) % min(7, vocabulary)
-    mask = torch.tensor([[False, False, True, True, True], [True] * 5])
+    ids, new = (torch.arange(n, device=device).view(-1, n // 2) % min(7, vocabulary) for n in (10, 8))
+    new = new.view(4, 2)
+    mask = torch.tensor([[False, False, True, True, True], [True] * 5], device=device)
     whole_ids = torch.cat([ids.repeat_interleave(2, 0), new], 1)
-    whole_mask = torch.cat([mask.repeat_interleave(2, 0), torch.ones(4, 2, dtype=torch.bool)], 1)
+    whole_mask = torch.cat([mask.repeat_interleave(2, 0), torch.ones_like(new, dtype=torch.bool)], 1)
     whole: list[tuple[Tensor, Tensor]] = []  # input and output of every layer, (4, 7, H)
     with _watched(backbone, lambda i, x: x, lambda i, x, y: whole.append((x, y))):
         backbone.hidden(whole_ids, whole_mask)
     error = whole[0][0].new_zeros(len(whole), dtype=torch.float32)
     places = [slice(4, 5), slice(5, 6), slice(6, 7)]  # the last token of the prompt, and two more
-    decoder, rows = CachedDecoder(backbone, 2, 2), torch.arange(4)
-    at = -1
+    rows, at = torch.arange(4, device=device), -1
 
     def given(i: int, x: Tensor) -> Tensor:
         return whole[i][0][::2, :5] if at == 0 else whole[i][0][:, places[at]]
@@ -223,7 +232,8 @@ def _try_attention(backbone: Backbone) -> str | None:
         error[i] = torch.maximum(error[i], off.max())
 
     try:
-        with attending(base, NAME), _watched(backbone, given, compare):
+        with ExitStack() as stack, _watched(backbone, given, compare):
+            decoder = CachedDecoder(backbone, 2, 2, stack)
             for at in range(3):
                 _ = decoder.read(ids, mask) if at == 0 else decoder.step(new[:, at - 1], rows)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as failure:

@@ -89,6 +89,48 @@ def test_a_token_has_the_same_bits_in_any_batch_room_and_order_of_programs(dtype
         assert torch.equal(sanitized(call, alone).results["out"], whole[i : i + 1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [(16, 16), (24, 33)], ids=str)
+def test_a_token_is_written_to_its_place_and_nowhere_else_and_is_seen(width, dtype, short_parts):
+    """The first and the last place of a part, of the room, and none; keys of a slot whose positions do not follow each other."""
+    kwargs = sample(6, 4, 2, *width, prompt_length=40, room=70, dtype=dtype)
+    kwargs["lengths"] = torch.tensor([1, 32, 33, 0, 70, 64])
+    new = [torch.randn(6, 2, 2 * w, generator=torch.Generator().manual_seed(w)).to(dtype)[..., ::2] for w in width]
+    new[1] = new[1].contiguous()
+    for name in SLOTS[:2]:
+        kwargs[name] = kwargs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    written = {k: v.clone() for k, v in kwargs.items()}
+    for i, (row, length) in enumerate(zip(kwargs["rows"], kwargs["lengths"], strict=True)):
+        if length:
+            for name, x in zip(SLOTS[:2], new, strict=True):
+                kwargs[name][row, :, length - 1] = math.nan
+                written[name][row, :, length - 1] = x[i]
+    for options in ((0.25, 0.0, 0), (0.25, 2.0, 3)):
+        given = {k: v.clone(memory_format=torch.preserve_format) for k, v in kwargs.items()}
+        with Sanitizer(order="shuffle", seed=1) as s:
+            out = kernels.forward(*(given[k] for k in ("query", *SLOTS, *PREFIX)), *options, *new)
+            assert s.unwritten(out) == 0
+        s.check()
+        with Sanitizer():
+            expected = kernels.forward(*(written[k] for k in ("query", *SLOTS, *PREFIX)), *options)
+        assert torch.equal(out, expected)
+        assert all(torch.equal(given[k], written[k]) for k in given) and out.isfinite().all()
+        assert [launch.kernel for launch in s.launches] == ["_attend", "_combine"]
+
+
+def test_a_row_out_of_range_writes_nothing():
+    kwargs = sample(4, 4, 2, 16)
+    kwargs["rows"] = torch.tensor([-1, 5, 0, 9])
+    arguments = [kwargs[k].clone() for k in ("query", *SLOTS, *PREFIX)]
+    new = torch.ones(4, 2, 16)
+    with Sanitizer() as s:
+        kernels.forward(*arguments, 0.25, 0.0, 0, new, new)
+    s.check()
+    for before, after in zip((kwargs["keys"], kwargs["values"]), arguments[1:3], strict=True):
+        before[0, :, kwargs["lengths"][2] - 1] = 1.0
+        assert kwargs["lengths"][2] > 0 and torch.equal(before, after)
+
+
 def test_keys_are_read_once_for_the_heads_that_share_them():
     kwargs = sample(4, 8, 2, 64, prompt_length=40, room=30, dtype=torch.bfloat16)
     attend, combine = sanitized(call, kwargs).launches

@@ -333,6 +333,34 @@ def _attending() -> Iterator[Case]:
     yield of("prompts-alone", (4, 1, 128, 128), (40, 0), BF16, drop="slots")
     yield of("slots-alone", (20, 1, 32, 32), (2, 40), BF16, drop="prefix")
 
+    for name, shape, lengths, dtype in (
+        ("step", (6, 2, 64, 64), (40, 300), BF16),
+        ("step-odd", (3, 3, 24, 33), (20, 9), FP32),
+    ):
+
+        def inputs(shape: tuple = shape, lengths: tuple = lengths, dtype: torch.dtype = dtype) -> Tensors:
+            found = cached_attention.sample(3, *shape, prompt_length=lengths[0], room=lengths[1], dtype=dtype)
+            new = cached_attention.sample(3, *shape, dtype=dtype, seed=1)
+            return found | {f"new_{k}": new[f"prefix_{k}"][:, :, 0] for k in ("keys", "values")}
+
+        yield Case("cached_attention", name, inputs, function=_step)
+
+
+def _step(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, **rest: Tensor) -> tuple[Tensor, ...]:
+    """A decode step as rollouts take it: the tokens' keys and values are written to copies of the cache, and attended to."""
+    keys, values, query = keys.clone(), values.clone(), rest["query"]
+    shared = (rest[f"prefix_{k}"] for k in ("keys", "values", "rows", "start", "stop"))
+    arguments = [query, keys, values, rest["rows"], rest["lengths"], *shared, query.shape[2] ** -0.5, 0.0, 0]
+    cell = OPS["cached_attention"].select("cpu")
+    if cell.name == "reference":
+        for x, new in ((keys, new_keys), (values, new_values)):
+            there = rest["lengths"] > 0
+            x[rest["rows"][there], :, rest["lengths"][there] - 1] = new[there]
+        out = cell.fn(*arguments)
+    else:
+        out = cell.fn(*arguments, new_keys, new_values)
+    return out, keys, values
+
 
 def _per_token() -> Iterator[Case]:
     both = ("logprobs", "ref_logprobs")
