@@ -117,11 +117,12 @@ def _attend(
         last = tl.minimum(first + PART, own)
         if NEW and (first < own) & (own == last):
             at, to = new_keys + token * new_key_token + head * new_key_head, keys + row * key_row + head * key_head
-            tl.store(to + (own - 1) * key_step + d, tl.load(at + d, d < WIDTH, other=0.0), d < WIDTH)
+            inside = d < WIDTH
+            tl.store(to + (own - 1) * key_step + d, tl.load(at + d, inside), inside)
             at = new_values + token * new_value_token + head * new_value_head
             to = values + row * value_row + head * value_head
             inside = dv < VALUE_WIDTH
-            tl.store(to + (own - 1) * value_step + dv, tl.load(at + dv, inside, other=0.0), inside)
+            tl.store(to + (own - 1) * value_step + dv, tl.load(at + dv, inside), inside)
             tl.debug_barrier()  # other threads read them
         top, total, found = _sum_part(
             q, keys + row * key_row + head * key_head, values + row * value_row + head * value_head, key_step, value_step,

@@ -333,15 +333,19 @@ def _attending() -> Iterator[Case]:
     yield of("prompts-alone", (4, 1, 128, 128), (40, 0), BF16, drop="slots")
     yield of("slots-alone", (20, 1, 32, 32), (2, 40), BF16, drop="prefix")
 
-    for name, shape, lengths, dtype in (
-        ("step", (6, 2, 64, 64), (40, 300), BF16),
-        ("step-odd", (3, 3, 24, 33), (20, 9), FP32),
+    # With no place, the last of a part and the first of the next; and places of the sample.
+    for name, shape, room, held, dtype in (
+        ("step", (6, 2, 64, 64), 300, [0, 256, 257], BF16),
+        ("step-odd", (3, 3, 24, 33), 270, None, FP16),
     ):
 
-        def inputs(shape: tuple = shape, lengths: tuple = lengths, dtype: torch.dtype = dtype) -> Tensors:
-            found = cached_attention.sample(3, *shape, prompt_length=lengths[0], room=lengths[1], dtype=dtype)
+        def inputs(
+            shape: tuple = shape, room: int = room, held: list | None = held, dtype: torch.dtype = dtype
+        ) -> Tensors:
+            found = cached_attention.sample(3, *shape, prompt_length=20, room=room, dtype=dtype)
             new = cached_attention.sample(3, *shape, dtype=dtype, seed=1)
-            return found | {f"new_{k}": new[f"prefix_{k}"][:, :, 0] for k in ("keys", "values")}
+            new = {f"new_{k}": new[f"prefix_{k}"][:, :, 0] for k in ("keys", "values")}
+            return {**found, **new, "lengths": found["lengths"] if held is None else torch.tensor(held)}
 
         yield Case("cached_attention", name, inputs, function=_step)
 
