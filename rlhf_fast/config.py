@@ -116,7 +116,8 @@ _CODE_KEYS = ("reward.source", "reward.mix", "judges", "rollout.vllm.server")
 _PROGRAM_KEYS = ("rollout.vllm.python", "rollout.vllm.arguments")
 # Settings that move, show or guard a run without changing its numbers.
 _UNHASHED_KEYS = {
-    "model": {"shard"},
+    "model": {"shard", "offload"},
+    "optim": {"offload"},
     "run": {f.name for f in dataclasses.fields(RunConfig)} - {"seed"},
     "reward": {"workers", "timeout", "retries", "call_size", "max_unscorable"},
     "rollout": {"vllm"},

@@ -10,7 +10,7 @@ from torch import nn
 from rlhf_fast.model.adapters import AdapterFile
 from rlhf_fast.model.backbone import Backbone
 from rlhf_fast.model.heads import HEAD_INIT
-from rlhf_fast.model.linear import RowPlan, adapt, check_adaptable, features, fold_into, pairs_on, weight_of
+from rlhf_fast.model.linear import RowPlan, adapt, check_adaptable, features, fold_into, pairs_on
 from rlhf_fast.model.lora import LoraConfig, LoraPair, LowRank
 
 
@@ -23,6 +23,7 @@ class AdapterSet(nn.ModuleDict):
     def __init__(self, roles: Sequence[str], backbone: Backbone, plan: RowPlan, config: LoraConfig) -> None:
         super().__init__({role: nn.ModuleDict() for role in roles})
         self._linears, self._plan, self._config = backbone.linears(), plan, config
+        self._device_of = backbone.device_of
 
     def of(self, role: str) -> dict[str, LoraPair]:
         """The role's pairs by the name of their layer, in the order of the layers."""
@@ -61,7 +62,7 @@ class AdapterSet(nn.ModuleDict):
     def _place(self, role: str, name: str, pair: LoraPair) -> None:
         layer = self._linears[name]
         adapt(layer, self._plan)
-        device = weight_of(layer).device
+        device = self._device_of(layer)
         if pair.lora_A.device != device:
             pair.to(device)
         pair.requires_grad_(role != "reference").train(self.training)

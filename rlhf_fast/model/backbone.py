@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from rlhf_fast.model.linear import is_linear, weight_of
+from rlhf_fast.model.offload import Copies, LayerStream
 from rlhf_fast.model.packing import Packing, attending, implementation_of
 
 PASS_TOKENS = 4096
@@ -77,6 +78,8 @@ class Backbone:
         self._takes_positions = "position_ids" in signature(type(self.decoder).forward).parameters
         self._layer_extras: int | None = None  # further entries of a layer's output tuple; None: it returns a tensor
         self._packs: set[str] = set()  # attention implementations whose packed passes are proven
+        self.stream: LayerStream | None = None
+        """What brings the layers to the device when they run; None: they are there."""
 
     def _find_layers(self) -> tuple[nn.ModuleList, str]:
         config = self.base.config.get_text_config()
@@ -95,6 +98,14 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         return weight_of(self.base.get_input_embeddings()).device
+
+    def offload(self, copies: Copies) -> None:
+        """Keep the layers' weights in host memory from now on."""
+        self.stream = LayerStream(self.base, self.decoder, list(self.layers), copies, self.shared_layers)
+
+    def device_of(self, layer: nn.Module) -> torch.device:
+        """Where a linear layer computes."""
+        return weight_of(layer).device if self.stream is None else self.device
 
     def linears(self) -> dict[str, nn.Module]:
         """Every linear layer inside the decoder layers that differ between roles, by its name in the base."""

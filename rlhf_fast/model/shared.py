@@ -20,9 +20,10 @@ from rlhf_fast.model.backbone import Backbone
 from rlhf_fast.model.fused import fuse
 from rlhf_fast.model.heads import HEAD_INIT, ScalarHead
 from rlhf_fast.model.inputs import checked_roles, packed, padded
-from rlhf_fast.model.linear import RowPlan, adapt, is_adapted, is_known, select, weight_of
+from rlhf_fast.model.linear import RowPlan, adapt, is_adapted, is_known, is_quantized, select, weight_of
 from rlhf_fast.model.load import load_base
 from rlhf_fast.model.lora import LoraConfig, LowRank
+from rlhf_fast.model.offload import copies_to
 from rlhf_fast.model.outputs import RoleOutput, SharedOutput
 from rlhf_fast.model.packing import Packing, attending, implementation_of
 
@@ -123,15 +124,22 @@ class SharedModel(nn.Module):
         seed: int = 0,
         gradient_checkpointing: bool = False,
         device: torch.device | str = "cpu",
+        offload: bool = False,
     ) -> SharedModel:
         """Load a local model folder (safetensors only, no remote code, no network) and share it.
 
         quantize: none, or int8 or nf4 for its linear layers but the LM head (model/quantized.py, the extra `quant`).
         device: where the base, its adapters and its heads are. Their start is drawn on the CPU, the same on every device.
+        offload: as `offload(device)`, with nothing but the shared parts ever on the device; nothing changes on a CPU.
         Raises ValueError if there is no such model; otherwise as the constructor.
         """
-        return cls(
-            load_base("SharedModel.from_pretrained", path, dtype, quantize, device),
+        op, device = "SharedModel.from_pretrained", torch.device(device)
+        offload = offload and device.type != "cpu"
+        if offload and quantize != "none":
+            expected = "False for a quantised base, whose layers have their scales on the device"
+            raise _check.error(ValueError, op, "offload", True, expected)
+        model = cls(
+            load_base(op, path, dtype, quantize, "cpu" if offload else device),
             roles,
             lora,
             shared_layers,
@@ -140,6 +148,29 @@ class SharedModel(nn.Module):
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
         )
+        if offload:
+            model.offload(device)
+        return model
+
+    def move_all_but_layers(self, device: torch.device) -> None:
+        """Embeddings, LM head, adapters and heads go to a device; the decoder layers of the base stay where they are."""
+        held = {id(x) for x in self.backbone.layers.parameters()}
+        self._apply(lambda x: x if id(x) in held else x.to(device))
+
+    def offload(self, device: torch.device) -> None:
+        """Keep the frozen weights of the decoder layers in host memory; all else moves to the device, where everything computes.
+
+        A pass copies every layer that it runs to the device, the next one while one computes (on CUDA), and at most two are there at a
+        time. Results have the same bits as without. A backward copies each layer once more, and a rollout all of them for every token.
+        To be called once; the model stays on this device. Raises ValueError for a quantised base and for a CPU.
+        """
+        if device.type == "cpu" or self.backbone.stream is not None:
+            got = "the CPU" if device.type == "cpu" else f"{device} for a model that is offloaded"
+            raise _check.error(ValueError, "SharedModel.offload", "device", got, "another device, once")
+        if any(is_quantized(layer) for layer in self.backbone.all_linears().values()):
+            raise ValueError("SharedModel.offload: the base is quantised, expected layers in floating point")
+        self.move_all_but_layers(device)
+        self.backbone.offload(copies_to(device))
 
     def train(self, mode: bool = True) -> SharedModel:
         """LoRA dropout follows `mode`; the base stays in eval mode, its own dropout never runs."""
@@ -162,9 +193,9 @@ class SharedModel(nn.Module):
         Padding on either side, or both, changes no real token: positions count real tokens, pads are fed as
         id 0. trunk: (B, T, H) from `trunk()` on the same batch; skips the shared layers.
         cu_seqlens: (S + 1,) boundaries of S sequences packed into input_ids (N,), none empty; outputs are then (N, ...), a
-        trunk is (N, H). The same results as padded: flash-attn's kernels on CUDA (`packed_attention` tells), elsewhere
-        PyTorch's attention on one sequence after the other, or, for architectures with one of their own, under a mask of (N, N)
-        blocks, whose cost grows with the square of all tokens.
+        trunk is (N, H). The same results as padded: flash-attn's kernels on CUDA (`packed_attention` tells), our
+        `varlen_attention` on a CPU, elsewhere PyTorch's attention on one sequence after the other, or, for architectures with one of
+        their own, under a mask of (N, N) blocks, whose cost grows with the square of all tokens.
         Raises ValueError for ids outside the vocabulary, a row without a real token, wrong shapes, or an architecture whose
         packed sequences would see each other.
         """

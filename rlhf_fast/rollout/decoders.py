@@ -163,7 +163,7 @@ def decoding(model: SharedModel, role: str, samples: int, room: int, packed: Pac
 
 def pack(model: SharedModel) -> PackedBase | None:
     """The linear layers of the decoder packed, or None where the kernel serves none of them, or other backends are asked for."""
-    if torch.is_autocast_enabled("cpu") or forced_backend() not in (None, "cpp"):
+    if model.backbone.device.type != "cpu" or torch.is_autocast_enabled("cpu") or forced_backend() not in (None, "cpp"):
         return None
     linears = {name: module for name, module in model.backbone.all_linears().items() if can_pack(module)}
     if model.base not in _groups:

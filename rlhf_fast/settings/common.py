@@ -57,6 +57,10 @@ class ModelConfig:
     shard: bool = False
     """Under torchrun: every rank keeps its part of the frozen decoder layers, and gathers a layer when it runs (FSDP2). Batches and
     minibatches must be multiples of the ranks, and in trainers that sample shared_layers 0; rollouts hold the layers whole."""
+    offload: bool = False
+    """On a GPU: the frozen decoder layers stay in page-locked host memory and are copied to the device when they run, the next while one
+    computes; two are there at a time. The same results; a training pass copies each layer twice, a rollout all of them for every token.
+    Every rank under torchrun holds its own. On a CPU nothing changes."""
     fold: tuple[Name, ...] = ()
     """Adapter folders merged into the frozen base before training (for example the SFT adapter)."""
 
@@ -65,6 +69,13 @@ class ModelConfig:
             name = "shard" if self.shard else "fold"
             expected = f"nothing beside quantize = {self.quantize}"
             raise _check.error(ValueError, "ModelConfig", name, getattr(self, name), expected)
+        not_offloaded_beside(self, self.offload, self.quantize, self.shard)
+
+
+def not_offloaded_beside(owner: object, offload: bool, quantize: str, shard: bool) -> None:
+    if offload and (shard or quantize != "none"):
+        beside = "shard, which spreads the layers over GPUs" if shard else f"quantize = {quantize}, whose scales stay"
+        raise _check.error(ValueError, type(owner).__name__, "offload", True, f"False beside {beside}")
 
 
 def no_trunk_to_share(owner: object, model: ModelConfig) -> None:
@@ -144,6 +155,9 @@ class OptimConfig:
     """Shape of the rate after warm-up; linear and cosine end at 0."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
+    offload: bool = False
+    """On a GPU: AdamW's moments are in host memory and its step runs on the CPU; gradients go there, parameters come back. The numbers
+    round in other places. On a CPU nothing changes."""
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ def load_model(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels run on the current one
+    if config.offload and device.type == "cpu":
+        logger.warning("model.offload changes nothing on a CPU, whose memory holds the layers anyway")
     waits = config.shard and device.type != "cpu" and int(os.environ.get("WORLD_SIZE") or 1) > 1
     model = SharedModel.from_pretrained(
         config.path,
@@ -101,11 +103,10 @@ def load_model(
         seed=seed,
         gradient_checkpointing=config.gradient_checkpointing,
         device="cpu" if waits else device,
+        offload=config.offload,
     )
     if waits:
-        layers = model.backbone.layers
-        held = {id(x) for x in (*layers.parameters(), *layers.buffers())}
-        model._apply(lambda x: x if id(x) in held else x.to(device))
+        model.move_all_but_layers(device)
     return model
 
 
