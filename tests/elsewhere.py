@@ -98,6 +98,7 @@ def _check(function: Any, args: Any, tensors: list[Tensor], ours: list[Tensor]) 
 def install() -> torch.device:
     """The device, for this process from now on."""
     _setup_privateuseone_for_python_backend(NAME)
+    torch.get_device_module(NAME).get_amp_supported_dtype = list  # gradient checkpointing asks
     torch.__future__.set_swap_module_params_on_conversion(True)  # as on CUDA, tied weights stay one parameter
     _Factories().__enter__()
     _Literals().__enter__()

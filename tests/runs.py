@@ -6,7 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load
+from tolerances import ANOTHER_DEVICE
 
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.monitor import read_json_lines
@@ -31,6 +34,35 @@ def outcome(folder: Path) -> dict[str, bytes]:
     last = max((folder / "checkpoints").glob("step-*"), key=lambda p: int(p.name.partition("-")[2]))
     files = [*folder.glob("*/adapter_model.safetensors"), *last.glob("*.safetensors")]
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def close(found: object, expected: object) -> None:
+    """Numbers of plain data as close as those of two devices, all else equal."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            close(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            close(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=ANOTHER_DEVICE, abs=ANOTHER_DEVICE)
+    else:
+        assert found == expected
+
+
+def near(found: Path, expected: Path) -> None:
+    """The same for the metrics of two runs, and for what they leave behind."""
+    close(numbers(found), numbers(expected))
+    there, here = outcome(found), outcome(expected)
+    assert there.keys() == here.keys()
+    for file in here:
+        one, other = load(there[file]), load(here[file])
+        assert one.keys() == other.keys()
+        for key in other:
+            off = (one[key] - other[key]).abs().max()
+            assert off <= ANOTHER_DEVICE * (1 + other[key].abs().max()), (file, key, off)
 
 
 def steps(folder: Path) -> list[int]:

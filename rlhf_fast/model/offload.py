@@ -51,8 +51,12 @@ class Copies:
         """Overwrite host memory by a tensor of the device; complete after `finish`."""
         host.copy_(there)
 
+    def put(self, host: Tensor, there: Tensor) -> None:
+        """Overwrite a tensor of the device by host memory, which must not change before the next `finish`."""
+        there.copy_(host)
+
     def finish(self) -> None:
-        """Wait until the host may read what was fetched."""
+        """Wait until the host may read what was fetched and change what was put."""
 
 
 class SideStream(Copies):
@@ -93,6 +97,9 @@ class SideStream(Copies):
 
     def fetch(self, host: Tensor, there: Tensor) -> None:
         host.copy_(there, non_blocking=True)
+
+    def put(self, host: Tensor, there: Tensor) -> None:
+        there.copy_(host, non_blocking=True)
 
     def finish(self) -> None:
         self.streams.current_stream(self.device).synchronize()

@@ -43,6 +43,7 @@ from rlhf_fast.train.checkpoint import (
 )
 from rlhf_fast.train.micro_batches import MicroBatches
 from rlhf_fast.train.monitor import Monitor
+from rlhf_fast.train.optimizer import HostAdamW, adamw
 from rlhf_fast.train.ranks import Ranks, join
 
 logger = logging.getLogger(__name__)
@@ -209,8 +210,7 @@ class Run:
             {"params": [p for n, p in self.parameters.items() if n.startswith(f"{role}.")], "peak": rate, "lr": rate}
             for role, rate in self.rates.items()
         ]
-        o = self.optim
-        self.optimizer = torch.optim.AdamW(groups, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        self.optimizer = adamw(groups, self.optim)
         self.identity = {
             "command": title,
             "base": base_fingerprint(model),
@@ -221,7 +221,9 @@ class Run:
             "config": config_hash(config),
         }
         device = model.backbone.device.type
-        self.flags = {"the code of rlhf_fast": code_fingerprint(), "the kind of device": device, **(flags or {})}
+        steps_on = "cpu" if isinstance(self.optimizer, HostAdamW) else device
+        kinds = {"the kind of device": device, "the kind of device of the optimizer": steps_on}
+        self.flags = {"the code of rlhf_fast": code_fingerprint(), **kinds, **(flags or {})}
         self.bad_steps = 0
         self.ranks = Ranks()
         """Alone, until the run begins."""

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tolerances
 from elsewhere_runs import ALL, MORE, host_engine, judged, settings
-from runs import numbers, outcome
-from safetensors.torch import load
+from runs import close, near, numbers, outcome
 from trainers import RUNS, save_source
 
 from rlhf_fast.evaluate.compare import evaluate
@@ -40,22 +38,6 @@ def elsewhere(source, tmp_path_factory) -> Path:
     return folder
 
 
-def close(found: object, expected: object) -> None:
-    """Numbers of plain data within the tolerance, all else equal."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            close(found[key], expected[key])
-    elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            close(one, other)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=tolerances.ANOTHER_DEVICE, abs=tolerances.ANOTHER_DEVICE)
-    else:
-        assert found == expected
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_every_trainer_computes_elsewhere_what_it_does_on_the_cpu_and_resumes_there(
     source, elsewhere, tmp_path, monkeypatch, name
@@ -64,18 +46,10 @@ def test_every_trainer_computes_elsewhere_what_it_does_on_the_cpu_and_resumes_th
     assert not error.exists(), error.read_text()
     monkeypatch.setattr(online, "engine_of", host_engine)
     RUNS[MORE.get(name, name)].train(settings(source, tmp_path / "cpu", name))
-    close(numbers(elsewhere / name), numbers(tmp_path / "cpu"))
-    here, there = outcome(tmp_path / "cpu"), outcome(elsewhere / name)
-    assert here.keys() == there.keys()
-    for file in here:
-        found, expected = load(there[file]), load(here[file])
-        assert found.keys() == expected.keys()
-        for key in expected:
-            off = (found[key] - expected[key]).abs().max()
-            assert off <= tolerances.ANOTHER_DEVICE * (1 + expected[key].abs().max()), (file, key, off)
+    near(elsewhere / name, tmp_path / "cpu")
     if name not in MORE:
         assert numbers(elsewhere / f"{name}.again") == numbers(elsewhere / name)
-        assert outcome(elsewhere / f"{name}.again") == there
+        assert outcome(elsewhere / f"{name}.again") == outcome(elsewhere / name)
 
 
 def test_the_layers_of_a_base_to_be_sharded_wait_on_the_host(elsewhere):
