@@ -15,6 +15,7 @@ import torch
 from rlhf_fast import _check
 from rlhf_fast._allocator import resident_bytes
 from rlhf_fast.config import PlanConfig, resolve_dtype
+from rlhf_fast.model.offload import Block, streamed
 from rlhf_fast.plan_passes import LiveBytes, Passes, head_bytes, storage_bytes
 
 GPUS = {"a100-40": 40, "a100": 80, "h100": 80, "h200": 141, "b200": 180, "l40s": 48, "rtx4090": 24, "rtx5090": 32}
@@ -47,10 +48,12 @@ class DoesNotFit(ValueError):
 
 @dataclass
 class Plan:
-    """Bytes by part of one process. `always` is there all the time; of `phases` one at a time."""
+    """Bytes by part of one process. `always` is there all the time; of `phases` one at a time. `host`: what a GPU leaves to the memory
+    of its host."""
 
     always: dict[str, int] = field(default_factory=dict)
     phases: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     micro_batch_size: int = 1
     sampler: Plan | None = None
     """Of the second process, where one samples."""
@@ -73,6 +76,7 @@ class Plan:
         ]
         found = [f"{name:36} {size / 2**20:12,.1f} MiB  {note}".rstrip() for name, note, size in rows]
         found.append(f"{'peak':36} {self.peak / 2**20:12,.1f} MiB")
+        found += [f"{name:36} {size / 2**20:12,.1f} MiB  on the host" for name, size in self.host.items()]
         if self.sampler is not None:
             found += ["beside it the process that samples:", *self.sampler.lines()]
             found.append(f"{'both':36} {self.total / 2**20:12,.1f} MiB")
@@ -153,12 +157,18 @@ class Planner:
             found.always["process before the model"] = self.held
         layers = self._layers() if config.shard else []
         found.always["base weights"] = weights - sum(layers) + sum(-(-size // config.ranks) for size in layers)
+        if config.offload and not self.cpu:
+            self._stream(found)
         if layers:
             # FSDP2 asks for a layer while the one before runs.
             found.always["layers gathered at once"] = sum(sorted(layers)[-2:])
         found.always["adapters and heads"] = sum(own.values())
         found.always["gradients"] = gradients
-        found.always["Adam's moments"] = 2 * gradients
+        if config.optim_offload and not self.cpu:
+            found.host["Adam's moments"] = 2 * gradients
+            found.host["parameters and gradients of a step"] = 2 * Block(self._trained()).size
+        else:
+            found.always["Adam's moments"] = 2 * gradients
         if self.online and config.shared_layers:
             size = model.backbone.hidden_size * self.dtype.itemsize
             found.always["outputs of the shared layers"] = self.batch * self.length * size
@@ -191,9 +201,10 @@ class Planner:
             found.phases["answers to other prompts"] = self.passes.scores(self.roles, rows, self.length)
         for role in self.trained:
             found.phases[f"update of {role}"] = self._update(role, rows)
-        parameters = [p.nbytes for role in self.trained for p in model.parameters_of(role).values()]
-        # The root of the second moment: of one parameter after the other on a CPU, elsewhere of all at once (torch.optim's foreach).
-        found.phases["optimizer step"] = max(parameters) if self.cpu else sum(parameters)
+        if "Adam's moments" in found.always:
+            parameters = [p.nbytes for p in self._trained()]
+            # The root of the second moment: of one parameter after the other on a CPU, elsewhere of all at once (torch.optim's foreach).
+            found.phases["optimizer step"] = max(parameters) if self.cpu else sum(parameters)
         if self.cpu:
             # Of the moments: copies, their bytes, and those of the whole file (train/checkpoint.py).
             found.phases["checkpoint"] = 3 * 2 * gradients
@@ -215,6 +226,18 @@ class Planner:
         layers = [weight_of(layer) for layer in self.model.backbone.all_linears().values()]
         small = sum(weight_bytes(kind, *w.shape) for w in layers)
         return whole - storage_bytes(layers) + small, max(w.nbytes for w in layers)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for role in self.trained for p in self.model.parameters_of(role).values()]
+
+    def _stream(self, found: Plan) -> None:
+        """The layers move to the host; the two widest are what a pass holds."""
+        backbone = self.model.backbone
+        layers = streamed(backbone.base, list(backbone.layers))
+        blocks = [Block(parameters).size for parameters in layers]
+        found.always["base weights"] -= sum(p.nbytes for parameters in layers for p in parameters)
+        found.always["layers on the GPU at once"] = sum(sorted(blocks)[-2:])
+        found.host["decoder layers"] = sum(blocks)
 
     def _layers(self) -> list[int]:
         """Bytes of every decoder layer of the base."""

@@ -8,6 +8,7 @@ on with neither. FOLDER/NAME/copies.json is what was copied, FOLDER/NAME/OTHER.e
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,8 @@ def main(source: Path, folder: Path) -> None:
     model = SharedModel.from_pretrained(str(source / "model"), ("policy",))
     generate(model, torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool), max_new_tokens=2)
     loop.load_tokenizer(str(source / "model"))
+    with suppress(ImportError):
+        importlib.import_module("torch.utils.tensorboard")
     device = install()
     loop.resolve_device = lambda owner, name: device  # no setting has its name
     online.engine_of = host_engine

@@ -18,12 +18,14 @@ from rlhf_fast._allocator import resident_bytes
 from rlhf_fast.cli import main as cli
 from rlhf_fast.config import ConfigError, DataConfig, ModelConfig, PlanConfig, RunConfig, SFTConfig, load_config
 from rlhf_fast.model import LoraConfig, SharedModel
+from rlhf_fast.model.offload import Copies
 from rlhf_fast.model.packing import Packing
 from rlhf_fast.ops._lm_head import Inputs, whole_rows
-from rlhf_fast.plan import GPUS, DoesNotFit, Plan, Planner, checked, largest, plan
+from rlhf_fast.plan import GPUS, ROLES, DoesNotFit, Plan, Planner, checked, largest, plan
 from rlhf_fast.plan_passes import LiveBytes, head_bytes
 from rlhf_fast.train import micro_batches
 from rlhf_fast.train.micro_batches import fitting
+from rlhf_fast.train.optimizer import HostAdamW
 from rlhf_fast.train.scoring import head_logprobs
 from rlhf_fast.train.sft import train_sft
 
@@ -146,6 +148,48 @@ def test_a_process_that_samples_has_a_plan_of_its_own(folder):
     tight = planner.at(6).total - 1
     found = largest(planner, tight, 6)
     assert found.micro_batch_size == 5 and found.total <= tight < planner.at(6).total
+
+
+@pytest.mark.parametrize("trainer", ["ppo", "dpo"])
+def test_what_moves_to_the_host_is_stated_part_by_part(folder, trainer):
+    there = settings(folder, gpu="h100", trainer=trainer)
+    plain, layers = plan(there), plan(dataclasses.replace(there, offload=True))
+    moments = plan(dataclasses.replace(there, optim_offload=True))
+    copies = Copies(torch.device("cpu"))
+    model = SharedModel(tiny_llama(), ROLES[trainer][0], LoraConfig(r=4))
+    model.backbone.offload(copies)
+    hosts = [host.nbytes for host in model.backbone.stream.hosts]
+    moved = sum(p.nbytes for p in model.backbone.layers.parameters())
+    assert layers.host == {"decoder layers": sum(hosts)}
+    assert plain.always["base weights"] - layers.always["base weights"] == moved
+    assert layers.always["layers on the GPU at once"] == sum(hosts[:2])
+    assert layers.peak == plain.peak - moved + sum(hosts[:2])
+    trained = [p for role in ROLES[trainer][1] for p in model.parameters_of(role).values()]
+    groups = [{"params": trained, "lr": 1.0}]
+    optimizer = HostAdamW(groups, copies)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = sum(x.nbytes for s in optimizer.state.values() for key, x in s.items() if key != "step")
+    step = optimizer.here[0].untyped_storage().nbytes() + optimizer._gradients[0].untyped_storage().nbytes()
+    assert moments.host == {"Adam's moments": state, "parameters and gradients of a step": step}
+    assert plain.always["Adam's moments"] == state and "Adam's moments" not in moments.always
+    assert "optimizer step" in plain.phases and "optimizer step" not in moments.phases
+    both = plan(dataclasses.replace(there, offload=True, optim_offload=True))
+    assert both.host == layers.host | moments.host
+    assert any(line.startswith("decoder layers") and line.endswith("MiB  on the host") for line in both.lines("h100"))
+
+
+def test_a_cpu_has_nothing_to_move(folder):
+    plain, offloaded = (plan(settings(folder, offload=x, optim_offload=x)) for x in (False, True))
+    without = lambda p: {name: size for name, size in p.always.items() if name != PROCESS}
+    assert without(plain) == without(offloaded) and plain.phases == offloaded.phases and not offloaded.host
+
+
+def test_offload_is_refused_where_a_run_refuses_it(folder):
+    for other in ({"quantize": "nf4"}, {"shard": True, "ranks": 2}):
+        with pytest.raises(ValueError, match="PlanConfig: argument 'offload' got True, expected False beside"):
+            settings(folder, gpu="h100", offload=True, **other)
 
 
 def test_a_base_of_another_dtype_is_read_beside_its_file(folder):

@@ -19,6 +19,7 @@ from rlhf_fast.settings.common import (
     Positive,
     PromptDataConfig,
     RunConfig,
+    not_offloaded_beside,
 )
 
 
@@ -60,6 +61,10 @@ class PlanConfig:
     """Processes that share the run under torchrun; batch_size is of all of them, the plan is of one."""
     shard: bool = False
     """Every rank keeps its part of the frozen decoder layers (model.shard)."""
+    offload: bool = False
+    """Frozen decoder layers in host memory, two at a time on the GPU (model.offload); nothing on a CPU."""
+    optim_offload: bool = False
+    """Adam's moments and step in host memory (optim.offload); nothing on a CPU."""
     engine: Literal["local", "process", "vllm"] = "local"
     """Where completions are sampled: in the trainer, in a second process, which on a CPU has a plan of its own, or in a server, whose
     memory is not planned here."""
@@ -67,6 +72,9 @@ class PlanConfig:
     """Tokens of a prompt."""
     response_tokens: Count = 128
     """Tokens of a completion or an answer."""
+
+    def __post_init__(self) -> None:
+        not_offloaded_beside(self, self.offload, self.quantize, self.shard)
 
 
 @dataclass(frozen=True)
