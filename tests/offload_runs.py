@@ -30,7 +30,7 @@ from elsewhere_runs import STEPS, host_engine, settings
 from torch import Tensor
 from trainers import RUNS
 
-from rlhf_fast.model import SharedModel, offload
+from rlhf_fast.model import LoraConfig, SharedModel, offload
 from rlhf_fast.rollout import generate
 from rlhf_fast.train import loop, online
 from rlhf_fast.train.optimizer import HostAdamW
@@ -91,6 +91,23 @@ def watch(device: torch.device) -> None:
     loop.Run.__init__, loop.Run.__exit__ = begun, ended
 
 
+def adapters_that_come_later(source: Path, folder: Path, device: torch.device) -> None:
+    """Of another rank than those of the model: new parameters, where all adapters are."""
+    path = str(source / "model")
+    SharedModel.from_pretrained(path, ("policy",), LoraConfig(r=3)).save_adapter("policy", folder / "adapter")
+    model = SharedModel.from_pretrained(path, ("policy",), LoraConfig(r=2), device=device, offload=True)
+    before = set(map(id, model.adapters.parameters()))
+    model.load_adapter("policy", folder / "adapter")
+    assert not before & set(map(id, model.adapters.parameters()))
+    assert {p.device for p in model.adapters.parameters()} == {device}
+    try:
+        model.offload(device)
+    except ValueError as error:
+        assert "for a model that is offloaded, expected another device, once" in str(error)
+    else:
+        raise AssertionError("offloaded twice")
+
+
 def main(source: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     # Forked children get what a first run imports; nothing here differentiates, so no thread is inherited.
@@ -104,6 +121,10 @@ def main(source: Path, folder: Path) -> None:
     online.engine_of = host_engine
     offload.Copies = Counted
     watch(device)
+    try:
+        adapters_that_come_later(source, folder, device)
+    except BaseException:
+        (folder / "adapters.error").write_text(traceback.format_exc())
     for name, kind in CASES.items():
         here = folder / name
         here.mkdir()

@@ -37,6 +37,11 @@ def ran(folder: Path, name: str, *others: str) -> list[Path]:
     return [folder / name / other for other in others]
 
 
+def test_adapters_that_come_later_are_on_the_device(folder):
+    error = folder / "adapters.error"
+    assert not error.exists(), error.read_text()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_offloaded_layers_change_no_bit_of_a_run(folder, name):
     layers, plain = ran(folder, name, "layers", "plain")
