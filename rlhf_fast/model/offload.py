@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, NamedTuple
 
@@ -219,6 +219,7 @@ class LayerStream:
         self.weights.append(weights)
 
     def _streaming(self, i: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             with self._placed(i):
                 return forward(*args, **kwargs)
@@ -275,6 +276,7 @@ class LayerStream:
     def _without_weights(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A decoder's forward that leaves no weight of a layer behind for the backward."""
 
+        @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
             with saved_tensors_hooks(self._pack, self._unpack):
                 return forward(*args, **kwargs)
