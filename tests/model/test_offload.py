@@ -21,6 +21,7 @@ from rlhf_fast._op import use_backend
 from rlhf_fast.batch import pack
 from rlhf_fast.config import ModelConfig
 from rlhf_fast.model import ROLES, LoraConfig, SharedModel
+from rlhf_fast.model.linear import pairs_on
 from rlhf_fast.model.offload import ALIGNMENT, Block, Copies, SideStream, streamed
 from rlhf_fast.rollout import generate
 from rlhf_fast.train.loop import base_fingerprint, load_model
@@ -123,15 +124,19 @@ def test_every_layer_is_copied_once_a_direction_and_ahead_of_its_turn(checkpoint
     assert copies.order == copies.read == [*up, *up[-2::-1]], "the last layer is still there"
 
 
-def test_a_layer_is_on_its_way_before_the_one_in_front_computes():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_is_on_its_way_before_the_one_in_front_computes(checkpointing):
     copies = Watched()
-    model = build(offload=copies, roles=("policy",))
-    seen = []
+    model = build(offload=copies, gradient_checkpointing=checkpointing, roles=("policy",))
+    up, down = [], []
     for i, layer in enumerate(model.backbone.layers):
-        layer.input_layernorm.register_forward_pre_hook(lambda *_, i=i: seen.append((i, len(copies.order))))
-    with torch.no_grad():
-        model(*tiny_batch())
-    assert seen == [(i, min(i + 2, LAYERS)) for i in range(LAYERS)]
+        layer.input_layernorm.register_forward_pre_hook(lambda *_, i=i: up.append((i, copies.order[-1])))
+        factor = pairs_on(layer.mlp.down_proj)["policy"].lora_A
+        factor.register_post_accumulate_grad_hook(lambda _, i=i: down.append((i, copies.order[-1])))
+    out = model(*tiny_batch())
+    assert up == [(i, min(i + 1, LAYERS - 1)) for i in range(LAYERS)]
+    out.policy.hidden.sum().backward()
+    assert down == [(i, max(i - 1, 0)) for i in reversed(range(LAYERS))]
 
 
 def test_the_backward_above_shared_layers_asks_for_none_of_them():
