@@ -192,7 +192,7 @@ class Planner:
                 if widest:
                     always["widest layer, dequantised"] = widest
                 rollout = self._sampling(self._samples) - self._packed()
-                found.sampler = Plan(always, {**reading, "rollout": rollout}, micro_batch_size)
+                found.sampler = Plan(always, {**reading, "rollout": rollout}, micro_batch_size=micro_batch_size)
             if config.greedy:
                 found.phases["greedy rollout"] = self._sampling(1) + sum(layers)
             if scored := [role for role in self.roles if role != "policy" or self._scores_policy]:

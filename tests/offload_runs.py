@@ -1,7 +1,7 @@
 """The process of train/test_offload_runs.py: offload_runs.py SOURCE FOLDER, runs on a device that is not the CPU, in forked children.
 
-FOLDER/NAME/plain is a run whose layers and moments stay on the device, FOLDER/NAME/layers one with model.offload, FOLDER/NAME/both one
-with optim.offload too. FOLDER/NAME/killed is one with both that dies in its last step and goes on, FOLDER/NAME/changed the same one gone
+FOLDER/NAME/plain is a run whose layers and moments stay on the device, FOLDER/NAME/layers one with model.offload, and for some
+FOLDER/NAME/both one with optim.offload too. FOLDER/NAME/killed is one with both that dies in its last step and goes on, FOLDER/NAME/changed the same one gone
 on with neither. FOLDER/NAME/copies.json is what was copied, FOLDER/NAME/OTHER.error what went wrong.
 """
 
@@ -38,7 +38,7 @@ from rlhf_fast.train.optimizer import HostAdamW
 CASES = {"sft": "sft", "ppo: learned reward, packed": "ppo", "grpo: shared layers": "grpo", "dpo: packed": "dpo"}
 """Runs, and what they are like."""
 CHECKPOINTED = ("sft", "dpo: packed")
-KILLED = ("sft", "ppo: learned reward, packed")
+MOMENTS = ("sft", "ppo: learned reward, packed")
 
 
 def config(source: Path, folder: Path, name: str, *, layers: bool = False, moments: bool = False, **run: Any) -> Any:
@@ -151,9 +151,9 @@ def main(source: Path, folder: Path) -> None:
 
         child(run("plain"))
         child(run("layers", told, layers=True))
-        child(run("both", layers=True, moments=True))
-        if name not in KILLED:
+        if name not in MOMENTS:
             continue
+        child(run("both", layers=True, moments=True))
         fault = f"train.step:{(STEPS - 1) * RUNS[kind].updates + 1}"
         assert child(run("killed", layers=True, moments=True), fault) == -signal.SIGKILL
         shutil.copytree(here / "killed", here / "changed")

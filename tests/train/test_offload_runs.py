@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from elsewhere_runs import settings
 from models import tiny_llama
-from offload_runs import CASES, KILLED
+from offload_runs import CASES, MOMENTS
 from runs import near, numbers, outcome
 from trainers import RUNS, save_source
 
@@ -57,20 +57,20 @@ def test_two_layers_are_on_the_device_at_a_time(folder, name):
     assert told["copied"] > 2 * 3
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MOMENTS)
 def test_moments_on_the_host_give_the_numbers_of_the_device_but_for_rounding(folder, name):
     both, plain = ran(folder, name, "both", "plain")
     near(both, plain)
 
 
-@pytest.mark.parametrize("name", KILLED)
+@pytest.mark.parametrize("name", MOMENTS)
 def test_a_killed_run_goes_on_bit_for_bit(folder, name):
     killed, both = ran(folder, name, "killed", "both")
     assert numbers(killed) == numbers(both)
     assert outcome(killed) == outcome(both)
 
 
-@pytest.mark.parametrize("name", KILLED)
+@pytest.mark.parametrize("name", MOMENTS)
 def test_its_checkpoint_goes_on_with_everything_on_the_device(folder, name):
     changed, plain = ran(folder, name, "changed", "plain")
     near(changed, plain)
