@@ -265,7 +265,7 @@ class LayerStream:
 
     @torch.no_grad()
     def _begin(self, i: int) -> None:
-        with torch.inference_mode(False):  # a later pass may save them for its backward
+        with torch.inference_mode(False):  # whose views have no base: a later pass would not know them for weights
             block, token = self.copies.begin(self.hosts[i])
             there = _There({p.dtype: block.view(p.dtype) for p, *_ in self.weights[i]}, token)
             for p, _, start in self.weights[i]:

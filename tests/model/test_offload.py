@@ -225,12 +225,14 @@ def test_nothing_of_a_training_pass_outlives_it():
 
 
 def test_layers_that_came_in_inference_mode_serve_a_training_pass():
-    model, plain = build(offload=Watched(), shared_layers=1), build(shared_layers=1)
+    copies = Watched()
+    model, plain = build(offload=copies, shared_layers=1), build(shared_layers=1)
     ids, mask = tiny_batch()
     with torch.inference_mode():
         model.trunk(ids, mask)
     assert list(model.backbone.stream._there) == [0, 1]
     same(trained(model, ids, mask), trained(plain, ids, mask))
+    assert copies.most <= 2 * model.backbone.stream.hosts[0].nbytes
 
 
 class Model(nn.Module):
