@@ -4,6 +4,7 @@
 // fp32 copies of the keys and values they see as the products want them. Scores exist for kBlock queries at a time; the
 // backward computes them again. What a token gives depends on its sequence alone: it has the same bits in any batch and
 // on any thread.
+#include "formats.h"
 #include "ops.h"
 #include "parallel.h"
 #include "transpose.h"
@@ -307,7 +308,7 @@ void run(const VarlenAttentionArgs& a, int64_t chunks, Task task) {
 }
 
 template <class T>
-void either(const VarlenAttentionArgs& a) {
+void either(Format<T>, const VarlenAttentionArgs& a) {
   if (a.grad)
     run(a, 1, [&](int64_t s, int64_t head, int64_t chunk, float* at) { backward<T>(a, s, head, chunk, at); });
   else
@@ -321,16 +322,7 @@ namespace RLHF_FAST_ISA {
 
 int64_t varlen_attention(const VarlenAttentionArgs& a) {
   if (!a.workspace) return Places(a).floats(a);
-  switch (a.dtype) {
-    case kBFloat16:
-      either<BFloat16>(a);
-      break;
-    case kFloat16:
-      either<Float16>(a);
-      break;
-    default:
-      either<float>(a);
-  }
+  with_format(a.dtype, [&](auto format) { either(format, a); });
   return -1;
 }
 
