@@ -333,7 +333,7 @@ def _attending() -> Iterator[Case]:
     yield of("prompts-alone", (4, 1, 128, 128), (40, 0), BF16, drop="slots")
     yield of("slots-alone", (20, 1, 32, 32), (2, 40), BF16, drop="prefix")
 
-    # With no place, the last of a part and the first of the next; and places of the sample.
+    # With no place, the last of a part and the first of the next; and places of the sample. Prompts of several tiles of keys.
     for name, shape, room, held, dtype in (
         ("step", (6, 2, 64, 64), 300, [0, 256, 257], BF16),
         ("step-odd", (3, 3, 24, 33), 270, None, FP16),
@@ -342,7 +342,7 @@ def _attending() -> Iterator[Case]:
         def inputs(
             shape: tuple = shape, room: int = room, held: list | None = held, dtype: torch.dtype = dtype
         ) -> Tensors:
-            found = cached_attention.sample(3, *shape, prompt_length=20, room=room, dtype=dtype)
+            found = cached_attention.sample(3, *shape, prompt_length=70, room=room, dtype=dtype)
             new = cached_attention.sample(3, *shape, dtype=dtype, seed=1)
             new = {f"new_{k}": new[f"prefix_{k}"][:, :, 0] for k in ("keys", "values")}
             return {**found, **new, "lengths": found["lengths"] if held is None else torch.tensor(held)}
