@@ -265,7 +265,7 @@ def test_the_largest_micro_batch_that_fits_is_found(folder):
 
 
 def test_checked_keeps_to_the_budget():
-    found = Plan({"base weights": 10}, {"scoring": 5, "update of policy": 7}, 4)
+    found = Plan({"base weights": 10}, {"scoring": 5, "update of policy": 7}, micro_batch_size=4)
     assert found.peak == 17 and checked(found, 17) is found
     with pytest.raises(DoesNotFit, match="micro-batch of 4"):
         checked(found, 16.9)

@@ -264,8 +264,9 @@ def test_case_43_nothing_is_left_when_the_pool_goes():
 
 
 HOLDER = """
-import sys
+import signal, sys
 from rlhf_fast.rewards import Call, Pool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in what a shell has put into the background
 pool = Pool([sys.argv[1]], 2, timeout=100.0 if sys.argv[2] != "hang in C" else 3.0)
 print(*(w.process.pid for w in pool._workers), flush=True)
 if sys.argv[2].startswith("hang"):
