@@ -24,6 +24,15 @@ def return_large_blocks() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, LARGE)) and bool(mallopt(_TRIM_THRESHOLD, LARGE))
 
 
+def trim() -> bool:
+    """Give what dead tensors have left in the C library's heap back to the system; False where that is not glibc, or nothing was left.
+
+    After an update that is most of its activations: 600 of 1,880 MiB of a GRPO run of a 135M model, on top of which a rollout packs the
+    weights once more. Fresh pages cost the next update some hundredths of its time.
+    """
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).malloc_trim(0))
+
+
 def resident_bytes() -> int:
     """Bytes of this process that are in memory, mapped files included; 0 where the system does not tell (not Linux)."""
     try:

@@ -336,6 +336,27 @@ print(resident_bytes() - before)
         assert int(done.stdout) < 2**24, "512 blocks of 256 KiB came and went"
 
 
+def test_what_dead_tensors_left_in_the_heap_goes_back_when_asked():
+    code = """
+import torch
+from rlhf_fast._allocator import resident_bytes, trim
+block = torch.ones(2**22)
+del block  # 16 MiB: glibc takes smaller ones from the heap from here on
+pairs = [(torch.ones(2**18), torch.ones(4096)) for _ in range(100)]
+pins = [pin for _, pin in pairs]  # what keeps the top of the heap in its place
+del pairs
+before = resident_bytes()
+print(trim(), before - resident_bytes(), float(torch.cat(pins).sum()), float(torch.ones(2**18).sum()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    given, size, *sums = done.stdout.split()
+    assert sums == [str(4096.0 * 100), str(float(2**18))]
+    if platform.libc_ver()[0] == "glibc":
+        assert given == "True" and int(size) > 2**26, "most of 100 MiB"
+    else:
+        assert given == "False"
+
+
 def test_the_command_prints_every_part_and_whether_it_fits(folder, capsys):
     assert cli(["plan", "--model", folder, "--gpu", "rtx4090", "--trainer", "grpo"]) == 0
     text = capsys.readouterr().out

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast import TokenStats, _buffers, kl_estimate
+from rlhf_fast import TokenStats, _allocator, _buffers, kl_estimate
 from rlhf_fast.batch import Shuffle, pad
 from rlhf_fast.config import KLConfig, RolloutConfig
 from rlhf_fast.corrections import RolloutCorrection, rollout_correction
@@ -173,6 +173,7 @@ class Sampler(ABC):
         request, found = self.request(prompts, generator), None
         own = self.sampled_here(len(request.seeds))
         if own.start < own.stop:
+            _allocator.trim()
             with self.ranks.whole():
                 found = sample(self.model, request.part(own))
         return self.gathered(request, found)

@@ -9,7 +9,7 @@ import torch
 from models import letter_tokenizer, save_tiny, tiny_llama
 from runs import Updates
 
-from rlhf_fast import _buffers, group_advantages
+from rlhf_fast import _allocator, _buffers, group_advantages
 from rlhf_fast.config import (
     GROUP_ADVANTAGES,
     ConfigError,
@@ -27,6 +27,7 @@ from rlhf_fast.config import (
 )
 from rlhf_fast.losses import RECIPES
 from rlhf_fast.model import LoraConfig, SharedModel
+from rlhf_fast.train import online
 from rlhf_fast.train.group import Trainer, train_group
 from rlhf_fast.train.rewards import Rewards
 
@@ -208,6 +209,16 @@ def greedy_texts(trainer: Trainer, model: SharedModel) -> list[str]:
                 ids.append(int(model(torch.tensor([ids]), roles=("policy",)).policy.logits[0, -1].argmax()))
         texts.append(trainer.tokenizer.decode(ids[start:], skip_special_tokens=True))
     return texts
+
+
+def test_what_an_update_left_behind_goes_back_before_weights_are_packed(folder, monkeypatch):
+    trainer, _ = make(folder)
+    order: list[str] = []
+    sample = online.sample
+    monkeypatch.setattr(_allocator, "trim", lambda: order.append("trim"))
+    monkeypatch.setattr(online, "sample", lambda *args: order.append("sample") or sample(*args))
+    experience(trainer)
+    assert order == ["trim", "sample"]
 
 
 @pytest.mark.parametrize("size", [4, 1])
