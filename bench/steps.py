@@ -345,7 +345,7 @@ def points(curve: Sequence[float]) -> list[float]:
     return [statistics.fmean(curve[i : i + size]) for i in range(0, len(curve) - size + 1, size)]
 
 
-def curves(arguments: Sequence[str], seeds: int) -> None:
+def curves(arguments: Sequence[str], first: int, seeds: int) -> None:
     """Rewards of both sides, stretch by stretch, and how likely seeds alone would set them so far apart.
 
     Of all ways to deal the curves to two sides, the share whose largest difference of means is at least that of the two trainers: an
@@ -356,7 +356,7 @@ def curves(arguments: Sequence[str], seeds: int) -> None:
     found = [
         points(run([*arguments, "--seed", str(seed)], "curves", name)["rewards"])
         for name in names
-        for seed in range(seeds)
+        for seed in range(first, first + seeds)
     ]
     table = torch.tensor(found, dtype=torch.float64)
     sides = table.view(2, seeds, -1)
@@ -393,7 +393,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, help="timed steps of a run; for curves all of them")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="curves: runs of each side")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="curves: runs of each side, with seeds from --seed on")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
@@ -414,7 +414,7 @@ def main() -> None:
     )
     for what in args.what or CONTENDERS:
         if what == "curves":
-            curves(passed, args.seeds)
+            curves(passed, args.seed, args.seeds)
             continue
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[what]}
         for _ in range(args.rounds):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_fast import _env, _extension
 
-ABI = 8
+ABI = 9
 """Version of the argument structs in csrc/cpu/ops.h; the module carries the one it was built with."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

@@ -81,6 +81,36 @@ def test_a_row_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(each_
     each_isa(check)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 16, 64, 65, 100])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_product_of_low_rank_is_added_and_its_zeros_change_no_bit(size, rank, each_isa):
+    """Up to 64 ranks in the sums of the first product, whose blocks of k they leave as they are; more in a pass of their own."""
+    m, n, k = size
+    bias = torch.randn(n)
+    a, low = operand(m, k, torch.float32, False), torch.randn(m, rank + 3)[:, :rank]
+    truth = lambda b, low_b: a.double() @ b.double() + low.double() @ low_b.double() + bias.double()
+    size_of = lambda b, low_b: (
+        a.double().abs() @ b.double().abs() + low.double().abs() @ low_b.double().abs() + bias.double().abs()
+    )
+
+    def check(b, low_b):
+        if not _matmul.native(torch.float32):
+            return  # callers ask
+        out = torch.full((m, pitch(n)), 7.0)
+        matmul(a, b, out[:, :n], bias=bias, low_rank=(low, low_b))
+        error = (out[:, :n].double() - truth(b, low_b)).abs()
+        assert (error <= tolerances.product(k + rank) * size_of(b, low_b)).all()
+        assert (out[:, n:] == 7.0).all()
+        alone, zero = torch.empty(m, n), torch.empty(m, n)
+        matmul(a, b, alone, bias=bias)
+        matmul(a, b, zero, bias=bias, low_rank=(low, torch.zeros_like(low_b)))
+        assert torch.equal(zero, alone)
+
+    for transposed in (False, True):
+        b, low_b = operand(k, n, torch.float32, transposed), operand(rank, n, torch.float32, not transposed)
+        each_isa(lambda b=b, low_b=low_b: check(b, low_b))
+
+
 def test_products_of_bf16_are_not_rounded_to_bf16(each_isa):
     """Small integers: any rounding of a product or of a sum would show."""
     a, b = torch.randint(-8, 9, (33, 200)).bfloat16(), torch.randint(-8, 9, (200, 50)).bfloat16()

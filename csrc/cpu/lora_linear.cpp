@@ -27,6 +27,7 @@ void skinny_tile(const float* x, int64_t pitch, const float* factor, int64_t uni
     for (Float& s : sums) s = Float::splat(0);
     const int64_t end = least(units, k + kDepth);
     for (int64_t u = k; u < end; ++u) {
+      if (u % kLanes < R) prefetch(x + (R + u % kLanes) * pitch + u);
       const Float column = load(factor + u * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) sums[i] = multiply_add<kNarrow>(Float::splat(x[i * pitch + u]), column, sums[i]);
@@ -98,9 +99,13 @@ void segment(const LoraLinearArgs& x) {
   if (can_skinny<kNarrow, T>(x)) {
     skinny<kNarrow>(x);
   } else {
-    // a, b, bias, c, workspace; m, n, k; rows and columns of a and b, rows of c; formats, which the template has.
-    multiply<kNarrow, T, float>(MatmulArgs{x.x, x.a, nullptr, x.low, x.workspace, x.rows, x.rank, x.in, x.x_row, 1,
-                                           x.a_row, x.a_column, x.rank, kFloat32, kFloat32, false, kNarrow, x.threads});
+    MatmulArgs down{};
+    down.a = x.x, down.a_row = x.x_row, down.a_column = 1;
+    down.b = x.a, down.b_row = x.a_row, down.b_column = x.a_column;
+    down.c = x.low, down.c_row = x.rank;
+    down.m = x.rows, down.n = x.rank, down.k = x.in;
+    down.workspace = x.workspace, down.threads = x.threads;
+    multiply<kNarrow, T, float>(down);
     const Float scale = Float::splat(static_cast<float>(x.scale));
     float* const low = static_cast<float*>(x.low);
     const int64_t count = x.rows * x.rank;
@@ -110,9 +115,13 @@ void segment(const LoraLinearArgs& x) {
     });
   }
   if (!x.y) return;
-  multiply<kNarrow, float, float, T>(MatmulArgs{x.low, x.b, nullptr, x.y, x.workspace, x.rows, x.out, x.rank, x.rank, 1,
-                                                x.b_row, x.b_column, x.y_row, kFloat32, kFloat32, true, kNarrow,
-                                                x.threads});
+  MatmulArgs up{};
+  up.a = x.low, up.a_row = x.rank, up.a_column = 1;
+  up.b = x.b, up.b_row = x.b_row, up.b_column = x.b_column;
+  up.c = x.y, up.c_row = x.y_row, up.accumulate = true;
+  up.m = x.rows, up.n = x.out, up.k = x.rank;
+  up.workspace = x.workspace, up.threads = x.threads;
+  multiply<kNarrow, float, float, T>(up);
 }
 
 }  // namespace

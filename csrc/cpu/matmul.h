@@ -28,10 +28,12 @@ constexpr int kTileRows = 2, kVectors = 1;
 constexpr int kTileColumns = kVectors * kLanes;
 
 // Along k everything is counted in units of 32 bits: one fp32 number, or two of bf16.
-constexpr int64_t kDepth = 768;          // units of a block of k
-constexpr int64_t kPitch = kDepth + 16;  // between packed rows of A: an odd number of cache lines
-constexpr int64_t kPanels = 384;         // rows of A, or columns of B, that are packed for all threads at a time
+constexpr int64_t kDepth = 768;                      // units of a block of k
+constexpr int64_t kLowDepth = 64;                    // units of a second product that the last block has room for
+constexpr int64_t kPitch = kDepth + kLowDepth + 16;  // between packed rows of A: an odd number of cache lines
+constexpr int64_t kPanels = 384;  // rows of A, or columns of B, that are packed for all threads at a time
 constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kRowsAhead = 32;  // rows
 static_assert(kMatmulFloats >= (kPanels + kTileRows) * kPitch && kMatmulFloats >= (kPanels + kTileColumns) * kPitch);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -163,8 +165,10 @@ struct Target {
   const float* bias;  // of these columns, or null
 };
 
-// b: kTileColumns columns of every unit of k, b_pitch apart.
-template <bool kNarrow, int R, class C>
+// b: kTileColumns columns of every unit of k, b_pitch apart. kFar: b lies in rows of something wider, which no
+// processor foresees: it is asked for kRowsAhead rows before it is due, or a cold operand would be waited for at every
+// row.
+template <bool kNarrow, bool kFar, int R, class C>
 void tile(const float* a, const float* b, int64_t b_pitch, int64_t depth, Target<C> to) {
   Float sums[R][kVectors];
   for (auto& row : sums)
@@ -172,6 +176,8 @@ void tile(const float* a, const float* b, int64_t b_pitch, int64_t depth, Target
   for (int64_t u = 0; u < depth; ++u) {
     Float column[kVectors];
     for (int v = 0; v < kVectors; ++v) column[v] = load(b + u * b_pitch + v * kLanes);
+    if constexpr (kFar)
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(b + (u + kRowsAhead) * b_pitch + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const Float row = Float::splat(a[i * kPitch + u]);
@@ -202,10 +208,10 @@ void tile(const float* a, const float* b, int64_t b_pitch, int64_t depth, Target
     }
 }
 
-template <bool kNarrow, int R = kTileRows, class C>
+template <bool kNarrow, bool kFar, int R = kTileRows, class C>
 inline void tile_of(int rows, const float* a, const float* b, int64_t b_pitch, int64_t depth, Target<C> to) {
-  if (rows == R) return tile<kNarrow, R>(a, b, b_pitch, depth, to);
-  if constexpr (R > 1) tile_of<kNarrow, R - 1>(rows, a, b, b_pitch, depth, to);
+  if (rows == R) return tile<kNarrow, kFar, R>(a, b, b_pitch, depth, to);
+  if constexpr (R > 1) tile_of<kNarrow, kFar, R - 1>(rows, a, b, b_pitch, depth, to);
 }
 
 // Sizes of equal parts of n, at most `most` each, in multiples of `unit`.
@@ -213,8 +219,11 @@ inline int64_t even_part(int64_t n, int64_t most, int64_t unit) {
   return ceil_div(ceil_div(n, ceil_div(n, most)), unit) * unit;
 }
 
+// A second product, of low rank, is so many more units of the last block: the sums go on where the first left them, and
+// C is written once. How k falls into blocks does not depend on it: where low_b is 0, C has the bits of A B.
 template <bool kNarrow, class A, class B, class C = float>
 void multiply(const MatmulArgs& x) {
+  const int64_t low_depth = kNarrow || !x.low || x.rank > kLowDepth ? 0 : x.rank;
   constexpr int step = Units<A, kNarrow>::step;
   const Operand<A> a{static_cast<const A*>(x.a), x.a_row, x.a_column};
   const Operand<B> b{static_cast<const B*>(x.b), x.b_column, x.b_row};
@@ -232,12 +241,24 @@ void multiply(const MatmulArgs& x) {
   float* const packed = static_cast<float*>(x.workspace);
   const int64_t panel_floats = shared_tile * kPitch;
   // A strip that few rows are multiplied by is read where it lies: packing it would cost as much as the products.
-  const bool in_place = rows_shared && !kNarrow && std::is_same_v<B, float> && b.line == 1 && x.m <= 2 * kTileRows;
+  const bool in_place =
+      rows_shared && !kNarrow && std::is_same_v<B, float> && b.line == 1 && x.m <= 2 * kTileRows && !low_depth;
   int64_t next = 0;
   for_phases(x.threads, 1, x.threads, static_cast<int>(2 * parts * blocks), [&](int phase, int64_t from, int64_t to) {
     const int64_t first_line = phase / 2 / blocks * part, k = phase / 2 % blocks * depth * step;
     const int64_t lines = least(part, shared - first_line), panels = ceil_div(lines, shared_tile);
-    const int64_t left = x.k - k, deep = least(depth, ceil_div(left, step));
+    const int64_t left = x.k - k, own = least(depth, ceil_div(left, step));
+    const int64_t low = left <= depth * step ? low_depth : 0, deep = own + low;  // in the last block
+    const auto pack_a = [&](int64_t line, int some, float* at) {
+      pack_rows<kNarrow>(Operand<A>{a.data + line * a.line + k * a.along, a.line, a.along}, some, own, left, at);
+      if (low) pack_rows<false>(Operand<float>{x.low + line * x.low_row, x.low_row, 1}, some, low, low, at + own);
+    };
+    const auto pack_b = [&](int64_t line, int some, float* at) {
+      pack_columns<kNarrow>(Operand<B>{b.data + line * b.line + k * b.along, b.line, b.along}, some, own, left, at);
+      if (low)
+        pack_columns<false>(Operand<float>{x.low_b + line * x.low_b_column, x.low_b_column, x.low_b_row}, some, low,
+                            low, at + own * kTileColumns);
+    };
     const unsigned before = flush_denormals();
     if (phase % 2 == 0) {
       if (from == 0) next = 0;
@@ -245,11 +266,9 @@ void multiply(const MatmulArgs& x) {
         const int64_t line = first_line + p * shared_tile;
         const int some = static_cast<int>(least(shared_tile, shared - line));
         if (rows_shared)
-          pack_rows<kNarrow>(Operand<A>{a.data + line * a.line + k * a.along, a.line, a.along}, some, deep, left,
-                             packed + p * panel_floats);
+          pack_a(line, some, packed + p * panel_floats);
         else
-          pack_columns<kNarrow>(Operand<B>{b.data + line * b.line + k * b.along, b.line, b.along}, some, deep, left,
-                                packed + p * panel_floats);
+          pack_b(line, some, packed + p * panel_floats);
       }
       return restore_denormals(before);
     }
@@ -266,10 +285,9 @@ void multiply(const MatmulArgs& x) {
         columns = reinterpret_cast<const float*>(b.data + line + k * b.along);
         columns_pitch = b.along;
       } else if (rows_shared)
-        pack_columns<kNarrow>(Operand<B>{b.data + line * b.line + k * b.along, b.line, b.along}, some, deep, left,
-                              strip);
+        pack_b(line, some, strip);
       else
-        pack_rows<kNarrow>(Operand<A>{a.data + line * a.line + k * a.along, a.line, a.along}, some, deep, left, strip);
+        pack_a(line, some, strip);
       for (int64_t p = panels * cut / cuts; p < panels * (cut + 1) / cuts; ++p) {
         const int64_t at = first_line + p * shared_tile;
         const int size = static_cast<int>(least(shared_tile, shared - at));
@@ -277,14 +295,23 @@ void multiply(const MatmulArgs& x) {
         const float *panel = packed + p * panel_floats, *bias = k == 0 && x.bias ? x.bias + column : nullptr;
         const Target<C> target{static_cast<C*>(x.c) + row * x.c_row + column, x.c_row, rows_shared ? some : size,
                                x.accumulate || k > 0, bias};
-        if (rows_shared)
-          tile_of<kNarrow>(size, panel, columns, columns_pitch, deep, target);
+        if (columns != strip && rows_shared)
+          tile_of<kNarrow, true>(size, panel, columns, columns_pitch, deep, target);
+        else if (rows_shared)
+          tile_of<kNarrow, false>(size, panel, strip, kTileColumns, deep, target);
         else
-          tile_of<kNarrow>(some, strip, panel, kTileColumns, deep, target);
+          tile_of<kNarrow, false>(some, strip, panel, kTileColumns, deep, target);
       }
     }
     restore_denormals(before);
   });
+  if (x.low && !low_depth) {
+    MatmulArgs rest = x;
+    rest.a = x.low, rest.b = x.low_b, rest.low = rest.low_b = rest.bias = nullptr;
+    rest.k = x.rank, rest.rank = 0, rest.accumulate = true;
+    rest.a_row = x.low_row, rest.a_column = 1, rest.b_row = x.low_b_row, rest.b_column = x.low_b_column;
+    multiply<kNarrow, float, float, C>(rest);
+  }
 }
 
 }  // namespace

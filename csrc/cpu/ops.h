@@ -11,7 +11,7 @@
 
 namespace rlhf_fast {
 
-constexpr int kAbi = 8;
+constexpr int kAbi = 9;
 
 struct GaeArgs {
   const void* rewards;        // (rows, length) or (cu_seqlens[rows],), wide
@@ -242,15 +242,17 @@ constexpr int64_t kPackedColumns = 32;
 
 constexpr int64_t kMatmulFloats = 1 << 19;  // of MatmulArgs::workspace
 
-// C = A B + bias, or C += A B. Of the two strides of A and of B one is 1.
+// C = A B + low low_b + bias, or C += A B + low low_b. Of the two strides of A, of B and of low_b one is 1.
 struct MatmulArgs {
-  const void* a;      // (m, k), a_dtype
-  const void* b;      // (k, n), b_dtype
-  const float* bias;  // (n,) or null; added with accumulate too
-  void* c;            // (m, n) float, rows c_row apart
-  void* workspace;    // (kMatmulFloats,) float
-  int64_t m, n, k;
-  int64_t a_row, a_column, b_row, b_column, c_row;
+  const void* a;       // (m, k), a_dtype
+  const void* b;       // (k, n), b_dtype
+  const float* low;    // (m, rank), rows low_row apart, or null; not with narrow
+  const float* low_b;  // (rank, n), or null
+  const float* bias;   // (n,) or null; added with accumulate too
+  void* c;             // (m, n) float, rows c_row apart
+  void* workspace;     // (kMatmulFloats,) float
+  int64_t m, n, k, rank;
+  int64_t a_row, a_column, b_row, b_column, low_row, low_b_row, low_b_column, c_row;
   int a_dtype, b_dtype;  // Dtype, not kFloat64
   bool accumulate;
   bool narrow;  // fp32 operands may be rounded to bf16 on processors that multiply it

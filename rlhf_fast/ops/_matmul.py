@@ -30,7 +30,14 @@ def pitch(columns: int) -> int:
 
 
 def matmul(
-    a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, add: bool = False, narrow: bool = False
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    add: bool = False,
+    narrow: bool = False,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """out = a b + bias, or with `add` out += a b; sums in the dtype of out.
 
@@ -40,6 +47,7 @@ def matmul(
         out: (m, n), rows of stride-1 elements.
         bias: (n,) contiguous in the dtype of out, or None; not with `add`.
         narrow: fp32 operands may be rounded to bf16 where the processor multiplies bf16: for results that are bf16 in the end.
+        low_rank: fp32 (m, r) and (r, n) whose product is added, where `native` and not `narrow`; up to 64 ranks in the same sums.
     """
     if out.is_cuda and a.dtype is b.dtype and a.dtype is not out.dtype:
         if add:
@@ -60,8 +68,13 @@ def matmul(
         return
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     (m, k), n = a.shape, b.shape[1]
+    low, low_b = (None, None) if low_rank is None else low_rank
+    if low_b is not None and 1 not in low_b.stride():
+        low_b = low_b.contiguous()
+    low_strides = (0, 0, 0) if low is None or low_b is None else (low.stride(0), *low_b.stride())
     _native.kernel("matmul")(
-        a, b, bias, out, workspace(), m, n, k, *a.stride(), *b.stride(), out.stride(0),
+        a, b, low, low_b, bias, out, workspace(), m, n, k, 0 if low is None else low.shape[1],
+        *a.stride(), *b.stride(), *low_strides, out.stride(0),
         _native.DTYPES[a.dtype], _native.DTYPES[b.dtype], add, narrow, torch.get_num_threads(),
     )  # fmt: skip
 

@@ -125,13 +125,28 @@ def _each(low: Tensor, scales: Sequence[float], bounds: Sequence[int], ranks: Se
         done += height * rank
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., out) = x W^T + bias of contiguous x; PyTorch's product where it is as fast, and needs no conversion of its result."""
+def _layer(x, weight, bias, inputs, a, b, low, scales, bounds, ranks):  # type: ignore[no-untyped-def]
+    """(..., out) = x W^T + bias of contiguous x, and on the rows of each segment + low b with low = scale inputs a, which is kept.
+
+    Where `_matmul.native`, the sums of the update go on where those of the weight end, and y is written once: segment by segment,
+    since the product packs the weight anew for every few hundred rows anyway. PyTorch's product elsewhere, which needs no conversion
+    of its result. inputs: (rows, in); a: (in, R), b: (R, out) fp32.
+    """
+    each = _each(low, scales, bounds, ranks)
     if not _matmul.native(x.dtype):
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        for scale, rows, places, part in each:
+            _update(inputs[rows], a[:, places], b[places], _rows(y)[rows], part, scale)
+        return y
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    flat, out, done, factors = _rows(x), y.view(-1, weight.shape[0]), 0, weight.t()
     bias = bias if bias is None else bias.float().contiguous()
-    _matmul.matmul(_rows(x), weight.t(), y.view(-1, weight.shape[0]), bias=bias)
+    for scale, rows, places, part in each:
+        _matmul.matmul(flat[done : rows.start], factors, out[done : rows.start], bias=bias)
+        _update(inputs[rows], a[:, places], b[places], None, part, scale)
+        _matmul.matmul(flat[rows], factors, out[rows], bias=bias, low_rank=(part, b[places]))
+        done = rows.stop
+    _matmul.matmul(flat[done:], factors, out[done:], bias=bias)
     return y
 
 
@@ -151,27 +166,29 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward(x, weight, lora_a, lora_b, lora_input, bias, scales, bounds, ranks):  # type: ignore[no-untyped-def]
-    x = x.contiguous()
-    y, low = _product(x, weight, bias), _kept(lora_a, bounds, ranks)
-    flat, out, a, b = _rows(x if lora_input is None else lora_input), _rows(y), lora_a.float().t(), lora_b.float().t()
-    for scale, rows, places, part in _each(low, scales, bounds, ranks):
-        _update(flat[rows], a[:, places], b[places], out[rows], part, scale)
+    x, low = x.contiguous(), _kept(lora_a, bounds, ranks)
+    inputs = _rows(x if lora_input is None else lora_input)
+    y = _layer(x, weight, bias, inputs, lora_a.float().t(), lora_b.float().t(), low, scales, bounds, ranks)
     return y, low  # y is no view: models add to it in place
 
 
 def _backward_cpp(grad, x, weight, lora_a, lora_b, low, other_input, scales, bounds, ranks, wanted):  # type: ignore[no-untyped-def]
     flat, grad_y, a, b = _rows(x), _rows(grad), lora_a.float(), lora_b.float()
-    grad_x = _product(grad_y, weight.t(), None) if wanted[0] else None
+    grad_x, grad_low = None, torch.empty_like(low)
     grad_input = torch.zeros_like(flat) if wanted[3] else None
-    into = grad_input if other_input else grad_x
+    done = wanted[0] and not other_input
+    if done:
+        grad_x = _layer(grad_y, weight.t(), None, grad_y, b, a, grad_low, scales, bounds, ranks)
+    elif wanted[0]:
+        grad_x = _layer(grad_y, weight.t(), None, grad_y, b, a, grad_low, (), (), ())
     grad_a = torch.zeros_like(a, memory_format=torch.contiguous_format) if wanted[1] else None
     grad_b = torch.zeros_like(b, memory_format=torch.contiguous_format) if wanted[2] else None
     narrow = x.dtype is not torch.float32
-    grad_low = torch.empty_like(low)
     each = zip(_each(low, scales, bounds, ranks), _each(grad_low, scales, bounds, ranks), strict=True)
     for (scale, rows, places, part), (*_, grad_part) in each:
-        if into is not None or grad_a is not None:
-            _update(grad_y[rows], b[:, places], a[places], None if into is None else into[rows], grad_part, scale)
+        if not done and (grad_input is not None or grad_a is not None):
+            into = None if grad_input is None else grad_input[rows]
+            _update(grad_y[rows], b[:, places], a[places], into, grad_part, scale)
         if grad_a is not None and part.numel():
             _matmul.matmul(grad_part.t(), flat[rows], grad_a[places], narrow=narrow)
         if grad_b is not None and part.numel():
