@@ -1,7 +1,9 @@
 // One segment of a linear layer with adapters: low = scale x A, then y += low B; A (in, r) and B (r, out) of rank r.
+// Without y it stops at low, which the product with the weight then adds itself (matmul.h).
 //
 // low stays fp32 and is kept: the backward multiplies it, and runs the same kernel with the factors changed places.
 // Where x is bf16 and the processor multiplies bf16, operands are rounded to it, as PyTorch's product would round them.
+#include "formats.h"
 #include "matmul.h"
 
 namespace rlhf_fast {
@@ -124,26 +126,22 @@ void segment(const LoraLinearArgs& x) {
   multiply<kNarrow, float, float, T>(up);
 }
 
+template <class T>
+void by_format(Format<T>, const LoraLinearArgs& x) {
+#if defined(RLHF_FAST_ISA_AVX512BF16)
+  segment<std::is_same_v<T, BFloat16>, T>(x);
+#else
+  segment<false, T>(x);
+#endif
+}
+
 }  // namespace
 
 namespace RLHF_FAST_ISA {
 
 int64_t lora_linear(const LoraLinearArgs& x) {
   if (x.rows <= 0 || x.rank <= 0) return -1;
-  switch (x.dtype) {
-    case kFloat32:
-      segment<false, float>(x);
-      break;
-    case kBFloat16:
-#if defined(RLHF_FAST_ISA_AVX512BF16)
-      segment<true, BFloat16>(x);
-#else
-      segment<false, BFloat16>(x);
-#endif
-      break;
-    default:
-      segment<false, Float16>(x);
-  }
+  with_format(x.dtype, [&](auto format) { by_format(format, x); });
   return -1;
 }
 

@@ -1,19 +1,14 @@
 // The products of the heads and of the adapted layers, by the formats of their operands.
 #include "matmul.h"
 
+#include "formats.h"
+
 namespace rlhf_fast {
 namespace {
 
-template <class A>
-void multiply_by(const MatmulArgs& x) {
-  switch (x.b_dtype) {
-    case kFloat32:
-      return multiply<false, A, float>(x);
-    case kBFloat16:
-      return multiply<false, A, BFloat16>(x);
-    default:
-      return multiply<false, A, Float16>(x);
-  }
+template <bool kNarrow, class A, class B>
+void by_formats(Format<A>, Format<B>, const MatmulArgs& x) {
+  multiply<kNarrow, A, B>(x);
 }
 
 }  // namespace
@@ -32,16 +27,7 @@ int64_t matmul(const MatmulArgs& x) {
     return -1;
   }
 #endif
-  switch (x.a_dtype) {
-    case kFloat32:
-      multiply_by<float>(x);
-      break;
-    case kBFloat16:
-      multiply_by<BFloat16>(x);
-      break;
-    default:
-      multiply_by<Float16>(x);
-  }
+  with_format(x.a_dtype, [&](auto a) { with_format(x.b_dtype, [&](auto b) { by_formats<false>(a, b, x); }); });
   return -1;
 }
 
