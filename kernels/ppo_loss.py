@@ -1,8 +1,9 @@
 """The PPO loss, its gradients and its statistics in one launch.
 
-The tokens are cut into at most MAX_PARTS parts, whole rows for the seq-* reductions. A program takes one part block by block,
-stores the sums and moments of it, and the last program to finish combines them in the order of the parts (common/grid.py). Where
-the denominator is a count that the gradients need, as many programs count the mask first: one byte a token more.
+The tokens are cut into at most MAX_PARTS parts, whole rows for the seq-* reductions and where a row shares one ratio. A program
+takes one part block by block, stores the sums and moments of it, and the last program to finish combines them in the order of the
+parts (common/grid.py). Where the denominator is a count that the gradients need, as many programs count the mask first: one byte
+a token more. The ratio of a row comes from a loop over the row before the one that has its gradients, out of the caches.
 """
 
 import triton
@@ -13,18 +14,22 @@ from rlhf_fast.kernels.common.layout import same_order, spread
 from rlhf_fast.kernels.common.moments import MAX_PARTS, merged, moments_of, pooled
 from rlhf_fast.kernels.common.scan import left, mask_from, row_of
 from rlhf_fast.kernels.common.token_losses import (
+    CLIP,
+    SEQUENCE_TOKEN,
+    TOKEN,
     k3_of,
     kl_token,
-    policy_token,
     ratio_token,
+    row_ratio,
+    row_slope,
+    surrogate_token,
     value_token,
-    weighted_token,
 )
 from rlhf_fast.kernels.kl_estimate import kind_of
 from torch import Tensor
 
 from rlhf_fast._counters import counters_for
-from rlhf_fast.reference.ppo_loss import STATS
+from rlhf_fast.reference.ppo_loss import LEVELS, STATS, SURROGATES
 
 BLOCK, WARPS = 512, 8
 
@@ -48,6 +53,38 @@ def _real_tokens(mask, begin, size, BLOCK: tl.constexpr):
     for i in range(tl.cdiv(size, BLOCK)):
         count += mask_from(mask, begin + i * BLOCK, lane, lane < left(size, i * BLOCK, BLOCK)).to(tl.int32)
     return tl.sum(count, 0)
+
+
+@triton.jit
+def _row_sums(
+    logprobs, old_logprobs, advantages, mask, importance_weights, begin, size, ratio_clamp,
+    CARRIED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(real tokens of a row, sum of their log-ratios, sums of their advantages that are not below 0 and of those that are).
+
+    The last two are of advantages times importance weights, and 0 unless CARRIED.
+    """
+    count = tl.zeros((BLOCK,), tl.int32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    gains = tl.zeros((BLOCK,), tl.float32)
+    losses = tl.zeros((BLOCK,), tl.float32)
+    lane = tl.arange(0, BLOCK)
+    for i in range(tl.cdiv(size, BLOCK)):
+        first = begin + i * BLOCK
+        real = mask_from(mask, first, lane, lane < left(size, i * BLOCK, BLOCK))
+        logp = tl.load(logprobs + first + lane, real, other=0.0)
+        old = tl.load(old_logprobs + first + lane, real, other=0.0)
+        log_ratio, _, _ = ratio_token(logp, old, ratio_clamp)
+        count += real.to(tl.int32)
+        total += log_ratio
+        if CARRIED:
+            advantage = tl.load(advantages + first + lane, real, other=0.0)
+            weighed = advantage
+            if importance_weights is not None:
+                weighed *= tl.load(importance_weights + first + lane, real, other=0.0)
+            gains += tl.where(advantage < 0.0, 0.0, weighed)
+            losses += tl.where(advantage < 0.0, weighed, 0.0)
+    return tl.sum(count, 0), tl.sum(total, 0), tl.sum(gains, 0), tl.sum(losses, 0)
 
 
 @triton.jit
@@ -130,11 +167,12 @@ def _loss(
     normalizer, cu_seqlens, loss, stats, grad_logprobs, grad_entropy, grad_values, parts, counters,
     tokens, rows, length, rows_per_part, n_parts, low, high, dual_clip, ratio_clamp, entropy_coef, kl_coef, kl_in, kl_out,
     value_clip, value_coef, divisor,
-    COUNTED: tl.constexpr, TOKEN_MEANS: tl.constexpr, WEIGHTS: tl.constexpr, KIND: tl.constexpr, THROUGH: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    COUNTED: tl.constexpr, TOKEN_MEANS: tl.constexpr, LEVEL: tl.constexpr, SURROGATE: tl.constexpr, KIND: tl.constexpr,
+    THROUGH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """COUNTED: what replaces `divisor` as the denominator, unless a normalizer does. TOKEN_MEANS: rows are averaged first. WEIGHTS:
-    the ratio is a weight."""
+    """COUNTED: what replaces `divisor` as the denominator, unless a normalizer does. TOKEN_MEANS: rows are averaged first."""
+    # The gradient goes through the ratio of the row, to each of its tokens alike.
+    CARRIED: tl.constexpr = SURROGATE == CLIP and (LEVEL != TOKEN and LEVEL != SEQUENCE_TOKEN)
     part = take_ticket(counters)
     if COUNTED != NOTHING:
         if part < n_parts:
@@ -165,8 +203,18 @@ def _loss(
     for row in range(part * rows_per_part, tl.minimum((part + 1) * rows_per_part, rows)):
         begin, size = row_of(cu_seqlens, row, tokens, length)
         weight = 1.0  # of a token of the row, times share
+        if LEVEL != TOKEN:
+            found, total, gains, losses = _row_sums(
+                logprobs, old_logprobs, advantages, mask, importance_weights, begin, size, ratio_clamp, CARRIED, BLOCK
+            )
+        elif TOKEN_MEANS:
+            found = _real_tokens(mask, begin, size, BLOCK)
         if TOKEN_MEANS:
-            weight = tl.div_rn(1.0, tl.maximum(_real_tokens(mask, begin, size, BLOCK), 1).to(tl.float32))
+            weight = tl.div_rn(1.0, tl.maximum(found, 1).to(tl.float32))
+        if LEVEL != TOKEN:
+            shared, moves = row_ratio(total, tl.maximum(found, 1).to(tl.float32), LEVEL)
+            if CARRIED:
+                carried = share * weight * (moves * row_slope(shared, gains, losses, low, high, dual_clip))
         for i in range(tl.cdiv(size, BLOCK)):
             first = begin + i * BLOCK
             inside = lane < left(size, i * BLOCK, BLOCK)
@@ -175,16 +223,21 @@ def _loss(
             old = tl.load(old_logprobs + first + lane, real, other=0.0)
             advantage = tl.load(advantages + first + lane, real, other=0.0)
             log_ratio, ratio, clamped = ratio_token(logp, old, ratio_clamp)
-            if WEIGHTS:
-                term, slope, clipped = weighted_token(logp, ratio, advantage, low, high)
-                capped = clipped & False
-            else:
-                term, slope, clipped, capped = policy_token(ratio, clamped, advantage, low, high, dual_clip)
+            stopped = clamped
+            if LEVEL != TOKEN:
+                ratio = tl.where(real, shared, 1.0)
+                stopped = clamped | (tl.where(real, moves, 1.0) == 0)
+            term, slope, clipped, capped = surrogate_token(
+                logp, ratio, stopped, advantage, low, high, dual_clip, SURROGATE
+            )
             if importance_weights is not None:
                 importance = tl.load(importance_weights + first + lane, real, other=0.0)
                 term *= importance
                 slope *= importance
-            grad = share * weight * slope
+            if CARRIED:
+                grad = tl.where(real & ~clamped, carried, 0.0)
+            else:
+                grad = share * weight * slope
             policy_sum += weight * tl.sum(term, 0)
             square_sum += tl.sum(log_ratio * log_ratio, 0)
             k3_sum += tl.sum(k3_of(log_ratio), 0)
@@ -283,7 +336,11 @@ def forward(
     dual: float, clamp: float, bonus: float, kl_coef: float, kl_kind: str, kl_in: float, kl_out: float, value_clip: float,
     value_coef: float, reduction: str, divisor: float, level: str, surrogate: str, gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(loss, stats, gradients stacked); every array is read and written once, the mask twice where tokens or rows are counted."""
+    """(loss, stats, gradients stacked).
+
+    Every array is read and written once, the mask twice where tokens or rows are counted; where a row shares one ratio, the row
+    is read again by the program that has just read it: log-probs and mask, and for the clip advantages and importance weights.
+    """
     n = logprobs.numel()
     grads = grad_logprobs = grad_entropy = grad_values = None
     if gradients:
@@ -294,7 +351,8 @@ def forward(
     if n == 0:
         return logprobs.new_zeros(()), logprobs.new_zeros(len(STATS)), grads
     loss, stats = logprobs.new_empty(()), logprobs.new_empty(len(STATS))
-    by_rows = reduction.startswith("seq")
+    sequences = reduction.startswith("seq")
+    by_rows = sequences or level != "token"
     if by_rows and cu_seqlens is not None:
         rows, length = cu_seqlens.shape[0] - 1, 0
     else:
@@ -305,7 +363,7 @@ def forward(
         divisor = 1.0
     counted = NOTHING
     if normalizer is None and not divisor:
-        counted = SEQUENCES if by_rows else TOKENS
+        counted = SEQUENCES if sequences else TOKENS
     parts = logprobs.new_empty(N_COLUMNS, count)
     with on_device(logprobs):
         _loss[(count if counted is NOTHING else 2 * count,)](
@@ -313,6 +371,7 @@ def forward(
             normalizer, cu_seqlens if by_rows else None, loss, stats, grad_logprobs, grad_entropy, grad_values, parts,
             counters_for(logprobs), n, rows, length, rows_per_part, count, 1 - low, 1 + high, dual, clamp, bonus, kl_coef,
             kl_in, kl_out, value_clip, value_coef, divisor, counted.value, reduction == "seq-mean-token-mean",
-            surrogate == "cispo", kind_of(kl_kind), kl_kind.endswith("+"), BLOCK, triton.next_power_of_2(count), **spread(WARPS),
+            LEVELS.index(level), SURROGATES.index(surrogate), kind_of(kl_kind), kl_kind.endswith("+"), BLOCK,
+            triton.next_power_of_2(count), **spread(WARPS),
         )  # fmt: skip
     return loss, stats, grads

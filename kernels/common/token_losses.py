@@ -7,8 +7,16 @@ of fp32 at the clamp of the log-ratio; the reduction below keeps one.
 import triton
 import triton.language as tl
 
+from rlhf_fast.surrogates import RATIO_CLAMP, SEQUENCE_CLAMP
+
 K1, K2, K3, ABS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """KL estimators, in the order of rlhf_fast.reference.kl_estimate.KINDS."""
+
+TOKEN, SEQUENCE, SEQUENCE_TOKEN, PRODUCT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+CLIP, CISPO, SCORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Levels of the ratio and surrogates, in the order of rlhf_fast.reference.ppo_loss.LEVELS and SURROGATES."""
+
+_RATIO_CLAMP, _SEQUENCE_CLAMP = tl.constexpr(RATIO_CLAMP), tl.constexpr(SEQUENCE_CLAMP)
 
 _hex = lambda text: tl.constexpr(float.fromhex(text))
 
@@ -116,6 +124,22 @@ def ratio_token(logp, old, ratio_clamp):
 
 
 @triton.jit
+def row_ratio(total, length, LEVEL: tl.constexpr):
+    """(ratio that all tokens of a row see, its logarithm's derivative towards the log-ratio of one of them: 0 beyond a bound).
+
+    total: sum of the log-ratios of the `length` real tokens. Their mean is bounded from above (GSPO, arXiv 2507.18071), the
+    logarithm of the product on both sides.
+    """
+    if LEVEL == PRODUCT:
+        x, moves = total, 1.0
+        bounded = clamp_of(x, -_RATIO_CLAMP, _RATIO_CLAMP)
+    else:
+        x, moves = tl.div_rn(total, length), tl.div_rn(1.0, length)
+        bounded = tl.where(x > _SEQUENCE_CLAMP, _SEQUENCE_CLAMP, x)
+    return exp_of(bounded), tl.where((x > bounded) | (x < bounded), 0.0, moves)
+
+
+@triton.jit
 def policy_token(ratio, clamped, advantage, low, high, dual_clip):
     """(loss, d loss / d logp, clipped, capped) of max(-A rho, -A clip(rho)), at most -c A where A < 0.
 
@@ -137,6 +161,31 @@ def weighted_token(logp, ratio, advantage, low, high):
     weight = clamp_of(ratio, low, high)
     slope = -weight * advantage
     return slope * logp, slope, weight != ratio
+
+
+@triton.jit
+def surrogate_token(logp, ratio, stopped, advantage, low, high, dual_clip, SURROGATE: tl.constexpr):
+    """(loss, d loss / d logp, clipped, capped); stopped: where the ratio does not follow logp."""
+    none = stopped & False
+    if SURROGATE == CLIP:
+        return policy_token(ratio, stopped, advantage, low, high, dual_clip)
+    elif SURROGATE == CISPO:
+        loss, slope, clipped = weighted_token(logp, ratio, advantage, low, high)
+        return loss, slope, clipped, none
+    else:
+        return -advantage * logp, -advantage, none, none
+
+
+@triton.jit
+def row_slope(ratio, gains, losses, low, high, dual_clip):
+    """Derivative of the sum of a row's `policy_token`s towards the logarithm of the ratio that they share.
+
+    gains, losses: sums of the advantages that are not below 0, and of those that are. The derivative is linear in either.
+    """
+    one = tl.full((), 1.0, tl.float32)
+    _, up, _, _ = policy_token(ratio, False, one, low, high, dual_clip)
+    _, down, _, _ = policy_token(ratio, False, -one, low, high, dual_clip)
+    return gains * up - losses * down
 
 
 @triton.jit

@@ -264,10 +264,10 @@ def _given(inputs):  # type: ignore[no-untyped-def]
 
 
 def _declined(*args):  # type: ignore[no-untyped-def]
-    """`declines` of the GPU kernels."""
+    """`declines` of the CUDA kernel."""
     *_, level, surrogate, _ = args
     if level != "token" or surrogate not in ("clip", "cispo"):
-        return f"{surrogate} at the level of the {level} is left to the reference"
+        return f"{surrogate} at the level of the {level} is left to the next backend"
     return no_doubles(*args)
 
 
@@ -286,7 +286,7 @@ _ppo_loss = Op(
     "str reduction, float divisor, str level, str surrogate, bool gradients) -> (Tensor, Tensor, Tensor)",
     reference=with_gradients(reference, _GRADIENTS),
     fake=_fake,
-    backends=[cuda("ppo_loss", "forward", _declined), triton("ppo_loss", "forward", _declined), cpp(forward)],
+    backends=[cuda("ppo_loss", "forward", _declined), triton("ppo_loss", declines=no_doubles), cpp(forward)],
     differentiable=_GRADIENTS,
     gradients_in_forward=True,
 )

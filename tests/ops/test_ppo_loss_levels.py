@@ -7,60 +7,23 @@ import inspect
 import pytest
 import tolerances
 import torch
+from level_parity import CARRIED, PAIRS, check_parity, loss_of, run
 from parity import assert_parity, double
 from ppo_parity import FULL, GRADIENTS, LEAVES
 from torch.library import opcheck
 
 import rlhf_fast
-from rlhf_fast.ops.ppo_loss import PPO, arguments, loss_output, ppo_loss
+from rlhf_fast._op import OPS
+from rlhf_fast.ops.ppo_loss import PPO, arguments, ppo_loss
 from rlhf_fast.reference import ppo_loss as reference
 from rlhf_fast.reference._reduce import REDUCTIONS
-from rlhf_fast.reference.ppo_loss import LEVELS, SURROGATES
 
-PAIRS = [(level, surrogate) for level in LEVELS for surrogate in SURROGATES if (level, surrogate) != PPO]
-CARRIED = [("sequence", "clip"), ("product", "clip")]
-"""Where the gradient goes through the ratio of the row, to each of its tokens alike."""
 each_pair = pytest.mark.parametrize(("level", "surrogate"), PAIRS)
 
 
-def loss_of(pair, **kwargs):
-    bound = inspect.signature(ppo_loss).bind(**kwargs)
-    bound.apply_defaults()
-    return loss_output(arguments("ppo_loss", "logprobs", *bound.arguments.values()), *pair)
-
-
-def run(pair, kwargs, backend="cpp", **options):
-    """loss, stats and, as "d <leaf>", the gradients, for an upstream gradient of 1.7."""
-    inputs = {k: v.clone().requires_grad_() if k in LEAVES else v for k, v in kwargs.items()}
-    with rlhf_fast.use_backend(backend):
-        out = loss_of(pair, **inputs, **options)
-        grads = torch.autograd.grad(1.7 * out.loss, [inputs[k] for k in LEAVES])
-    return {"loss": out.loss.detach(), **out.stats, **dict(zip(GRADIENTS, grads, strict=True))}
-
-
 def check(pair, kwargs, **options):
-    """The kernel against the reference in fp64, sums at the size of their terms before these cancel."""
     got = run(pair, kwargs, **options)
-    truth, plain = run(pair, double(kwargs), "reference", **options), run(pair, kwargs, "reference", **options)
-    if not kwargs["mask"].any():
-        assert not got["loss"] and not got["d logprobs"].any()
-        return got
-    signs = [{**double(kwargs), "advantages": s * double(kwargs)["advantages"].abs()} for s in (1, -1)]
-    sizes = [truth, *(run(pair, x, "reference", **{**options, "kl_coef": 0.0}) for x in signs)]
-    size = lambda name: max(x[name].abs().max().item() for x in sizes)
-    bend = 20.0 if pair[0] == "product" else 1.0  # e^x multiplies a relative error of x by x
-    most = bend * (1 + size("ratio_max"))
-    scales = {
-        "loss": bend * (1 + size("loss")),
-        "policy_loss": bend * (1 + size("policy_loss")),
-        "d logprobs": bend * size("d logprobs"),
-        "ratio_mean": most,
-        "ratio_var": most**2,
-        "ratio_max": most,
-        "explained_variance": 1.0,
-    }
-    for name, value in got.items():
-        assert_parity(value, truth[name], plain[name], name, scales.get(name))
+    check_parity(got, pair, kwargs, **options)
     return got
 
 
@@ -210,15 +173,17 @@ def test_opcheck_and_compilation(level, surrogate):
 
 
 @each_pair
-def test_the_gpu_kernels_serve_it_or_decline_it_with_a_reason(level, surrogate):
-    from rlhf_fast._op import OPS
-
+def test_the_triton_kernel_serves_what_the_cuda_kernel_declines_with_a_reason(level, surrogate):
     kwargs = reference.sample((2, 3))
     bound = inspect.signature(ppo_loss).bind(**kwargs)
     bound.apply_defaults()
     inputs = arguments("ppo_loss", "logprobs", *bound.arguments.values())
-    for backend in OPS["ppo_loss"].backends[:2]:
-        assert backend.declines(*inputs, *PPO, True) is None
-        expected = f"{surrogate} at the level of the {level} is left to the reference"
-        served = (level, surrogate) == ("token", "cispo")
-        assert backend.declines(*inputs, level, surrogate, True) == (None if served else expected)
+    cuda, triton = (backend for backend in OPS["ppo_loss"].backends if backend.device == "cuda")
+    assert (cuda.name, triton.name) == ("cuda", "triton")
+    assert cuda.declines(*inputs, *PPO, True) is None
+    declined = f"{surrogate} at the level of the {level} is left to the next backend"
+    served = (level, surrogate) == ("token", "cispo")
+    assert cuda.declines(*inputs, level, surrogate, True) == (None if served else declined)
+    assert triton.declines(*inputs, level, surrogate, True) is None
+    doubles = tuple(double(dict(enumerate(inputs))).values())
+    assert triton.declines(*doubles, level, surrogate, True) == "fp64 is left to the reference"

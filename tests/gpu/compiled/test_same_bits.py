@@ -43,6 +43,10 @@ CALLS = {
     "advantages": (lambda **k: rlhf_fast.advantages(**k, kl_coef=0.1, kl_kind="k3"), advantages.sample((3, 600))),
     "whiten": (lambda **k: (rlhf_fast.whiten(**k),), whiten.sample((9, 1000))),
     "ppo_loss": (lambda **k: loss(rlhf_fast.ppo_loss, **k, entropy_coef=0.01, kl_coef=0.1), ppo_loss.sample((3, 400))),
+    "gspo": (
+        lambda **k: loss(rlhf_fast.policy_loss, recipe="gspo", **k, entropy_coef=0.01, kl_coef=0.1),
+        {k: v for k, v in ppo_loss.sample((3, 700)).items() if "values" not in k and k != "returns"},
+    ),
     "reward_loss": (lambda **k: loss(rlhf_fast.reward_loss, **k), reward_loss.sample(2500)),
 }
 
