@@ -67,7 +67,7 @@ def test_bounds_of_tokens_and_of_rows(pair, small_blocks):
 @pytest.mark.parametrize("seed", range(44))
 def test_drawn_options_on_small_blocks(seed, small_blocks):
     kwargs, options = options_at(seed)
-    if seed % 3 == 0 and "importance_weights" in kwargs:
+    if seed % 2 and "importance_weights" in kwargs:  # a weight may have any sign
         kwargs["importance_weights"] *= torch.randn(kwargs["importance_weights"].shape).sign()
     check(PAIRS[seed % len(PAIRS)], kwargs, "shuffle", **options)
 
