@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast import _buffers, _check
 from rlhf_fast._native import kernel
-from rlhf_fast._op import Op, cpp
+from rlhf_fast._op import Op, cpp, no_doubles, triton
 from rlhf_fast._types import PreferenceOutput
 from rlhf_fast.ops._kept_gradients import reference_cell, scaling
 from rlhf_fast.ops.ppo_loss import scalar
@@ -203,6 +203,6 @@ _dpo_loss = Op(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference_cell(reference, _PLACES, 1, lambda inputs: [inputs[0].dtype] * 2),
     fake=_fake,
-    backends=[cpp(_forward)],
+    backends=[triton(OP, "forward", no_doubles), cpp(_forward)],
     **scaling(_PLACES),
 )

@@ -24,6 +24,7 @@ from rlhf_fast._types import LossOutput
 from rlhf_fast.reference import (
     advantages,
     cached_attention,
+    dpo_loss,
     gae,
     group_advantages,
     kl_estimate,
@@ -84,6 +85,8 @@ class Case:
 
     def masked(self, inputs: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
         """(input, where the mask hides it): what no kernel may read."""
+        if self.op == "dpo_loss":
+            yield from _masked_answers(inputs)
         mask = inputs.get("mask")
         if mask is None:
             return
@@ -119,6 +122,7 @@ _LIKE_ANOTHER = (
     *("fp32-hidden", "fp32-hidden-weight-bias", "trained", "fp16-adapters"),
     *("abs", "k2", "k3+", "no-mask", "shift-False", "openrlhf", "no-reference"),
     *("token-sum", "seq-mean-token-sum", "verl", "normalizer", "dr_grpo", "rloo", "opo"),
+    "robust",
 )
 """Cases whose kernels are executed, but not audited on six targets."""
 
@@ -434,7 +438,45 @@ def _per_token() -> Iterator[Case]:
         yield Case("reward_loss", name, inputs, ("chosen_scores", "rejected_scores"), options)
 
 
-CASES = [*_token_logprobs(), *_sampled(), *_linear(), *_lora(), *_attending(), *_per_token()]
+def packed_answers(x: Tensors, chosen: list[int], rejected: list[int]) -> Tensors:
+    """Pairs of `dpo_loss` with the first so many tokens of every answer, one after the other; no mask of tokens."""
+    found = {k: v for k, v in x.items() if v.dim() == 1}
+    for side, lengths in (("chosen", chosen), ("rejected", rejected)):
+        inside = torch.arange(x[f"{side}_logprobs"].shape[1]) < torch.tensor(lengths)[:, None]
+        found |= {k: x[k][inside] for k in (f"{side}_logprobs", f"ref_{side}_logprobs")}
+        found[f"{side}_cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+    return found
+
+
+def _masked_answers(x: Tensors) -> Iterator[tuple[Tensor, Tensor]]:
+    for side in ("chosen", "rejected"):
+        if f"{side}_mask" in x:
+            yield from ((v, ~x[f"{side}_mask"]) for k, v in x.items() if k.endswith(f"{side}_logprobs"))
+
+
+def _pairs() -> Iterator[Case]:
+    leaves = ("chosen_logprobs", "rejected_logprobs")
+    masked = lambda: dpo_loss.sample((5, 33))
+    yield Case("dpo_loss", "masked", masked, leaves, {"label_smoothing": 0.1})
+    # Two blocks of tokens, an answer of none, and one past the other's end; a cell for each of the curves.
+    lengths = [2100, 0, 700], [1, 2049, 300]
+    packed = lambda: packed_answers(dpo_loss.sample((3, 2100)), *lengths)
+    yield Case("dpo_loss", "packed", packed, leaves, {"average": True})
+    unmasked = _without(masked, "chosen_mask", "rejected_mask", "mask", "weights")
+    for kind in ("ipo_norm", "hinge", "robust"):
+        options = {"kind": kind, "beta": 0.3, **({"label_smoothing": 0.2} if kind == "robust" else {})}
+        yield Case("dpo_loss", kind, unmasked, leaves, options, rlhf_fast.preference_loss)
+    policy = _without(masked, "ref_chosen_logprobs", "ref_rejected_logprobs")
+    yield Case("dpo_loss", "simpo", policy, leaves, {"kind": "simpo", "gamma": 0.5}, rlhf_fast.preference_loss)
+    yield Case("dpo_loss", "one-side", masked, leaves[1:], {"normalizer": 7.0})
+    tensor = lambda: {**masked(), "normalizer": torch.tensor(3.0)}
+    yield Case("dpo_loss", "bf16", lambda: dpo_loss.sample((5, 40), dtype=BF16), leaves)
+    yield Case("dpo_loss", "normalizer", tensor, leaves)
+    # Two pairs a part, and one in the last.
+    yield Case("dpo_loss", "large", lambda: dpo_loss.sample((1031, 2)), leaves, {"average": True})
+
+
+CASES = [*_token_logprobs(), *_sampled(), *_linear(), *_lora(), *_attending(), *_per_token(), *_pairs()]
 
 
 def cases_of(*ops: str) -> list[Case]:

@@ -131,7 +131,8 @@ class Memory:
 
     def shadow(self, tensor: Tensor, initialised: bool = True) -> Shadow:
         storage = tensor.untyped_storage()
-        key = (storage.data_ptr(), storage.nbytes())
+        # Storages of no bytes all lie at address 0, whatever their elements.
+        key = (storage.data_ptr(), storage.nbytes() or -tensor.element_size())
         if key not in self._shadows:
             self._shadows[key] = Shadow(tensor, initialised)
         return self._shadows[key]
