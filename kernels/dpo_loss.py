@@ -18,7 +18,7 @@ from torch import Tensor, float64
 from rlhf_fast._counters import counters_for
 from rlhf_fast.reference.dpo_loss import CURVES
 
-BLOCK, WARPS = 2048, 8
+BLOCK, WARPS = 1024, 8
 
 LOGISTIC, HINGE, SQUARE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Order of reference CURVES."""
@@ -125,7 +125,7 @@ def _loss(
         tl.store(rewards + pairs + pair, (beta * down).to(tl.float32))
         weight = share
         if weights is not None:
-            weight *= tl.load(weights + pair, real, other=0.0).to(tl.float64)
+            weight *= tl.load(weights + pair, real).to(tl.float64)
         term, slope = _term(scale * (up - down) - offset, win, lose, CURVE)
         total += tl.where(real, weight * term, 0.0)
         slope *= weight * scale

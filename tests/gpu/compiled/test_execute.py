@@ -10,7 +10,15 @@ from gpu.tools.on_cpu import on_cpu
 from gpu.tools.ptx_memory import traffic
 
 import rlhf_fast
-from rlhf_fast.reference import advantages, cached_attention, lora_linear, ppo_loss, sample_tokens, token_logprobs
+from rlhf_fast.reference import (
+    advantages,
+    cached_attention,
+    dpo_loss,
+    lora_linear,
+    ppo_loss,
+    sample_tokens,
+    token_logprobs,
+)
 
 ARCHS = [80, 90, 100]
 CASES = cases_of(*triton_ops())
@@ -146,3 +154,16 @@ def test_ppo_loss_and_its_gradients_are_one_launch():
         grads, backward = measured(driver, lambda: torch.autograd.grad(out.loss, leaves))
     assert len(launches) == 1 and backward == []
     assert 1.0 <= traffic(launches) / size(*inputs.values(), *grads) <= 1.1
+
+
+def test_dpo_loss_and_its_gradients_are_one_launch():
+    inputs = dpo_loss.sample((8, 1500))
+    for mask in ("mask", "chosen_mask", "rejected_mask"):
+        inputs[mask][:] = True
+    leaves = [inputs[k].requires_grad_() for k in ("chosen_logprobs", "rejected_logprobs")]
+    with install(90) as driver, on_cpu("triton"):
+        out, launches = measured(driver, lambda: rlhf_fast.dpo_loss(**inputs))
+        grads, backward = measured(driver, lambda: torch.autograd.grad(out.loss, leaves))
+    assert len(launches) == 1 and backward == []
+    assert 1.0 <= traffic(launches) / size(*inputs.values(), *out, *grads) <= 1.02
+    assert sum(r.load_bytes for r in launches) <= 1.2 * size(*inputs.values())  # masks twice, numbers of a pair by every thread

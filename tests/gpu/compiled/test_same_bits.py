@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu.tools.cases import packed_answers
 from gpu.tools.driver import install
 from gpu.tools.on_cpu import on_cpu
 from rlhf_fast.kernels import ppo_loss as ppo_kernels
@@ -13,6 +14,7 @@ from rlhf_fast._counters import counters_for
 from rlhf_fast.reference import (
     advantages,
     cached_attention,
+    dpo_loss,
     gae,
     lora_linear,
     ppo_loss,
@@ -48,6 +50,7 @@ CALLS = {
         {k: v for k, v in ppo_loss.sample((3, 700)).items() if "values" not in k and k != "returns"},
     ),
     "reward_loss": (lambda **k: loss(rlhf_fast.reward_loss, **k), reward_loss.sample(2500)),
+    "dpo_loss": (lambda **k: rlhf_fast.dpo_loss(**k), dpo_loss.sample((3, 1100))),
 }
 
 
@@ -75,6 +78,33 @@ def test_a_row_is_the_same_packed_padded_and_alone(gap, arch):
         alone = call(**{k: v[2:3] for k, v in kwargs.items()})
     assert all(torch.equal(a[inside], b) for a, b in zip(padded, packed, strict=True))
     assert all(torch.equal(a[2:3], b) for a, b in zip(padded, alone, strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("average", [False, True])
+def test_a_pair_of_answers_is_the_same_packed_padded_and_alone(average, arch):
+    lengths = [1100, 0, 1025, 31], [2, 1104, 0, 700]
+    kwargs = {k: v for k, v in dpo_loss.sample((4, 1100)).items() if "mask" not in k}
+    call = lambda **k: rlhf_fast.dpo_loss(**k, average=average, normalizer=3.0)
+    inside = [
+        torch.arange(kwargs[f"{side}_logprobs"].shape[1])[None] < torch.tensor(n)[:, None]
+        for side, n in zip(("chosen", "rejected"), lengths, strict=True)
+    ]
+    padded_inputs = {**kwargs, "chosen_mask": inside[0], "rejected_mask": inside[1]}
+    with install(arch) as driver, on_cpu("triton"):
+        padded = with_gradients(call, padded_inputs)
+        packed = with_gradients(call, packed_answers(kwargs, *lengths))
+        alone = with_gradients(call, {k: v[2:3] for k, v in padded_inputs.items()})
+    assert all(torch.equal(a, b) for a, b in zip(padded[:3], packed[:3], strict=True))
+    assert all(torch.equal(a[real], b) for a, b, real in zip(padded[3:], packed[3:], inside, strict=True))
+    assert all(torch.equal(a[2:3], b) for a, b in zip(padded[1:], alone[1:], strict=True))
+    assert all(launch.findings == [] for launch in driver.launches)
+
+
+def with_gradients(call, kwargs):
+    leaves = [kwargs[k].clone().requires_grad_() for k in ("chosen_logprobs", "rejected_logprobs")]
+    out = call(**{**kwargs, "chosen_logprobs": leaves[0], "rejected_logprobs": leaves[1]})
+    return [x.detach() for x in (*out, *torch.autograd.grad(out.loss, leaves))]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

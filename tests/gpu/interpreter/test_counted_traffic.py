@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rlhf_fast
 from rlhf_fast.bench import audit, traffic
-from rlhf_fast.bench.cases import advantages, ppo_loss
+from rlhf_fast.bench.cases import advantages, dpo_loss, ppo_loss
 from rlhf_fast.bench.cases import sample_tokens as draws
 from rlhf_fast.reference import lora_linear
 
@@ -40,6 +40,15 @@ def raw_advantages(x: dict[str, Tensor]) -> Any:
 def loss_and_gradients(x: dict[str, Tensor]) -> Any:
     """Found by the forward; the backward would only scale them."""
     return ppo_loss.ours(x["logprobs"].detach().requires_grad_(), x["values"].detach().requires_grad_(), x)
+
+
+def pairs_and_gradients(x: dict[str, Tensor]) -> Any:
+    return dpo_loss.ours(*(x[k].detach().requires_grad_() for k in dpo_loss.POLICY), x)
+
+
+def every_answer_real() -> dict[str, Tensor]:
+    x = dpo_loss.make(6, 700)
+    return x | {k: torch.ones_like(x[k]) for k in dpo_loss.MASKS}
 
 
 def logits() -> dict[str, Tensor]:
@@ -86,8 +95,17 @@ def test_the_table_counts_what_adapters_add_to_a_layer():
         (every_token_real(advantages.make), advantages.ours, 2),
         (every_token_real(advantages.make), raw_advantages, 1),
         (every_token_real(ppo_loss.make), loss_and_gradients, 1),
+        (every_answer_real, pairs_and_gradients, 1),
     ],
-    ids=["log-probs", "log-probs and gradient", "a step", "advantages", "advantages, not whitened", "ppo_loss"],
+    ids=[
+        "log-probs",
+        "log-probs and gradient",
+        "a step",
+        "advantages",
+        "advantages, not whitened",
+        "ppo_loss",
+        "dpo_loss",
+    ],
 )
 def test_the_table_counts_what_the_kernels_do(make, call, launches):
     x = make()

@@ -122,7 +122,7 @@ _LIKE_ANOTHER = (
     *("fp32-hidden", "fp32-hidden-weight-bias", "trained", "fp16-adapters"),
     *("abs", "k2", "k3+", "no-mask", "shift-False", "openrlhf", "no-reference"),
     *("token-sum", "seq-mean-token-sum", "verl", "normalizer", "dr_grpo", "rloo", "opo"),
-    "robust",
+    *("robust", "means"),
 )
 """Cases whose kernels are executed, but not audited on six targets."""
 
@@ -472,7 +472,8 @@ def _pairs() -> Iterator[Case]:
     tensor = lambda: {**masked(), "normalizer": torch.tensor(3.0)}
     yield Case("dpo_loss", "bf16", lambda: dpo_loss.sample((5, 40), dtype=BF16), leaves)
     yield Case("dpo_loss", "normalizer", tensor, leaves)
-    # Two pairs a part, and one in the last.
+    # So many parts that some wait for the pairs to be counted. Two pairs a part, and one in the last.
+    yield Case("dpo_loss", "means", lambda: dpo_loss.sample((40, 5)), leaves, {"average": True})
     yield Case("dpo_loss", "large", lambda: dpo_loss.sample((1031, 2)), leaves, {"average": True})
 
 
