@@ -166,4 +166,5 @@ def test_dpo_loss_and_its_gradients_are_one_launch():
         grads, backward = measured(driver, lambda: torch.autograd.grad(out.loss, leaves))
     assert len(launches) == 1 and backward == []
     assert 1.0 <= traffic(launches) / size(*inputs.values(), *out, *grads) <= 1.02
-    assert sum(r.load_bytes for r in launches) <= 1.2 * size(*inputs.values())  # masks twice, numbers of a pair by every thread
+    # The masks twice, and the numbers of a pair by every thread.
+    assert sum(r.load_bytes for r in launches) <= 1.2 * size(*inputs.values())
