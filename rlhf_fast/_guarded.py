@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ GRACE = 10.0
 """Seconds between the request to end and the kill."""
 TAIL = 4000
 """Bytes of the log that a message quotes at most."""
+_END = re.compile(r"the program (?:was ended by signal|ended with status) (\d+)\s*\Z")
 _held: set[int] = set()
 
 
@@ -65,12 +67,26 @@ class Guarded:
         """Whether the program is gone."""
         return has_ended(self._process)
 
+    @property
+    def status(self) -> int | None:
+        """Exit status of the program, minus the signal that ended it; None while it runs, and if nobody saw its end."""
+        found = _END.search(self._tail()) if self.ended else None
+        return None if found is None else int(found[1]) * (-1 if "by signal" in found[0] else 1)
+
+    def ask_to_end(self) -> None:
+        """SIGTERM to the whole group, which may take its time."""
+        if not self.ended:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGTERM)
+
     def last_words(self, lines: int = 15) -> str:
         """The last lines of the log, with its name."""
+        return "\n".join([f"the end of {self.log}:", *self._tail().splitlines()[-lines:]])
+
+    def _tail(self) -> str:
         with open(self.log, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-            text = file.read().decode(errors="replace").splitlines()
-        return "\n".join([f"the end of {self.log}:", *text[-lines:]])
+            return file.read().decode(errors="replace")
 
     def end(self) -> None:
         """Ask the group to end, kill it if it has not within GRACE, and wait until it is gone."""

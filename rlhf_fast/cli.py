@@ -48,6 +48,7 @@ COMMANDS = {
         "RaftConfig",
         "rlhf_fast.train.raft:train_raft",
     ),
+    "ray": Command("any of these trainers on the nodes of a Ray cluster", None, "rlhf_fast.placement:main"),
     "evaluate": Command(
         "compare policies by judges, with intervals", "EvaluateConfig", "rlhf_fast.evaluate.compare:evaluate"
     ),
@@ -135,7 +136,7 @@ def _import(where: str, command: str) -> Any:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and error.name.partition(".")[0] != "rlhf_fast":
-            extra = command if command in ("demo", "bench") else "train"
+            extra = command if command in ("demo", "bench", "ray") else "train"
             raise UsageError(f"{command} needs the package {error.name!r}: pip install 'rlhf-fast[{extra}]'") from None
         raise
     return getattr(found, attribute) if attribute else found

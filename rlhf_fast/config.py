@@ -58,7 +58,7 @@ from rlhf_fast.settings.online import (
     RaftConfig,
     RaftUpdateConfig,
 )
-from rlhf_fast.settings.tools import EvaluateConfig, PlanConfig
+from rlhf_fast.settings.tools import EvaluateConfig, PlanConfig, RayConfig
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -93,6 +93,7 @@ __all__ = [
     "PromptDataConfig",
     "RaftConfig",
     "RaftUpdateConfig",
+    "RayConfig",
     "RewardConfig",
     "RewardSource",
     "RolloutConfig",

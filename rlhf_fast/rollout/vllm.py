@@ -181,46 +181,19 @@ class VLLMEngine(Engine):
             )
 
     def _start(self, rank: int) -> None:
-        assert self.settings.python is not None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        options = {
-            "--model": os.path.abspath(self.path),
-            "--host": "127.0.0.1",
-            "--port": str(port),
-            "--dtype": self.dtype,
-            "--max-model-len": str(self.context),
-            "--max-lora-rank": str(_room(rank)),
-            "--max-loras": "2",  # the newest, and the one before it that is still sampled from
-            "--logprobs-mode": "processed_logprobs",
-            "--uvicorn-log-level": "warning",
-        }
-        words = [word for pair in options.items() for word in pair]
-        command = [self.settings.python, "-m", "vllm.entrypoints.openai.api_server", *words, "--enable-lora"]
         # Not an argument, which every user of the machine could read.
         key = secrets.token_hex(16)
-        environment = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
-        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": key}
-        environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        command = server_command(
+            self.settings, self.path, dtype=self.dtype, context=self.context, rank=rank, host="127.0.0.1", port=port
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / "server.log"
-        self._program = Guarded([*command, *self.settings.arguments], log=log, environment=environment)
+        self._program = Guarded(command, log=log, environment=server_environment(key))
         self._client = self._client_of(f"http://127.0.0.1:{port}", key)
-        deadline = time.monotonic() + self.settings.start_timeout
-        probe = Client("VLLMEngine", self._client.url, timeout=5.0, retries=0, token=key)
-        while True:
-            if self._program.ended:
-                raise EngineError(f"{self._name}: it ended before it answered; {self._program.last_words()}")
-            try:
-                if probe.ask("GET", "/health", None, limit=BYTES_PER_REPLY).status == 200:
-                    return
-            except (OSError, http.client.HTTPException):
-                pass
-            if time.monotonic() > deadline:
-                took = f"no answer within rollout.vllm.start_timeout = {self.settings.start_timeout:g} s"
-                raise EngineError(f"{self._name}: {took}; {self._program.last_words()}")
-            time.sleep(0.1)
+        await_server(self._name, self._program, self._client.url, key, self.settings.start_timeout)
 
     def _check_served(self, model: SharedModel) -> None:
         """Compare the log-probs of a few sampled tokens with those of the policy here."""
@@ -366,6 +339,57 @@ class VLLMEngine(Engine):
     @property
     def _expected(self) -> str:
         return f"it has to serve {self.path} without folds"
+
+
+def server_command(
+    settings: VLLMConfig, path: str, *, dtype: str, context: int, rank: int, host: str, port: int
+) -> list[str]:
+    """What starts a server of the base in `path` that rollouts can be asked of.
+
+    context: tokens of the longest prompt and completion together. rank: of the policy's adapter, folds included. The arguments of the
+    settings come last, and win. Raises ValueError for settings without a Python, and for a rank that vLLM has no room for.
+    """
+    if settings.python is None:
+        raise _check.error(ValueError, "server_command", "settings.python", None, "a Python that vLLM is installed for")
+    options = {
+        "--model": os.path.abspath(path),
+        "--host": host,
+        "--port": str(port),
+        "--dtype": dtype,
+        "--max-model-len": str(context),
+        "--max-lora-rank": str(_room(rank)),
+        "--max-loras": "2",  # the newest, and the one before it that is still sampled from
+        "--logprobs-mode": "processed_logprobs",
+        "--uvicorn-log-level": "warning",
+    }
+    words = [word for pair in options.items() for word in pair]
+    module = "vllm.entrypoints.openai.api_server"
+    return [settings.python, "-m", module, *words, "--enable-lora", *settings.arguments]
+
+
+def server_environment(key: str) -> dict[str, str]:
+    """Variables of a server that the process starts: its own without those that are for it alone. key: what requests have to bear."""
+    own = {name: value for name, value in os.environ.items() if name not in _PRIVATE}
+    own |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_API_KEY": key}
+    return own | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def await_server(name: str, program: Guarded, url: str, key: str, seconds: float) -> None:
+    """Return when the server at `url`, which is `program`, answers. Raises EngineError if it ends before, or takes too long."""
+    deadline = time.monotonic() + seconds
+    probe = Client("VLLMEngine", url, timeout=5.0, retries=0, token=key)
+    while True:
+        if program.ended:
+            raise EngineError(f"{name}: it ended before it answered; {program.last_words()}")
+        try:
+            if probe.ask("GET", "/health", None, limit=BYTES_PER_REPLY).status == 200:
+                return
+        except (OSError, http.client.HTTPException):
+            pass
+        if time.monotonic() > deadline:
+            took = f"no answer within rollout.vllm.start_timeout = {seconds:g} s"
+            raise EngineError(f"{name}: {took}; {program.last_words()}")
+        time.sleep(0.1)
 
 
 def _room(rank: int) -> int:

@@ -23,6 +23,7 @@ ProperFraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Columns = Annotated[dict[str, str], tyro.conf.arg(metavar="[FIELD=COLUMN ...]")]
 Folders = Annotated[dict[str, str], tyro.conf.arg(metavar="[NAME=FOLDER ...]")]
 Weights = Annotated[dict[str, Finite], tyro.conf.arg(metavar="[SOURCE=WEIGHT ...]")]
+Resources = Annotated[dict[str, Positive], tyro.conf.arg(metavar="[RESOURCE=AMOUNT ...]")]
 
 
 _DEVICE = re.compile(r"auto|cpu|cuda|cuda:(0|[1-9]\d{0,2})")

@@ -18,6 +18,7 @@ from rlhf_fast.settings.common import (
     Name,
     Positive,
     PromptDataConfig,
+    Resources,
     RunConfig,
     not_offloaded_beside,
 )
@@ -102,3 +103,29 @@ class EvaluateConfig:
         if self.baseline not in (None, "base", *self.adapters):
             names = ["base", *self.adapters]
             raise _check.error(ValueError, "EvaluateConfig", "baseline", repr(self.baseline), f"one of {names}")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Where the processes of a run go on a Ray cluster."""
+
+    address: Name | None = None
+    """host:port of the cluster (RAY_ADDRESS, else the one of this node, when left out)."""
+    ranks: Count = 1
+    """Processes that share the training."""
+    cpus_per_rank: CountOrZero = 1
+    """CPUs of each."""
+    gpus_per_rank: Annotated[int, Field(ge=0, le=1)] = 1
+    """GPUs of each: one, or none on a CPU."""
+    rank_resources: Resources = field(default_factory=dict)
+    """Further resources that each takes, which pick its nodes: those of `ray start --resources`."""
+    vllm_cpus: CountOrZero = 1
+    """CPUs of the vLLM server, placed with rollout.engine = vllm and rollout.vllm.python."""
+    vllm_gpus: CountOrZero = 1
+    """Its GPUs, all on one node: more than one share the model by --tensor-parallel-size, unless rollout.vllm.arguments say otherwise."""
+    vllm_resources: Resources = field(default_factory=dict)
+    """Further resources that the server takes."""
+    timeout: Positive = 300.0
+    """Seconds to wait for resources that others hold."""
+    grace: Positive = 60.0
+    """Seconds that the ranks have after Ctrl-C or SIGTERM to end their step and save."""
