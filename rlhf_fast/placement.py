@@ -42,7 +42,9 @@ from rlhf_fast.config import ConfigError, RayConfig, config_help, load_config, r
 
 SETTLE = 15.0
 """Seconds that the other ranks have, after the first one failed, to say what they know of it."""
-ANSWER = 60.0
+NOTICED = 30.0
+"""Seconds in which Ray knows that a node is dead, after a connection to it broke: five missed health checks, 3 s apart."""
+ANSWER = 300.0
 """Seconds that an actor has for what takes none."""
 FORWARDED = ("RLHF_FAST_", "NCCL_", "GLOO_")
 """Beginnings of the names of variables that ranks get from the command's environment; others are those of their node."""
@@ -423,7 +425,8 @@ def _started(server: _Member, call: Any, seconds: float) -> str:
 def _watch(settings: RayConfig, members: Sequence[_Member]) -> str | None:
     """Wait until all ranks are done. Returns the last line of rank 0; raises PlacementError for what ends before, and why."""
     waiting = {member.actor.wait.remote(): member for member in members}
-    ends: dict[str, End | str] = {}
+    by_name = {member.name: member for member in members}
+    ends: dict[str, End | str] = {}  # in their order
     ranks = settings.ranks
 
     def collect(seconds: float | None) -> bool:
@@ -440,29 +443,33 @@ def _watch(settings: RayConfig, members: Sequence[_Member]) -> str | None:
     def over() -> bool:
         return len(ends) - (SERVER in ends) == ranks
 
-    def faults() -> list[str]:
+    def faults() -> list[tuple[int, str]]:
+        """(how far it is from the cause, what happened), the cause first: who died, who failed, who tells of another's end."""
         found = []
-        for member in members:
-            end = ends.get(member.name)
+        for name, end in ends.items():
+            member = by_name[name]
             if isinstance(end, str):
                 found.append((0, end))
-            elif end is not None and (end.status != 0 or member.name == SERVER):
-                told = any(line.startswith(f"rlhf-fast: {member.name} stops: ") for line in end.words)
-                found.append((2 if told else 0 if end.status is None or end.status < 0 else 1, _how(member, end)))
-        return [text for _, text in sorted(found, key=lambda pair: pair[0])]
+            elif name == SERVER:
+                found.append((0, _how(member, end)))
+            elif end.status != 0:
+                victim = any(line.startswith(f"rlhf-fast: {name} stops: ") for line in end.words)
+                died = end.status is None or end.status < 0
+                found.append((2 if victim else 0 if died else 1, _how(member, end)))
+        return sorted(found, key=lambda fault: fault[0])
 
     try:
         while not over() and not faults():
             collect(None)
-        if found := faults():
+        if faults():
             deadline = time.monotonic() + SETTLE
-            while not over() and collect(max(0.0, deadline - time.monotonic())):
+            while faults()[0][0] and not over() and collect(max(0.0, deadline - time.monotonic())):
                 pass
-            found = faults()
+            told = faults()[0][1]
             # Who only tells of another's end names it by its rank.
-            known = dict.fromkeys(int(n) for n in re.findall(r"(?<=\brank )\d+", found[0]))
-            places = [str(members[n]) for n in known if n < ranks and str(members[n]) not in found[0]]
-            raise PlacementError("; ".join([found[0], *places]))
+            known = dict.fromkeys(int(n) for n in re.findall(r"(?<=\brank )\d+", told))
+            places = [str(members[n]) for n in known if n < ranks and str(members[n]) not in told]
+            raise PlacementError("; ".join([told, *places]))
     except (KeyboardInterrupt, SystemExit):
         print("rlhf-fast: the ranks end after their step; once more ends them now", file=sys.stderr, flush=True)
         for member in members[:ranks]:
@@ -490,7 +497,7 @@ def _gone(member: _Member, error: Exception) -> str:
     """What became of an actor that does not answer."""
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return f"{member} does not answer"
-    deadline = time.monotonic() + 5.0  # a connection breaks before Ray knows of a node
+    deadline = time.monotonic() + NOTICED
     while time.monotonic() < deadline:
         if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == member.node.id):
             return f"{member} is gone: its node died"

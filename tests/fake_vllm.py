@@ -118,7 +118,9 @@ class FakeVLLM(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, path: Path | str, port: int = 0, *, context: int = 256, max_rank: int = 16) -> None:
+    def __init__(
+        self, path: Path | str, port: int = 0, *, host: str = "127.0.0.1", context: int = 256, max_rank: int = 16
+    ) -> None:
         self.path, self.context, self.max_rank, self.updating, self.raw = str(path), context, max_rank, True, False
         self.model = SharedModel.from_pretrained(path, roles=("policy",))
         self.adapters: dict[str, Path] = {}
@@ -126,8 +128,8 @@ class FakeVLLM(ThreadingHTTPServer):
         self.seen: list[tuple[str, str | None, dict | None]] = []
         self.lock, self.open, self.waiting = threading.Lock(), threading.Event(), 0
         self.open.set()
-        super().__init__(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__((host, port), Handler)
+        self.url = f"http://{host}:{self.server_address[1]}"
 
     def bodies(self, path: str) -> list[dict]:
         return [body for seen, _, body in self.seen if seen == path]
@@ -148,7 +150,8 @@ if __name__ == "__main__":
     assert options.module == "vllm.entrypoints.openai.api_server" and options.logprobs_mode == "processed_logprobs"
     assert "PYTHONPATH" not in os.environ and os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     torch.set_num_threads(1)
-    server = FakeVLLM(options.model, options.port, context=options.max_model_len, max_rank=options.max_lora_rank)
+    limits = {"context": options.max_model_len, "max_rank": options.max_lora_rank}
+    server = FakeVLLM(options.model, options.port, host=options.host, **limits)
     if options.fail_after:
         server.script = [*[None] * int(options.fail_after), "exit"]
     print(f"serving process {os.getpid()}", flush=True)
