@@ -121,7 +121,6 @@ def _guard(descriptor: int, command: Sequence[str]) -> None:
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", flush=True)
         return
-    signal.signal(signal.SIGTERM, lambda *_: None)  # its own request to the group
 
     def watch() -> None:
         os.read(descriptor, 1)  # returns when no one holds the other end any more
@@ -136,6 +135,13 @@ def _guard(descriptor: int, command: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # its own request to the group; a program that is started does not inherit it
+    if guard := os.fork():
+        # Workers of Ray kill their children, and those alone, when they end: the guard itself is a child of a child.
+        os.waitpid(guard, 0)
+        os.killpg(0, signal.SIGKILL)
     try:
         _guard(int(sys.argv[1]), sys.argv[2:])
     finally:

@@ -238,11 +238,19 @@ def launch(settings: RayConfig, config: Any, words: Sequence[str]) -> str | None
 
 
 def _connect(settings: RayConfig) -> None:
+    address = settings.address or os.environ.get("RAY_ADDRESS") or "auto"
+    latest = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
     try:
-        ray.init(address=settings.address or "auto", logging_level=logging.WARNING, log_to_driver=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = settings.address or "RAY_ADDRESS or on this node"
-        raise PlacementError(f"no Ray cluster at {where}: start one with `ray start --head` ({_line(error)})") from None
+        if address == "auto" and latest.is_file():  # where Ray looks as well; a cluster that crashed leaves it behind
+            address = latest.read_text().strip()
+        if found := re.fullmatch(
+            r"\[?([\w.:-]+?)\]?:(\d+)", address
+        ):  # Ray itself tries for minutes, and ends the process
+            socket.create_connection((found[1], int(found[2])), timeout=10.0).close()
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        where = "on this node" if address == "auto" else f"at {address}"
+        raise PlacementError(f"no Ray cluster {where}: start one with `ray start --head` ({_line(error)})") from None
 
 
 @contextlib.contextmanager

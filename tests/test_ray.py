@@ -254,7 +254,10 @@ USAGE = {
     "unknown name": (["ray", "sft", "--ray.rank", "2"], "ray.rank: unknown setting; did you mean ray.ranks?"),
     "no ranks": (["ray", "sft", "--ray.ranks", "0"], "ray.ranks: got 0, expected greater than or equal to 1"),
     "two GPUs of a rank": (["ray", "sft", "--ray.gpus_per_rank", "2"], "ray.gpus_per_rank: got 2, expected less than"),
-    "the trainer's": (["ray", "sft", "--epochs", "many"], "epochs: got 'many', expected"),
+    "the trainer's": (
+        ["ray", *sft(Path("x"), "y", 1), "--ray.ranks", "2", "--epochs", "many"],
+        "epochs: got 'many', expected",
+    ),
 }
 
 
@@ -265,9 +268,14 @@ def test_settings_are_checked_before_a_cluster_is_sought(kind, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_without_a_cluster_it_says_how_to_start_one(folder, capfd):
-    assert cli.main(["ray", *sft(folder, "run", 1), "--ray.address", "127.0.0.1:1"]) == 1
-    assert "no Ray cluster at 127.0.0.1:1: start one with `ray start --head`" in capfd.readouterr().err
+def test_without_a_cluster_it_says_how_to_start_one(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # of one that crashed
+    for more, where in (([], "127.0.0.1:1"), (["--ray.address", "127.0.0.1:2"], "127.0.0.1:2")):
+        assert cli.main(["ray", *sft(tmp_path, "run", 1), *more]) == 1
+        assert f"no Ray cluster at {where}: start one with `ray start --head`" in capfd.readouterr().err
 
 
 def test_help_lists_the_settings(capsys):
