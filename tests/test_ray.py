@@ -209,7 +209,7 @@ def test_a_node_that_dies_is_named_and_all_else_ends(cluster, folder):
 
 
 def test_ctrl_c_saves_after_the_step_and_leaves_nothing(cluster, folder):
-    command = Command(folder, placed(cluster, ppo(folder, "run", 1000, "--run.save_every", "0")))
+    command = Command(folder, placed(cluster, ppo(folder, "run", 1000, "--run.save_every", "0"), "--ray.ranks", "1"))
     command.at(folder)
     command.process.send_signal(signal.SIGINT)
     assert command.end() == 130
@@ -218,7 +218,7 @@ def test_ctrl_c_saves_after_the_step_and_leaves_nothing(cluster, folder):
 
 
 def test_nothing_outlives_a_command_that_is_killed(cluster, folder):
-    command = Command(folder, placed(cluster, ppo(folder, "run", 1000), *serving(folder), "--ray.ranks", "1"))
+    command = Command(folder, placed(cluster, ppo(folder, "run", 1000), "--ray.ranks", "1"))
     command.at(folder)
     command.process.kill()
     assert all(map(gone, pids(folder)))
