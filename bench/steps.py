@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import os
 import resource
 import statistics
 import subprocess
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,9 @@ BARS = {
 MEMORY_BAR = 0.7
 PROMPT_TOKENS = 8
 STEPS = {"17M": 5, "135M": 2}
-CURVE_STEPS, SEEDS, POINTS = 40, 6, 8
+CURVE_STEPS, SEEDS, POINTS = 40, 24, 8
+DEALS = 20_000
+"""Most ways to deal the curves to two sides that are all looked at; of more, so many are drawn."""
 CURVE_VOCABULARY = 128
 """Words of the model that learns: so few that a batch shows each several times, or forty steps would teach nothing."""
 CHANCE = 0.05
@@ -330,9 +335,10 @@ def child(args: argparse.Namespace, what: str, name: str) -> None:
     print("RESULT " + json.dumps({**result, "peak": peak / 1024, "before": before / 1024}))
 
 
-def run(arguments: Sequence[str], what: str, name: str) -> dict[str, Any]:
+def run(arguments: Sequence[str], what: str, name: str, threads: int | None = None) -> dict[str, Any]:
     command = [sys.executable, __file__, *arguments, "--child", what, name]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
@@ -345,20 +351,49 @@ def points(curve: Sequence[float]) -> list[float]:
     return [statistics.fmean(curve[i : i + size]) for i in range(0, len(curve) - size + 1, size)]
 
 
-def curves(arguments: Sequence[str], first: int, seeds: int) -> None:
-    """Rewards of both sides, stretch by stretch, and how likely seeds alone would set them so far apart.
+def largest_difference(sides: Tensor) -> Tensor:
+    """Of the means of two sides (..., 2, seeds, stretches) over the stretches: (...)."""
+    means = sides.mean(-2)
+    return (means[..., 0, :] - means[..., 1, :]).abs().amax(-1)
 
-    Of all ways to deal the curves to two sides, the share whose largest difference of means is at least that of the two trainers: an
-    exact test without assumptions on how curves spread, which they do most where they are steepest (Fisher's permutation test with
-    the maximum over stretches, Westfall and Young 1993).
+
+def chance_of(table: Tensor) -> tuple[float, float]:
+    """The largest difference between the first half of the curves (2 * seeds, stretches) and the second, and the probability of one as
+    large when the curves are dealt to the sides at random.
+
+    A permutation test, without assumptions on how curves spread, which they do most where they are steepest (Fisher's test with the
+    maximum over stretches, Westfall and Young 1993): exact where all deals can be looked at, otherwise of DEALS drawn ones and the one
+    at hand (Phipson and Smyth 2010).
     """
+    n = len(table)
+    observed = float(largest_difference(table.view(2, n // 2, -1)))
+    reached = lambda deals: int(
+        (largest_difference(table[deals].view(len(deals), 2, n // 2, -1)) >= observed - 1e-12).sum()
+    )
+    if (total := math.comb(n, n // 2)) <= DEALS:
+        halves = itertools.combinations(range(n), n // 2)
+        deals = torch.tensor([[*half, *sorted({*range(n)} - {*half})] for half in halves])
+        return observed, reached(deals) / total
+    generator = torch.Generator().manual_seed(0)
+    deals = torch.rand(DEALS, n, generator=generator).argsort(dim=1)
+    return observed, (reached(deals) + 1) / (DEALS + 1)
+
+
+def curves(arguments: Sequence[str], first: int, seeds: int, workers: int, save: Path | None) -> None:
+    """Rewards of both sides, stretch by stretch, and how likely seeds alone would set them so far apart."""
     names = tuple(CONTENDERS["curves"])
-    found = [
-        points(run([*arguments, "--seed", str(seed)], "curves", name)["rewards"])
-        for name in names
-        for seed in range(first, first + seeds)
-    ]
-    table = torch.tensor(found, dtype=torch.float64)
+    threads = max(1, torch.get_num_threads() // workers)
+
+    def rewards(name: str, seed: int) -> list[float]:
+        found = run([*arguments, "--seed", str(seed)], "curves", name, threads)["rewards"]
+        if save is not None:
+            with save.open("a") as file:
+                file.write(json.dumps({"trainer": name, "seed": seed, "rewards": found}) + "\n")
+        return found
+
+    with ThreadPoolExecutor(workers) as pool:
+        pairs = [[pool.submit(rewards, name, seed) for name in names] for seed in range(first, first + seeds)]
+        table = torch.tensor([points(pair[i].result()) for i in range(2) for pair in pairs], dtype=torch.float64)
     sides = table.view(2, seeds, -1)
     means = sides.mean(1)
     spread = sides.var(1).mean(0).sqrt() if seeds > 1 else torch.full_like(means[0], float("nan"))
@@ -367,15 +402,10 @@ def curves(arguments: Sequence[str], first: int, seeds: int) -> None:
             f"curves   stretch {i + 1}: {names[0]} {a:.3f}, {names[1]} {b:.3f}, {a - b:+.3f}; "
             f"deviation between seeds {deviation:.3f}"
         )
-    farthest = lambda a, b: float((a.mean(0) - b.mean(0)).abs().max())
-    whole, observed = set(range(2 * seeds)), farthest(*sides)
-    dealt = [
-        farthest(table[[*ours]], table[[*(whole - {*ours})]])
-        for ours in itertools.combinations(range(2 * seeds), seeds)
-    ]
-    chance = statistics.fmean(x >= observed - 1e-12 for x in dealt)
+    observed, chance = chance_of(table)
     learned = (means[:, -1] - means[:, 0]).tolist()
-    verdict = "too few seeds to tell" if 2 / len(dealt) > CHANCE else "overlay" if chance > CHANCE else "differ"
+    few = 2 / math.comb(2 * seeds, seeds) > CHANCE
+    verdict = "too few seeds to tell" if few else "overlay" if chance > CHANCE else "differ"
     print(
         f"curves   learned {learned[0]:+.3f} and {learned[1]:+.3f}; largest difference {observed:.3f}, which seeds alone reach with"
         f" probability {chance:.3f} ({seeds} seeds a side): {verdict}"
@@ -394,6 +424,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps of a run; for curves all of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="curves: runs of each side, with seeds from --seed on")
+    parser.add_argument("--workers", type=int, default=1, help="curves: runs at a time, which share the threads")
+    parser.add_argument(
+        "--save", type=Path, help="curves: a file that rewards of every run are added to, as lines of JSON"
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
@@ -414,7 +448,7 @@ def main() -> None:
     )
     for what in args.what or CONTENDERS:
         if what == "curves":
-            curves(passed, args.seed, args.seeds)
+            curves(passed, args.seed, args.seeds, args.workers, args.save)
             continue
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[what]}
         for _ in range(args.rounds):
