@@ -1,8 +1,9 @@
 """Builds the kernels with a C++ compiler and, where there is one, a CUDA compiler: no torch at build time.
 
-Each csrc/cpu/<op>.cpp is compiled once per instruction set with flags of its own and once for the baseline, and one pybind11
-module holds them all. The CUDA kernels make one more module per CUDA major (csrc/building/cuda.py), which needs no CUDA library: it
-launches through the driver. Without a compiler the package installs as pure Python, with a notice.
+Each csrc/cpu/<op>.cpp is compiled once for every instruction set that changes it, with flags of its own, and what chooses among them
+once for the baseline; one pybind11 module holds them all. The CUDA kernels make one more module per CUDA major
+(csrc/building/cuda.py), which needs no CUDA library: it launches through the driver. Without a compiler the package installs as pure
+Python, with a notice.
 
 Environment: CXX, CXXFLAGS, MAX_JOBS, CUDA_HOME, TORCH_CUDA_ARCH_LIST (torch's syntax), SOURCE_DATE_EPOCH;
 RLHF_FAST_NO_NATIVE=1 (pure Python), RLHF_FAST_REQUIRE_NATIVE=1 (a failed build is an error),
@@ -34,6 +35,10 @@ from building import cuda, sbom  # noqa: E402
 CPU = ROOT / "csrc" / "cpu"
 CUDA = ROOT / "csrc" / "cuda"
 BASELINE = ("dispatch", "parallel")
+BF16 = (  # sources of RLHF_FAST_BF16_KERNELS (csrc/cpu/ops.h)
+    "cached_attention", "lora_linear", "matmul", "packed_linear", "rms_norm", "rotary", "silu_mul", "token_logprobs",
+    "varlen_attention",
+)  # fmt: skip
 ISAS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -105,6 +110,8 @@ class BuildKernels(build_ext):
                 jobs.append((source, self.objects / f"{source.stem}.o", ["-fopenmp"]))
                 continue
             for isa, flags in ISAS.items():
+                if isa == "avx512bf16" and source.stem not in BF16:
+                    continue
                 # Contraction off: a fused multiply-add in one place and not in another would make the variants drift apart.
                 # Trapping off: nobody reads the floating-point flags, and their order would keep loops from vectorising.
                 # Jump threading off (gcc): it splits the paths through choices, and the loop comes out as masks instead of selects.

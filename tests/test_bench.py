@@ -344,10 +344,10 @@ def test_the_limit_is_the_one_of_the_moment():
     probe = Probe()
 
     def ours(x):
-        time.sleep(0.002 / probe.factor)
+        time.sleep(0.01 / probe.factor)  # long beside what a busy machine adds to it
         return double(x)
 
-    row = run(case(contenders={OURS: ours}, limit=lambda m: m.seconds(read=1e6), seconds=0.2), LIMITS, probe=probe)
+    row = run(case(contenders={OURS: ours}, limit=lambda m: m.seconds(read=5e6), seconds=1.0), LIMITS, probe=probe)
     assert 0.35 < row.share_of_limit < 0.55 and row.rounds > 2 and set(row.rates) == {"read", "copy", "exp"}
 
 

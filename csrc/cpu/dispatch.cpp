@@ -40,18 +40,22 @@ struct Features {
 
 #define RLHF_FAST_ENTRY(name, Args) RLHF_FAST_NAMESPACE::name,
 #define RLHF_FAST_NAMESPACE scalar
-const KernelTable table_scalar = {RLHF_FAST_KERNELS(RLHF_FAST_ENTRY)};
+constexpr KernelTable table_scalar = {RLHF_FAST_KERNELS(RLHF_FAST_ENTRY)};
 #undef RLHF_FAST_NAMESPACE
 #if defined(__x86_64__)
 #define RLHF_FAST_NAMESPACE avx2
-const KernelTable table_avx2 = {RLHF_FAST_KERNELS(RLHF_FAST_ENTRY)};
+constexpr KernelTable table_avx2 = {RLHF_FAST_KERNELS(RLHF_FAST_ENTRY)};
 #undef RLHF_FAST_NAMESPACE
 #define RLHF_FAST_NAMESPACE avx512
-const KernelTable table_avx512 = {RLHF_FAST_KERNELS(RLHF_FAST_ENTRY)};
+constexpr KernelTable table_avx512 = {RLHF_FAST_KERNELS(RLHF_FAST_ENTRY)};
 #undef RLHF_FAST_NAMESPACE
-#define RLHF_FAST_NAMESPACE avx512bf16
-const KernelTable table_avx512bf16 = {RLHF_FAST_KERNELS(RLHF_FAST_ENTRY)};
-#undef RLHF_FAST_NAMESPACE
+constexpr KernelTable table_avx512bf16 = [] {
+  KernelTable table = table_avx512;
+#define RLHF_FAST_OWN(name, Args) table.name = avx512bf16::name;
+  RLHF_FAST_BF16_KERNELS(RLHF_FAST_OWN)
+#undef RLHF_FAST_OWN
+  return table;
+}();
 #endif
 
 std::atomic<const Isa*> active{nullptr};

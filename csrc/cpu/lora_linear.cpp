@@ -102,12 +102,13 @@ void segment(const LoraLinearArgs& x) {
     skinny<kNarrow>(x);
   } else {
     MatmulArgs down{};
-    down.a = x.x, down.a_row = x.x_row, down.a_column = 1;
-    down.b = x.a, down.b_row = x.a_row, down.b_column = x.a_column;
+    down.a = x.x, down.a_dtype = x.dtype, down.a_row = x.x_row, down.a_column = 1;
+    down.b = x.a, down.b_dtype = kFloat32, down.b_row = x.a_row, down.b_column = x.a_column;
     down.c = x.low, down.c_row = x.rank;
     down.m = x.rows, down.n = x.rank, down.k = x.in;
+    down.narrow = kNarrow;
     down.workspace = x.workspace, down.threads = x.threads;
-    multiply<kNarrow, T, float>(down);
+    RLHF_FAST_ISA::matmul(down);
     const Float scale = Float::splat(static_cast<float>(x.scale));
     float* const low = static_cast<float*>(x.low);
     const int64_t count = x.rows * x.rank;
@@ -120,10 +121,14 @@ void segment(const LoraLinearArgs& x) {
   MatmulArgs up{};
   up.a = x.low, up.a_row = x.rank, up.a_column = 1;
   up.b = x.b, up.b_row = x.b_row, up.b_column = x.b_column;
+  up.a_dtype = up.b_dtype = kFloat32;
   up.c = x.y, up.c_row = x.y_row, up.accumulate = true;
   up.m = x.rows, up.n = x.out, up.k = x.rank;
   up.workspace = x.workspace, up.threads = x.threads;
-  multiply<kNarrow, float, float, T>(up);
+  if constexpr (std::is_same_v<T, float>)
+    RLHF_FAST_ISA::matmul(up);
+  else
+    multiply<kNarrow, float, float, T>(up);
 }
 
 template <class T>

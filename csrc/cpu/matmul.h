@@ -241,8 +241,8 @@ void multiply(const MatmulArgs& x) {
   float* const packed = static_cast<float*>(x.workspace);
   const int64_t panel_floats = shared_tile * kPitch;
   // A strip that few rows are multiplied by is read where it lies: packing it would cost as much as the products.
-  const bool in_place =
-      rows_shared && !kNarrow && std::is_same_v<B, float> && b.line == 1 && x.m <= 2 * kTileRows && !low_depth;
+  constexpr bool can_lie = !kNarrow && std::is_same_v<B, float>;
+  const bool in_place = can_lie && rows_shared && b.line == 1 && x.m <= 2 * kTileRows && !low_depth;
   int64_t next = 0;
   for_phases(x.threads, 1, x.threads, static_cast<int>(2 * parts * blocks), [&](int phase, int64_t from, int64_t to) {
     const int64_t first_line = phase / 2 / blocks * part, k = phase / 2 % blocks * depth * step;
@@ -296,7 +296,7 @@ void multiply(const MatmulArgs& x) {
         const Target<C> target{static_cast<C*>(x.c) + row * x.c_row + column, x.c_row, rows_shared ? some : size,
                                x.accumulate || k > 0, bias};
         if (columns != strip && rows_shared)
-          tile_of<kNarrow, true>(size, panel, columns, columns_pitch, deep, target);
+          tile_of<kNarrow, can_lie>(size, panel, columns, columns_pitch, deep, target);
         else if (rows_shared)
           tile_of<kNarrow, false>(size, panel, strip, kTileColumns, deep, target);
         else

@@ -285,34 +285,39 @@ struct TokenLogprobsBackwardArgs {
 
 }  // namespace rlhf_fast
 
-// KERNEL(name, argument struct)
-#define RLHF_FAST_KERNELS(KERNEL)                            \
-  KERNEL(advantages, AdvantagesArgs)                         \
-  KERNEL(dpo_loss, DpoLossArgs)                              \
+// KERNEL(name, argument struct) of those that multiply or write bf16.
+#define RLHF_FAST_BF16_KERNELS(KERNEL)                       \
   KERNEL(cached_attention, CachedAttentionArgs)              \
-  KERNEL(gae, GaeArgs)                                       \
-  KERNEL(gae_backward, GaeBackwardArgs)                      \
-  KERNEL(group_advantages, GroupAdvantagesArgs)              \
-  KERNEL(kl_estimate, KlEstimateArgs)                        \
-  KERNEL(kl_estimate_backward, KlEstimateBackwardArgs)       \
   KERNEL(lora_linear, LoraLinearArgs)                        \
-  KERNEL(machine_limit, MachineLimitArgs)                    \
   KERNEL(matmul, MatmulArgs)                                 \
   KERNEL(pack_linear, PackLinearArgs)                        \
   KERNEL(packed_linear, PackedLinearArgs)                    \
-  KERNEL(ppo_loss, PpoLossArgs)                              \
-  KERNEL(reward_loss, RewardLossArgs)                        \
   KERNEL(rms_norm, RmsNormArgs)                              \
   KERNEL(rms_norm_backward, RmsNormBackwardArgs)             \
   KERNEL(rotary, RotaryArgs)                                 \
-  KERNEL(sample_tokens, SampleTokensArgs)                    \
   KERNEL(silu_mul, SiluMulArgs)                              \
   KERNEL(silu_mul_backward, SiluMulBackwardArgs)             \
   KERNEL(token_logprobs, TokenLogprobsArgs)                  \
   KERNEL(token_logprobs_backward, TokenLogprobsBackwardArgs) \
-  KERNEL(varlen_attention, VarlenAttentionArgs)              \
-  KERNEL(whiten, WhitenArgs)                                 \
+  KERNEL(varlen_attention, VarlenAttentionArgs)
+
+// The others: instructions for bf16 would change nothing in them, and the variant avx512bf16 has them of avx512.
+#define RLHF_FAST_OTHER_KERNELS(KERNEL)                \
+  KERNEL(advantages, AdvantagesArgs)                   \
+  KERNEL(dpo_loss, DpoLossArgs)                        \
+  KERNEL(gae, GaeArgs)                                 \
+  KERNEL(gae_backward, GaeBackwardArgs)                \
+  KERNEL(group_advantages, GroupAdvantagesArgs)        \
+  KERNEL(kl_estimate, KlEstimateArgs)                  \
+  KERNEL(kl_estimate_backward, KlEstimateBackwardArgs) \
+  KERNEL(machine_limit, MachineLimitArgs)              \
+  KERNEL(ppo_loss, PpoLossArgs)                        \
+  KERNEL(reward_loss, RewardLossArgs)                  \
+  KERNEL(sample_tokens, SampleTokensArgs)              \
+  KERNEL(whiten, WhitenArgs)                           \
   KERNEL(whiten_backward, WhitenBackwardArgs)
+
+#define RLHF_FAST_KERNELS(KERNEL) RLHF_FAST_BF16_KERNELS(KERNEL) RLHF_FAST_OTHER_KERNELS(KERNEL)
 
 // ISA(name): the variants every kernel is compiled for, best first; build and run-time choice follow this list.
 #if defined(__x86_64__) || defined(_M_X64)

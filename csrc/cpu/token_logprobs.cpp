@@ -123,8 +123,11 @@ void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V
     if constexpr (kCap) out = out * soft.slope(t);
     return out;
   };
-  const auto part = [&](int64_t j, int n) RLHF_FAST_INLINE {
-    store(grad + j, gradient(load(z.row + j, n), kRef ? load(zr.row + j, n) : base), n);
+  const auto parts = [&](int64_t j, int64_t end) {
+    for (; j < end; j += V::width) {
+      const int n = static_cast<int>(end - j < V::width ? end - j : V::width);
+      store(grad + j, gradient(load(z.row + j, n), kRef ? load(zr.row + j, n) : base), n);
+    }
   };
   const auto pair = [&](int64_t j) RLHF_FAST_INLINE -> Pair<V> {
     prefetch_next_block<V>(z.row, j);
@@ -138,20 +141,20 @@ void backward_row(const TokenLogprobsBackwardArgs& a, int64_t i, const SoftCap<V
     }
   };
 
-  constexpr int64_t W = V::width, step = 2 * W;
+  constexpr int64_t step = 2 * V::width;
   int64_t j = 0;
   if (far) {  // streaming stores want their alignment; the gradient of a logit does not depend on its lane
     constexpr uintptr_t align = step * sizeof(T) < 64 ? step * sizeof(T) : 64;
     const int64_t off =
         static_cast<int64_t>(-reinterpret_cast<uintptr_t>(grad) & (align - 1)) / static_cast<int64_t>(sizeof(T));
-    const int64_t head = off < a.vocab ? off : a.vocab;
-    for (; j < head; j += W) part(j, static_cast<int>(head - j < W ? head - j : W));
-    j = head;
-    for (; j + step <= a.vocab; j += step) stream_pair(grad + j, pair(j));
-  } else {
-    for (; j + step <= a.vocab; j += step) store_pair(grad + j, pair(j));
+    j = off < a.vocab ? off : a.vocab;
+    parts(0, j);
   }
-  for (; j < a.vocab; j += W) part(j, static_cast<int>(a.vocab - j < W ? a.vocab - j : W));
+  for (; j + step <= a.vocab; j += step) {
+    const Pair<V> both = pair(j);
+    far ? stream_pair(grad + j, both) : store_pair(grad + j, both);
+  }
+  parts(j, a.vocab);
   grad[id] = narrow<T>(at_target);
 }
 
