@@ -47,6 +47,8 @@ MEMORY_BAR = 0.7
 PROMPT_TOKENS = 8
 STEPS = {"17M": 5, "135M": 2}
 CURVE_STEPS, SEEDS, POINTS = 40, 24, 8
+SETTINGS = ("size", "dtype", "batch", "micro", "response", "epochs", "steps", "lr")
+"""Of a curve, beside its seed."""
 DEALS = 20_000
 """Most ways to deal the curves to two sides that are all looked at; of more, so many are drawn."""
 CURVE_VOCABULARY = 128
@@ -379,21 +381,58 @@ def chance_of(table: Tensor) -> tuple[float, float]:
     return observed, (reached(deals) + 1) / (DEALS + 1)
 
 
-def curves(arguments: Sequence[str], first: int, seeds: int, workers: int, save: Path | None) -> None:
-    """Rewards of both sides, stretch by stretch, and how likely seeds alone would set them so far apart."""
-    names = tuple(CONTENDERS["curves"])
-    threads = max(1, torch.get_num_threads() // workers)
+def rewards_of(arguments: Sequence[str], args: argparse.Namespace, names: Sequence[str]) -> Tensor:
+    """Mean rewards (2, seeds, steps) of the runs of both sides; those that stand in args.save are not made again."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    threads = max(1, torch.get_num_threads() // args.workers)
+    stand: dict[tuple[str, int], list[float]] = {}
+    if args.save is not None and args.save.exists():
+        lines = map(json.loads, args.save.read_text().splitlines())
+        stand = {(x["trainer"], x["seed"]): x["rewards"] for x in lines if x["settings"] == settings}
 
     def rewards(name: str, seed: int) -> list[float]:
-        found = run([*arguments, "--seed", str(seed)], "curves", name, threads)["rewards"]
-        if save is not None:
-            with save.open("a") as file:
-                file.write(json.dumps({"trainer": name, "seed": seed, "rewards": found}) + "\n")
+        if (found := stand.get((name, seed))) is None:
+            found = run([*arguments, "--seed", str(seed)], "curves", name, threads)["rewards"]
+            if args.save is not None:
+                with args.save.open("a") as file:
+                    line = {"trainer": name, "seed": seed, "settings": settings, "rewards": found}
+                    file.write(json.dumps(line) + "\n")
         return found
 
-    with ThreadPoolExecutor(workers) as pool:
-        pairs = [[pool.submit(rewards, name, seed) for name in names] for seed in range(first, first + seeds)]
-        table = torch.tensor([points(pair[i].result()) for i in range(2) for pair in pairs], dtype=torch.float64)
+    seeds = range(args.seed, args.seed + args.seeds)
+    with ThreadPoolExecutor(args.workers) as pool:
+        pairs = [[pool.submit(rewards, name, seed) for name in names] for seed in seeds]
+        return torch.tensor([[pair[i].result() for pair in pairs] for i in range(2)], dtype=torch.float64)
+
+
+def plot(rewards: Tensor, names: Sequence[str], path: Path) -> None:
+    """Every run, their means, and where a mean lies with 95 % when nothing is assumed but the spread of the runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    steps = range(1, rewards.shape[-1] + 1)
+    for name, runs, color in zip(names, rewards, ("tab:blue", "tab:orange"), strict=True):
+        mean, error = runs.mean(0), 1.96 * runs.std(0) / len(runs) ** 0.5
+        axes.plot(steps, runs.T, color=color, linewidth=0.4, alpha=0.25)
+        axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
+        axes.plot(steps, mean, color=color, linewidth=1.8, label=f"{name}, mean of {len(runs)} seeds")
+    axes.set(xlabel="step", ylabel="mean reward of the completions")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def curves(arguments: Sequence[str], args: argparse.Namespace) -> None:
+    """Rewards of both sides, stretch by stretch, and how likely seeds alone would set them so far apart."""
+    names, seeds = tuple(CONTENDERS["curves"]), args.seeds
+    rewards = rewards_of(arguments, args, names)
+    if args.plot is not None:
+        plot(rewards, names, args.plot)
+    table = torch.tensor([points(curve) for side in rewards.tolist() for curve in side], dtype=torch.float64)
     sides = table.view(2, seeds, -1)
     means = sides.mean(1)
     spread = sides.var(1).mean(0).sqrt() if seeds > 1 else torch.full_like(means[0], float("nan"))
@@ -426,8 +465,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS, help="curves: runs of each side, with seeds from --seed on")
     parser.add_argument("--workers", type=int, default=1, help="curves: runs at a time, which share the threads")
     parser.add_argument(
-        "--save", type=Path, help="curves: a file that rewards of every run are added to, as lines of JSON"
+        "--save",
+        type=Path,
+        help="curves: a file of JSON lines that rewards are added to, and taken from where they stand",
     )
+    parser.add_argument("--plot", type=Path, help="curves: an image of them (matplotlib)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
@@ -448,7 +490,7 @@ def main() -> None:
     )
     for what in args.what or CONTENDERS:
         if what == "curves":
-            curves(passed, args.seed, args.seeds, args.workers, args.save)
+            curves(passed, args)
             continue
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[what]}
         for _ in range(args.rounds):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,13 @@ def unpack(packed: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
     return x
 
 
+def hold_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(held out, kept): a share of the rows, rounded down, and the others, in an order that follows from the seed."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = int(len(rows) * fraction)
+    return [rows[i] for i in order[:held]], [rows[i] for i in order[held:]]
+
+
 class Shuffle:
     """An endless shuffled stream of row numbers whose every batch follows from the seed and the step alone."""
 
@@ -98,6 +109,11 @@ class Shuffle:
     def batch(self, step: int, size: int) -> list[int]:
         """Row numbers of batch `step`: a new permutation for each pass over the rows."""
         return [self._row(position) for position in range(step * size, (step + 1) * size)]
+
+    def batches(self, size: int, epochs: int, most: int | None) -> int:
+        """How many batches take every row `epochs` times, the last of them perhaps with rows of another pass; at most `most`."""
+        total = math.ceil(self.rows / size) * epochs
+        return total if most is None else min(total, most)
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, self.rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import kto_loss
-from rlhf_fast.batch import Shuffle
+from rlhf_fast.batch import Shuffle, hold_out
 from rlhf_fast.config import KTOConfig
 from rlhf_fast.data import EncodedLabel
 from rlhf_fast.model import SharedModel
@@ -106,17 +105,14 @@ def train_kto(config: KTOConfig) -> Path:
         torch.set_num_threads(config.run.threads)
     tokenizer: Any = load_tokenizer(config.model.path)
     encoded, fingerprint = load_data(config.data, tokenizer)
-    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
-    held = int(len(encoded) * config.eval_fraction)
-    held_out, kept = [encoded[i] for i in order[:held]], [encoded[i] for i in order[held:]]
+    held_out, kept = hold_out(encoded, config.eval_fraction, config.run.seed)
     weights = weights_of(config, [x.record.label for x in kept])
     size = fitting(config, "kto", config.micro_batch_size, ((0, len(x.input_ids)) for x in encoded))
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, ROLES, config.run.seed, device=device_of(config.run))
     trainer = Trainer(config, weights, model, packs_well(model) if config.packing is None else config.packing)
-    total = math.ceil(len(kept) / config.batch_size) * config.epochs
-    total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
+    total = shuffle.batches(config.batch_size, config.epochs, config.max_steps)
     model.train()
     micro_batches = MicroBatches(size, halve=config.run.halve_on_oom, clear=model.zero_grad)
     state: State = {"micro_batch_size": (micro_batches.get, micro_batches.put)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import SequenceLogprobs, gather_rows, preference_loss, running_delta, sequence_logprobs
-from rlhf_fast.batch import Shuffle, collate, pack, unpack
+from rlhf_fast.batch import Shuffle, collate, hold_out, pack, unpack
 from rlhf_fast.config import PreferenceConfig, PreferenceLossConfig
 from rlhf_fast.data import EncodedPair
 from rlhf_fast.model import SharedModel
@@ -255,9 +254,7 @@ def train_preference(config: PreferenceConfig) -> Path:
         torch.set_num_threads(config.run.threads)
     tokenizer: Any = load_tokenizer(config.model.path)
     encoded, fingerprint = load_data(config.data, tokenizer)
-    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
-    held = int(len(encoded) * config.eval_fraction)
-    held_out, kept = [encoded[i] for i in order[:held]], [encoded[i] for i in order[held:]]
+    held_out, kept = hold_out(encoded, config.eval_fraction, config.run.seed)
     roles = ("policy", "reference") if config.loss.needs_reference else ("policy",)
     across = any(KINDS[name].across for name in config.loss.kinds)
     lengths = ((0, max(len(pair.chosen_ids), len(pair.rejected_ids))) for pair in encoded)
@@ -265,9 +262,8 @@ def train_preference(config: PreferenceConfig) -> Path:
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, roles, config.run.seed, device=device_of(config.run))
     trainer = Trainer(config.loss, model, packs_well(model) if config.packing is None else config.packing)
-    total = math.ceil(len(kept) / config.batch_size) * config.epochs
-    total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
+    total = shuffle.batches(config.batch_size, config.epochs, config.max_steps)
     model.train()
     halve = config.run.halve_on_oom and not trainer.across
     micro_batches = MicroBatches(size, halve=halve, clear=model.zero_grad)

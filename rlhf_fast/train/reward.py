@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reward_loss
-from rlhf_fast.batch import Shuffle, pack, pad
+from rlhf_fast.batch import Shuffle, hold_out, pack, pad
 from rlhf_fast.config import RewardConfig
+from rlhf_fast.data import EncodedPair
 from rlhf_fast.model import SharedModel
 from rlhf_fast.train.loop import Run, State, device_of, load_data, load_model, load_tokenizer
 from rlhf_fast.train.micro_batches import MicroBatches, fitting
@@ -42,6 +42,10 @@ def pair_accuracy(model: SharedModel, pairs: Sequence[Pair], micro_batch_size: i
     return right / len(pairs)
 
 
+def ids_of(pair: EncodedPair) -> Pair:
+    return pair.chosen_ids, pair.rejected_ids
+
+
 def train_reward(config: RewardConfig) -> Path:
     """Run it; returns the folder of the trained adapter and head (PEFT format).
 
@@ -51,17 +55,13 @@ def train_reward(config: RewardConfig) -> Path:
         torch.set_num_threads(config.run.threads)
     tokenizer: Any = load_tokenizer(config.model.path)
     encoded, fingerprint = load_data(config.data, tokenizer)
-    pairs = [(pair.chosen_ids, pair.rejected_ids) for pair in encoded]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
-    held = int(len(pairs) * config.eval_fraction)
-    held_out, kept = [pairs[i] for i in order[:held]], [pairs[i] for i in order[held:]]
-    sources = [encoded[i].record.source for i in order[held:]]
-    size = fitting(config, "reward", config.micro_batch_size, ((0, max(map(len, pair))) for pair in pairs))
+    held_out, kept = hold_out(encoded, config.eval_fraction, config.run.seed)
+    lengths = ((0, max(map(len, ids_of(pair)))) for pair in encoded)
+    size = fitting(config, "reward", config.micro_batch_size, lengths)
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, ("reward",), config.run.seed, device=device_of(config.run))
-    total = math.ceil(len(kept) / config.batch_size) * config.epochs
-    total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(kept), config.run.seed)
+    total = shuffle.batches(config.batch_size, config.epochs, config.max_steps)
     packing = packs_well(model) if config.packing is None else config.packing
     model.train()
     micro_batches = MicroBatches(size, halve=config.run.halve_on_oom, clear=model.zero_grad)
@@ -69,9 +69,9 @@ def train_reward(config: RewardConfig) -> Path:
     with Run("reward", config, model, {"reward": config.optim.lr}, total, {"data": fingerprint}, state) as run:
         run.shard(micro_batches, batch_size=config.batch_size)
         for step in run.steps():
-            rows = shuffle.batch(step, config.batch_size)
-            batch = [kept[i] for i in rows]
-            run.records = [sources[i] for i in rows]
+            rows = [kept[i] for i in shuffle.batch(step, config.batch_size)]
+            run.records = [pair.record.source for pair in rows]
+            batch = [ids_of(pair) for pair in rows]
             own = batch[run.ranks.share(len(batch))]
 
             def backward(part: slice, batch: list[Pair] = own, total: int = len(batch)) -> dict[str, float]:
@@ -90,7 +90,7 @@ def train_reward(config: RewardConfig) -> Path:
             if held_out and last:
                 model.eval()
                 accuracy = lambda pairs: pair_accuracy(model, pairs, micro_batches.size, packing)
-                sums["eval_accuracy"] = run.ranks.mean(held_out, accuracy)
+                sums["eval_accuracy"] = run.ranks.mean([ids_of(pair) for pair in held_out], accuracy)
                 model.train()
             tokens = sum(len(c) + len(r) for c, r in batch)
             run.log(step, sums, tokens, f"loss {sums['loss']:.3f} accuracy {sums['accuracy']:.2f}")

@@ -48,10 +48,8 @@ def train_sft(config: SFTConfig) -> Path:
     size = fitting(config, "sft", config.micro_batch_size, ((0, len(row.input_ids)) for row in texts))
     torch.manual_seed(config.run.seed)
     model = load_model(config.model, ("policy",), config.run.seed, device=device_of(config.run))
-    per_epoch = math.ceil(len(texts) / config.batch_size)
-    total = per_epoch * config.epochs
-    total = total if config.max_steps is None else min(total, config.max_steps)
     shuffle = Shuffle(len(texts), config.run.seed)
+    total = shuffle.batches(config.batch_size, config.epochs, config.max_steps)
     packing = packs_well(model) if config.packing is None else config.packing
     model.train()
     micro_batches = MicroBatches(size, halve=config.run.halve_on_oom, clear=model.zero_grad)
