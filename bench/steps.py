@@ -400,9 +400,12 @@ def rewards_of(arguments: Sequence[str], args: argparse.Namespace, names: Sequen
         return found
 
     seeds = range(args.seed, args.seed + args.seeds)
-    with ThreadPoolExecutor(args.workers) as pool:
+    pool = ThreadPoolExecutor(args.workers)
+    try:
         pairs = [[pool.submit(rewards, name, seed) for name in names] for seed in seeds]
         return torch.tensor([[pair[i].result() for pair in pairs] for i in range(2)], dtype=torch.float64)
+    finally:
+        pool.shutdown(cancel_futures=True)  # where one failed, the others need not begin
 
 
 def plot(rewards: Tensor, names: Sequence[str], path: Path) -> None:
