@@ -1,6 +1,6 @@
 """Whether ours and TRL's GRPO learn the same from the same completions: `python bench/replay.py` (pip install trl peft).
 
-TRL's GRPOTrainer trains a small random Llama of few words, as in `bench/steps.py curves`. Then `rlhf-fast grpo` starts from TRL's first
+TRL's GRPOTrainer trains a small random Llama of few words, as in `bench/curves.py`. Then `rlhf-fast grpo` starts from TRL's first
 adapter and is given TRL's completions batch by batch: scores, advantages, gradients and optimizer steps are its own. After every step the
 distance of the two adapters is printed, and how far TRL's has come. Curves of seeds differ by what was sampled; this does not. Last, the
 policy that TRL has come to is sampled by ours and by Hugging Face's `generate`: means of the reward, with their standard errors.
@@ -149,8 +149,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=4096)
     args = parser.parse_args()
     args.steps -= 1  # both run one more, which warms up where steps are timed
-    args.size, args.dtype = "17M", "float32"
-    steps.SIZES[args.size]["vocabulary"] = steps.CURVE_VOCABULARY
+    args.size, args.dtype = steps.FEW_WORDS, "float32"
     with tempfile.TemporaryDirectory() as folder:
         steps.save(args, Path(folder))
         batches, adapters = trained_by_trl(args, Path(folder))

@@ -1,9 +1,8 @@
-"""Whole training steps against the same steps made of other parts: `python bench/steps.py grpo ppo packing curves`.
+"""Whole training steps against the same steps made of other parts: `python bench/steps.py grpo ppo packing`.
 
 grpo: `rlhf-fast grpo` against TRL's GRPOTrainer with PEFT (pip install trl peft), same random Llama, prompts, reward and settings.
 ppo: `rlhf-fast ppo` against the step that one would put together from Hugging Face `generate`, PEFT adapters and eager PyTorch
-losses. packing: scoring and updates of PPO packed and padded, on completions of mixed lengths. curves: rewards of grpo over
-CURVE_STEPS steps for several seeds a side, their difference, and what seeds alone make of it; 17M unless told otherwise.
+losses. packing: scoring and updates of PPO packed and padded, on completions of mixed lengths.
 
 Every run is a process of its own, so that the highest resident set is that of one of them; contenders take turns. The first step of a
 run warms up and is not timed. Mean rewards of the first and of the last two steps are printed; --steps says how many there are: by
@@ -13,9 +12,7 @@ itself 5 at 17M and 2 at 135M, where a step of the others takes half a minute.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
 import os
 import resource
 import statistics
@@ -24,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +28,11 @@ import torch
 from shapes import llama
 from torch import Tensor
 
+FEW_WORDS = "17M-128"
+"""The layers of 17M with so few words that a batch shows each several times, or some dozens of steps would teach nothing."""
 SIZES = {
     "17M": {"hidden": 384, "layers": 8, "vocabulary": 8192},
+    FEW_WORDS: {"hidden": 384, "layers": 8, "vocabulary": 128},
     "135M": {"hidden": 576, "layers": 30, "vocabulary": 49152},
 }
 BARS = {
@@ -45,16 +44,7 @@ BARS = {
 }
 MEMORY_BAR = 0.7
 PROMPT_TOKENS = 8
-STEPS = {"17M": 5, "135M": 2}
-CURVE_STEPS, SEEDS, POINTS = 40, 24, 8
-SETTINGS = ("size", "dtype", "batch", "micro", "response", "epochs", "steps", "lr")
-"""Of a curve, beside its seed."""
-DEALS = 20_000
-"""Most ways to deal the curves to two sides that are all looked at; of more, so many are drawn."""
-CURVE_VOCABULARY = 128
-"""Words of the model that learns: so few that a batch shows each several times, or forty steps would teach nothing."""
-CHANCE = 0.05
-"""Curves differ when seeds alone would set them as far apart with no more than this probability."""
+STEPS = {"17M": 5, FEW_WORDS: 5, "135M": 2}
 
 
 def tokenizer_of(words: int) -> Any:
@@ -324,7 +314,6 @@ CONTENDERS: dict[str, dict[str, Callable[[argparse.Namespace, Path], dict[str, A
     "grpo": {"ours": grpo_ours, "TRL": grpo_trl},
     "ppo": {"ours": ppo_ours, "generate + PEFT + eager": ppo_assembled},
     "packing": {"packed": packing_of(True), "padded": packing_of(False)},
-    "curves": {"ours": grpo_ours, "TRL": grpo_trl},
 }
 
 
@@ -347,113 +336,6 @@ def run(arguments: Sequence[str], what: str, name: str, threads: int | None = No
     raise SystemExit(f"{what}, {name}: {done.stderr[-2000:]}")
 
 
-def points(curve: Sequence[float]) -> list[float]:
-    """Means over POINTS equal stretches of a curve."""
-    size = max(1, len(curve) // POINTS)
-    return [statistics.fmean(curve[i : i + size]) for i in range(0, len(curve) - size + 1, size)]
-
-
-def largest_difference(sides: Tensor) -> Tensor:
-    """Of the means of two sides (..., 2, seeds, stretches) over the stretches: (...)."""
-    means = sides.mean(-2)
-    return (means[..., 0, :] - means[..., 1, :]).abs().amax(-1)
-
-
-def chance_of(table: Tensor) -> tuple[float, float]:
-    """The largest difference between the first half of the curves (2 * seeds, stretches) and the second, and the probability of one as
-    large when the curves are dealt to the sides at random.
-
-    A permutation test, without assumptions on how curves spread, which they do most where they are steepest (Fisher's test with the
-    maximum over stretches, Westfall and Young 1993): exact where all deals can be looked at, otherwise of DEALS drawn ones and the one
-    at hand (Phipson and Smyth 2010).
-    """
-    n = len(table)
-    observed = float(largest_difference(table.view(2, n // 2, -1)))
-    reached = lambda deals: int(
-        (largest_difference(table[deals].view(len(deals), 2, n // 2, -1)) >= observed - 1e-12).sum()
-    )
-    if (total := math.comb(n, n // 2)) <= DEALS:
-        halves = itertools.combinations(range(n), n // 2)
-        deals = torch.tensor([[*half, *sorted({*range(n)} - {*half})] for half in halves])
-        return observed, reached(deals) / total
-    generator = torch.Generator().manual_seed(0)
-    deals = torch.rand(DEALS, n, generator=generator).argsort(dim=1)
-    return observed, (reached(deals) + 1) / (DEALS + 1)
-
-
-def rewards_of(arguments: Sequence[str], args: argparse.Namespace, names: Sequence[str]) -> Tensor:
-    """Mean rewards (2, seeds, steps) of the runs of both sides; those that stand in args.save are not made again."""
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    threads = max(1, torch.get_num_threads() // args.workers)
-    stand: dict[tuple[str, int], list[float]] = {}
-    if args.save is not None and args.save.exists():
-        lines = map(json.loads, args.save.read_text().splitlines())
-        stand = {(x["trainer"], x["seed"]): x["rewards"] for x in lines if x["settings"] == settings}
-
-    def rewards(name: str, seed: int) -> list[float]:
-        if (found := stand.get((name, seed))) is None:
-            found = run([*arguments, "--seed", str(seed)], "curves", name, threads)["rewards"]
-            if args.save is not None:
-                with args.save.open("a") as file:
-                    line = {"trainer": name, "seed": seed, "settings": settings, "rewards": found}
-                    file.write(json.dumps(line) + "\n")
-        return found
-
-    seeds = range(args.seed, args.seed + args.seeds)
-    pool = ThreadPoolExecutor(args.workers)
-    try:
-        pairs = [[pool.submit(rewards, name, seed) for name in names] for seed in seeds]
-        return torch.tensor([[pair[i].result() for pair in pairs] for i in range(2)], dtype=torch.float64)
-    finally:
-        pool.shutdown(cancel_futures=True)  # where one failed, the others need not begin
-
-
-def plot(rewards: Tensor, names: Sequence[str], path: Path) -> None:
-    """Every run, their means, and where a mean lies with 95 % when nothing is assumed but the spread of the runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    steps = range(1, rewards.shape[-1] + 1)
-    for name, runs, color in zip(names, rewards, ("tab:blue", "tab:orange"), strict=True):
-        mean, error = runs.mean(0), 1.96 * runs.std(0) / len(runs) ** 0.5
-        axes.plot(steps, runs.T, color=color, linewidth=0.4, alpha=0.25)
-        axes.fill_between(steps, mean - error, mean + error, color=color, alpha=0.25, linewidth=0)
-        axes.plot(steps, mean, color=color, linewidth=1.8, label=f"{name}, mean of {len(runs)} seeds")
-    axes.set(xlabel="step", ylabel="mean reward of the completions")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=140)
-    pyplot.close(figure)
-
-
-def curves(arguments: Sequence[str], args: argparse.Namespace) -> None:
-    """Rewards of both sides, stretch by stretch, and how likely seeds alone would set them so far apart."""
-    names, seeds = tuple(CONTENDERS["curves"]), args.seeds
-    rewards = rewards_of(arguments, args, names)
-    if args.plot is not None:
-        plot(rewards, names, args.plot)
-    table = torch.tensor([points(curve) for side in rewards.tolist() for curve in side], dtype=torch.float64)
-    sides = table.view(2, seeds, -1)
-    means = sides.mean(1)
-    spread = sides.var(1).mean(0).sqrt() if seeds > 1 else torch.full_like(means[0], float("nan"))
-    for i, (a, b, deviation) in enumerate(zip(*means.tolist(), spread.tolist(), strict=True)):
-        print(
-            f"curves   stretch {i + 1}: {names[0]} {a:.3f}, {names[1]} {b:.3f}, {a - b:+.3f}; "
-            f"deviation between seeds {deviation:.3f}"
-        )
-    observed, chance = chance_of(table)
-    learned = (means[:, -1] - means[:, 0]).tolist()
-    few = 2 / math.comb(2 * seeds, seeds) > CHANCE
-    verdict = "too few seeds to tell" if few else "overlay" if chance > CHANCE else "differ"
-    print(
-        f"curves   learned {learned[0]:+.3f} and {learned[1]:+.3f}; largest difference {observed:.3f}, which seeds alone reach with"
-        f" probability {chance:.3f} ({seeds} seeds a side): {verdict}"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"among {', '.join(CONTENDERS)}; all when left out")
@@ -463,16 +345,8 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=16)
     parser.add_argument("--response", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="timed steps of a run; for curves all of them")
+    parser.add_argument("--steps", type=int, help="timed steps of a run, behind one that warms up")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="curves: runs of each side, with seeds from --seed on")
-    parser.add_argument("--workers", type=int, default=1, help="curves: runs at a time, which share the threads")
-    parser.add_argument(
-        "--save",
-        type=Path,
-        help="curves: a file of JSON lines that rewards are added to, and taken from where they stand",
-    )
-    parser.add_argument("--plot", type=Path, help="curves: an image of them (matplotlib)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
@@ -481,10 +355,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        if args.child[0] == "curves":
-            SIZES[args.size]["vocabulary"] = CURVE_VOCABULARY
         if args.steps is None:
-            args.steps = CURVE_STEPS - 1 if args.child[0] == "curves" else STEPS[args.size]
+            args.steps = STEPS[args.size]
         child(args, *args.child)
         return
     passed = [a for a in sys.argv[1:] if a not in CONTENDERS]
@@ -492,9 +364,6 @@ def main() -> None:
         f"{args.size} Llama, {args.dtype}, {args.batch} completions of up to {args.response} tokens, {torch.get_num_threads()} threads"
     )
     for what in args.what or CONTENDERS:
-        if what == "curves":
-            curves(passed, args)
-            continue
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[what]}
         for _ in range(args.rounds):
             for name, results in found.items():

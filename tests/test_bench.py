@@ -424,8 +424,7 @@ def test_the_command_draws_curves(tmp_path, capsys):
                 again = scale.fit(line["xs"], line["seconds"])
                 assert line["fit"]["seconds"]["exponent"] == pytest.approx(again.exponent)
     grows = next(c for c in curves if c["op"] == "linear_token_logprobs")["lines"]["materialised"]["peaks"]
-    logits = 1024 * 2048 * 4  # of the first point; what the heap of this process has left over counts in either
-    assert grows[0] >= logits and grows[1] >= grows[0] + logits
+    assert grows[0] >= 1024 * 2048 * 4 and grows[1] > 1.5 * grows[0]
     assert "linear_token_logprobs frozen head, forward + backward against classes" in capsys.readouterr().out
     assert "| `gae` | tokens to 2k" in readme.read_text()
     assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
